@@ -1,0 +1,46 @@
+"""LoRA Compress: prune, quantize and pack the LoRA of image models.
+
+The core: it knows no trainer and no host program. `compress` and `save` make a file, `load_lora` opens any.
+"""
+
+from .container import LoraFile, is_packed, load_lora
+from .errors import FormatError, LoraCompressError, SaveError, SettingsError
+from .files import atomic_path
+from .layouts import as_kohya, from_kohya, to_kohya
+from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
+from .report import CompressionReport, settings_table
+from .settings import CompressionSettings, PruningSettings, QuantizationSettings, setting_names, split_settings
+from .spectrum import Spectrum, thin_svd
+from .update import LowRankUpdate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedLora",
+    "CompressionReport",
+    "CompressionSettings",
+    "FormatError",
+    "LoraCompressError",
+    "LoraFile",
+    "LowRankUpdate",
+    "PruningSettings",
+    "QuantizationSettings",
+    "SaveError",
+    "SettingsError",
+    "Spectrum",
+    "as_kohya",
+    "atomic_path",
+    "compress",
+    "estimate_size",
+    "from_kohya",
+    "is_packed",
+    "kohya_partner",
+    "load_lora",
+    "opened_by",
+    "save",
+    "setting_names",
+    "settings_table",
+    "split_settings",
+    "thin_svd",
+    "to_kohya",
+]

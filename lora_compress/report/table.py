@@ -1,0 +1,123 @@
+"""The table at the end of a compression, and the same numbers for trackers and metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+from ..update import relative_error
+
+__all__ = ["CompressionReport", "PartReport", "render", "settings_table"]
+
+_PARTS = {"lora_unet": "U-Net", "lora_te": "text encoder", "lora_te1": "text encoder 1", "lora_te2": "text encoder 2"}
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What became of one part of the model, U-Net or a text encoder; pairs are (before, after).
+
+    Args:
+        modules: modules with an update.
+        components: rank, summed over the modules.
+        squared_error: ||dW - dW'||_F^2, summed over the modules.
+        squared_norm: ||dW||_F^2 likewise.
+    """
+
+    modules: tuple[int, int]
+    components: tuple[int, int]
+    squared_error: float
+    squared_norm: float
+
+    @property
+    def relative_error(self) -> float:
+        """||dW - dW'||_F / ||dW||_F over the whole part."""
+        return relative_error(self.squared_error, self.squared_norm)
+
+    def __add__(self, other: PartReport) -> PartReport:
+        return PartReport(
+            (self.modules[0] + other.modules[0], self.modules[1] + other.modules[1]),
+            (self.components[0] + other.components[0], self.components[1] + other.components[1]),
+            self.squared_error + other.squared_error,
+            self.squared_norm + other.squared_norm,
+        )
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a compression did: a `PartReport` for each part, and the bytes of the file (before, after).
+
+    Before is the file that sd-scripts' own network would have written, at the same precision, metadata apart.
+    """
+
+    parts: dict[str, PartReport]
+    bytes: tuple[int, int]
+
+    @classmethod
+    def of_modules(cls, modules: Mapping[str, PartReport], sizes: tuple[int, int]) -> CompressionReport:
+        """Sum up the reports of single modules by the part that their name begins with."""
+        parts: dict[str, PartReport] = {}
+        for name, module in modules.items():
+            prefix = "_".join(name.split("_")[:2])
+            part = _PARTS.get(prefix, prefix)
+            parts[part] = parts[part] + module if part in parts else module
+        return cls(parts, sizes)
+
+    @property
+    def total(self) -> PartReport:
+        """All parts together."""
+        return sum(self.parts.values(), PartReport((0, 0), (0, 0), 0.0, 0.0))
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers as trackers take them (TensorBoard, W&B)."""
+        total = self.total
+        pairs = {"modules": total.modules, "components": total.components, "bytes": self.bytes}
+        values = {
+            f"compress/{name}_{when}": float(pair[i]) for name, pair in pairs.items() for i, when in enumerate(("before", "after"))
+        }
+        return values | {"compress/relative_error": total.relative_error}
+
+    def details(self) -> dict[str, str]:
+        """The numbers as metadata, without the size: a file cannot hold its own."""
+        total = self.total
+        return {
+            "modules": f"{total.modules[1]}/{total.modules[0]}",
+            "components": f"{total.components[1]}/{total.components[0]}",
+            "relative_error": f"{total.relative_error:.6g}",
+        }
+
+    def __str__(self) -> str:
+        table = Table(title="compressed LoRA")
+        for heading in ("part", "modules", "components (rank)", "size", "relative error of the update"):
+            table.add_column(heading, justify="left" if heading == "part" else "right")
+        rows = [*self.parts.items(), ("all", self.total)] if len(self.parts) > 1 else [("all", self.total)]
+        for name, part in rows:
+            size = f"{_megabytes(self.bytes[0])} -> {_megabytes(self.bytes[1])}" if name == "all" else ""
+            table.add_row(name, _arrow(part.modules), _arrow(part.components), size, f"{part.relative_error:.2%}")
+        return render(table)
+
+
+def settings_table(settings: Mapping[str, object], title: str) -> str:
+    """Settings as a two-column table; None is shown as a dash."""
+    table = Table("setting", "value", title=title)
+    for name, value in settings.items():
+        table.add_row(name, "-" if value is None else str(value))
+    return render(table)
+
+
+def render(table: Table) -> str:
+    """A rich table as plain text for the log."""
+    stream = StringIO()
+    Console(file=stream, width=110, no_color=True).print(table)
+    return stream.getvalue().rstrip()
+
+
+def _arrow(pair: tuple[int, int]) -> str:
+    return f"{pair[0]} -> {pair[1]}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
