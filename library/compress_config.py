@@ -1,0 +1,185 @@
+"""What the user asked for: kohya's TOML with our two sections, the command line, network_args, brought into one list."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import toml
+
+from lora_compress import PruningSettings, QuantizationSettings, SettingsError, setting_names, split_settings
+
+__all__ = ["add_arguments", "check_host_values", "forget_own_sections", "merge_network_args", "read_toml"]
+
+logger = logging.getLogger(__name__)
+
+NETWORK_MODULE = "networks.lora_compress"
+_SECTIONS = {
+    "pruning": [f.name for f in fields(PruningSettings)],
+    "quantization": [*(f.name for f in fields(QuantizationSettings)), "save_format", "quantization_device"],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -> None:
+    """Add our options to the host's parser."""
+    group = parser.add_argument_group("LoRA Compress")
+    group.add_argument("--config", dest="config_file", type=str, default=None, help="same as --config_file")
+    group.add_argument("--model_type", choices=[*model_types, "auto"], default="auto", help="auto looks at the checkpoint")
+    for section, names in _SECTIONS.items():
+        group.add_argument(
+            f"--{section}", nargs="+", default=None, metavar="KEY=VALUE", help=f"enabled, {', '.join(names)}; overrides [{section}]"
+        )
+    group.add_argument("--quantization_device", type=str, default=None, help="where SVD and quantizers run: cpu (default), cuda")
+
+
+def read_toml(path: str | None) -> dict[str, Any]:
+    """The config file as nested dicts; {} where none is given. The extension may be left out, as sd-scripts allows.
+
+    Raises:
+        SettingsError: there is no such file, or it is no TOML.
+    """
+    if path is None:
+        return {}
+    full = path if path.endswith(".toml") else path + ".toml"
+    try:
+        with open(full, encoding="utf-8") as file:
+            return toml.load(file)
+    except FileNotFoundError:
+        raise SettingsError(["no such file: give the path of a TOML file"], full) from None
+    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
+        raise SettingsError([f"not valid TOML: {error}"], full) from error
+    except OSError as error:
+        raise SettingsError([f"cannot be read: {error.strerror}"], full) from error
+
+
+def check_host_values(config: Mapping[str, Any], parser: argparse.ArgumentParser, path: str | None) -> None:
+    """Warn of keys that are no option of the host, which it would ignore; refuse values of a type that the option cannot take.
+
+    Raises:
+        SettingsError: all wrong values, in one error.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    problems = []
+    for section, name, value in _host_entries(config):
+        where = f"[{section}] {name}" if section else name
+        if name not in actions:
+            close = difflib.get_close_matches(name, actions, n=1)
+            logger.warning(
+                "%s: %s is not an option of sd-scripts and has no effect%s",
+                path,
+                where,
+                f"; did you mean {close[0]}?" if close else "",
+            )
+        elif expected := _mismatch(actions[name], value):
+            problems.append(f"{where} = {value!r}: must be {expected}")
+    if problems:
+        raise SettingsError(problems, str(path))
+
+
+def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], host_names: Iterable[str]) -> list[str]:
+    """network_args as the network will get them. The command line wins over network_args, those over our sections.
+
+    Raises:
+        SettingsError: settings that nobody knows, contradict each other, or go to a network that cannot use them.
+    """
+    network_args = dict(_key_values(args.network_args or [], "network_args"))
+    below: dict[str, Any] = {}
+    above: dict[str, Any] = {}
+    for section, names in _SECTIONS.items():
+        flags = _section_values(dict(_key_values(getattr(args, section) or [], f"--{section}")), names, f"--{section}")
+        in_file = config.get(section, {})
+        if isinstance(in_file, dict):
+            below |= _section_values(in_file, names, f"{args.config_file}: [{section}]") or {}
+        if flags is None:  # --quantization enabled=false
+            network_args = {name: value for name, value in network_args.items() if name not in names}
+            below = {name: value for name, value in below.items() if name not in names}
+        above |= flags or {}
+    if args.quantization_device is not None:
+        above["quantization_device"] = args.quantization_device
+    merged = {**below, **network_args, **above}
+    ours = {name: value for name, value in merged.items() if name in setting_names()}
+    if args.network_module == NETWORK_MODULE:
+        split_settings(merged, host_names)
+    elif any(name not in network_args for name in ours):
+        raise SettingsError(
+            [f"{', '.join(ours)} given, but network_module is {args.network_module}: set network_module = {NETWORK_MODULE}"],
+            str(args.config_file or "command line"),
+        )
+    return [f"{name}={value}" for name, value in merged.items()]
+
+
+def forget_own_sections(args: argparse.Namespace, config: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Take back what the host's flattening of all sections has put on `args` from ours."""
+    options = {action.dest for action in parser._actions}
+    for section in _SECTIONS:
+        values = config.get(section)
+        for name in values if isinstance(values, dict) else ():
+            if name not in options and hasattr(args, name):
+                delattr(args, name)
+
+
+def _host_entries(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
+    for section, values in config.items():
+        if not isinstance(values, dict):
+            yield "", section, values
+        elif section not in _SECTIONS:
+            yield from ((section, name, value) for name, value in values.items())
+
+
+def _section_values(values: Mapping[str, Any], names: list[str], where: str) -> dict[str, Any] | None:
+    """The settings of one of our sections, None if it says enabled = false."""
+    rest = dict(values)
+    enabled = rest.pop("enabled", True)
+    if str(enabled).lower() not in ("true", "false"):
+        raise SettingsError([f"enabled = {enabled!r}: must be true or false"], where)
+    strangers = [name for name in rest if name not in names]
+    if strangers:
+        # the message of CompressionSettings.parse knows close names and what is planned
+        known_elsewhere = [f"{name}: does not belong here; known are enabled, {', '.join(names)}" for name in strangers]
+        try:
+            split_settings({name: 0 for name in strangers if name not in setting_names()}, ())
+        except SettingsError as error:
+            known_elsewhere = [*error.problems, *known_elsewhere[len(error.problems) :]]
+        raise SettingsError(known_elsewhere, where)
+    return rest if str(enabled).lower() == "true" else None
+
+
+def _key_values(pairs: Iterable[str], where: str) -> Iterable[tuple[str, str]]:
+    for pair in pairs:
+        name, equals, value = str(pair).partition("=")
+        if not equals:
+            raise SettingsError([f"{pair!r}: must be written key=value"], where)
+        yield name, value
+
+
+def _mismatch(action: argparse.Action, value: Any) -> str | None:
+    """What `value` from TOML, where types are explicit, should have been for `action`; None if it will do."""
+    if isinstance(value, dict):
+        return "a single value, not a table"
+    if action.nargs == 0:
+        return None if isinstance(value, bool) else "true or false"
+    if action.nargs in ("*", "+") or isinstance(action.nargs, int):
+        return None if isinstance(value, list) else f"a list, such as [{_as_item(value)}]"
+    if action.type is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if action.type is float:
+        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+    if action.type in (str, None):
+        problem = None if isinstance(value, str) else f'text, such as "{value}"'
+    else:
+        try:
+            action.type(str(value))  # type: ignore[operator]
+            problem = None
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            problem = f"of another form ({error})"
+    if problem is None and action.choices is not None and value not in action.choices:
+        return f"one of {', '.join(str(choice) for choice in action.choices)}"
+    return problem
+
+
+def _as_item(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,39 @@
+"""What is mixed into a trainer of sd-scripts: narrow U-Nets, and the numbers of the compression for the trackers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from library.compress_model import adapt_unet_widths
+
+__all__ = ["CompressTrainerMixin"]
+
+
+class CompressTrainerMixin:
+    """Goes before a NetworkTrainer of sd-scripts (v0.10.0 to v0.11.1) among the bases of a trainer."""
+
+    _accelerator: Any = None
+    _network: Any = None
+
+    def load_target_model(self, args: argparse.Namespace, *rest: Any) -> Any:
+        """The host's, for Stable Diffusion 1.x at any widths."""
+        adapt_unet_widths(args.pretrained_model_name_or_path)
+        return super().load_target_model(args, *rest)  # type: ignore[misc]
+
+    def post_process_network(self, args: argparse.Namespace, accelerator: Any, network: Any, *rest: Any) -> None:
+        """The host's; keeps the trackers open until the last file, saved after the host closes them, has been measured."""
+        super().post_process_network(args, accelerator, network, *rest)  # type: ignore[misc]
+        self._accelerator, self._network = accelerator, network
+        accelerator.end_training = lambda: None
+
+    def train(self, args: argparse.Namespace) -> None:
+        """The host's training, then the report of the last save to TensorBoard, W&B or whatever is tracking."""
+        super().train(args)  # type: ignore[misc]
+        if self._accelerator is None:
+            return
+        del self._accelerator.end_training  # the class's own again
+        report = getattr(self._network, "report", None)
+        if report is not None and self._accelerator.trackers:
+            self._accelerator.log(report.metrics(), step=args.max_train_steps)
+        self._accelerator.end_training()

@@ -1,0 +1,221 @@
+"""sd-scripts' LoRA network with compressed saving: `--network_module networks.lora_compress`.
+
+It trains exactly as `networks.lora` does and takes the same network_args; what it adds happens when a file is written or read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import networks.sd_scripts_path  # noqa: F401  joins our packages with those of sd-scripts: must come before either is used
+
+# isort: split
+from lora_compress import (
+    CompressionReport,
+    CompressionSettings,
+    LoraCompressError,
+    LowRankUpdate,
+    SaveError,
+    SettingsError,
+    as_kohya,
+    atomic_path,
+    compress,
+    estimate_size,
+    is_packed,
+    kohya_partner,
+    load_lora,
+    opened_by,
+    save,
+    settings_table,
+    split_settings,
+)
+
+__all__ = ["CompressNetwork", "base_module", "create_network", "create_network_from_weights", "host_arguments"]
+
+_BASES = {  # sd-scripts' network module by the class of the model it fits
+    "UNet2DConditionModel": "networks.lora",
+    "InferUNet2DConditionModel": "networks.lora",
+    "SdxlUNet2DConditionModel": "networks.lora",
+    "InferSdxlUNet2DConditionModel": "networks.lora",
+}
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
+
+
+def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=None, **kwargs):
+    """The host's network for this model, extended by `CompressNetwork`. `kwargs` are network_args, all of them strings.
+
+    Raises:
+        SettingsError: a network_arg that neither we nor the host know, or values that contradict each other.
+    """
+    base = base_module(unet)
+    settings, host_args = split_settings(kwargs, host_arguments(base))
+    network = base.create_network(
+        multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=neuron_dropout, **host_args
+    )
+    return _extend(network, settings)
+
+
+def create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd=None, for_inference=False, **kwargs):
+    """The host's network at the ranks of `file`, which may be packed; returns it with the file's weights in kohya's layout."""
+    base = base_module(unet)
+    settings, host_args = split_settings(kwargs, host_arguments(base))
+    if weights_sd is None and is_packed(file):
+        weights_sd = as_kohya(load_lora(file).updates)
+    network, weights_sd = base.create_network_from_weights(
+        multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **host_args
+    )
+    return _extend(network, settings), weights_sd
+
+
+def base_module(model) -> ModuleType:
+    """sd-scripts' network module for `model`, told by its class.
+
+    Raises:
+        LoraCompressError: no network of sd-scripts fits it.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in _BASES:
+            return importlib.import_module(_BASES[cls.__name__])
+    raise LoraCompressError(
+        f"networks.lora_compress: found a {type(model).__name__}, it can extend the LoRA of {', '.join(_BASES)}"
+    )
+
+
+def host_arguments(base: ModuleType) -> set[str]:
+    """The network_args that the host's module reads, as its source has them: it keeps no list and ignores unknown ones."""
+    return {"dropout", *re.findall(r'kwargs\.get\(\s*"(\w+)"', inspect.getsource(base))}
+
+
+class CompressNetwork:
+    """What is put over the host's LoRANetwork: compressed saving, and loading of packed files and of other ranks and alphas.
+
+    Attributes:
+        compression: the settings.
+        report: of the last compressed save, None before.
+    """
+
+    compression: CompressionSettings
+    report: CompressionReport | None = None
+    _save_dtype: torch.dtype | None = None
+    _announced = True  # nothing to announce until prepare_network says that a training starts
+    _with_partner: tuple[Path, ...] = ()
+
+    def prepare_network(self, args) -> None:
+        """Called by the trainer before training: what would fail at the first save fails here.
+
+        Raises:
+            SettingsError: the file type cannot hold what the settings ask for.
+            SaveError: the output folder cannot be written.
+        """
+        if self.compression.save_format in ("packed", "both", "fp8") and args.save_model_as != "safetensors":
+            raise SettingsError(
+                [f"save_model_as={args.save_model_as} cannot hold save_format={self.compression.save_format}: use safetensors"]
+            )
+        _check_writable(args.output_dir)
+        self._save_dtype = _PRECISIONS.get(args.save_precision)
+        self._announced = False
+
+    def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True) -> None:
+        """The host's, then the effective settings and the size to expect, in the log once a training."""
+        super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
+        if not self._announced:
+            self._announced = True
+            size = estimate_size(self.updates(), self.compression, self._save_dtype)
+            most = "at most " if self.compression.pruning.norm_threshold else ""
+            values = self.compression.as_dict() | {"expected file size": f"{most}{size / 1e6:.2f} MB"}
+            tqdm.write(settings_table(values, "compression"))
+
+    def updates(self) -> dict[str, LowRankUpdate]:
+        """The live weights of all modules, detached, by name."""
+        return {
+            lora.lora_name: LowRankUpdate(
+                lora.lora_down.weight.detach(), lora.lora_up.weight.detach(), float(lora.scale) * lora.lora_dim
+            )
+            for lora in self.text_encoder_loras + self.unet_loras
+        }
+
+    def compress(self, dtype: torch.dtype | None = None):
+        """The live weights, compressed as the settings say, in memory."""
+        return compress(self.updates(), self.compression, dtype)
+
+    def save_weights(self, file, dtype, metadata) -> None:
+        """Write `file` as the settings say; with all compression off, the host's own bytes. Atomic either way.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
+        self._remove_lone_partners()
+        if not self.compression.enabled:
+            with atomic_path(file) as temporary:
+                super().save_weights(str(temporary), dtype, metadata)
+            return
+        self.report = save(self.compress(dtype), file, dtype, metadata)
+        tqdm.write(f"{self.report}\n{opened_by(file, str(self.compression.save_format))}")
+        if self.compression.save_format == "both":
+            self._with_partner = (*self._with_partner, Path(file))
+
+    def load_weights(self, file):
+        """Load a kohya or packed file into the live modules, whatever its ranks (up to theirs) and alphas.
+
+        The host keeps the scale of each module as it was built, so a file of another alpha is rescaled; a smaller rank fills
+        the first components and leaves the others as new.
+
+        Raises:
+            FormatError: the file cannot be read.
+            SettingsError: a module of the file has more components than the network's.
+        """
+        loaded = load_lora(file)
+        modules = {lora.lora_name: lora for lora in self.text_encoder_loras + self.unet_loras}
+        fitted = {name: _fit(name, file, update, modules.get(name)) for name, update in loaded.updates.items()}
+        return self.load_state_dict(as_kohya(fitted) | loaded.others, False)
+
+    def _remove_lone_partners(self) -> None:
+        """The host deletes old files by the name it gave them: the kohya partner of a file that is gone goes too."""
+        for packed in self._with_partner:
+            if not packed.exists():
+                kohya_partner(packed).unlink(missing_ok=True)
+        self._with_partner = tuple(packed for packed in self._with_partner if packed.exists())
+
+
+def _extend(network: torch.nn.Module, settings: CompressionSettings) -> torch.nn.Module:
+    cls = type(network)
+    network.__class__ = type(f"Compress{cls.__name__}", (CompressNetwork, cls), {})
+    network.compression = settings
+    return network
+
+
+def _fit(name: str, file: Any, update: LowRankUpdate, module: Any) -> LowRankUpdate:
+    """`update` at the rank and scale of `module`; as it is where they agree or the network has no such module."""
+    if module is None or (update.rank == module.lora_dim and update.scale == module.scale):
+        return update
+    if update.rank > module.lora_dim:
+        raise SettingsError(
+            [f"{name} has rank {update.rank}, the network {module.lora_dim}: raise network_dim, or train with dim_from_weights"],
+            str(file),
+        )
+    gain = update.scale / module.scale
+    down, up = module.lora_down.weight.detach().clone(), torch.zeros_like(module.lora_up.weight)
+    down[: update.rank] = update.down.to(down) * abs(gain) ** 0.5
+    up[:, : update.rank] = update.up.to(up) * (gain / abs(gain) ** 0.5 if gain else 0.0)
+    return LowRankUpdate(down, up, module.scale * module.lora_dim)
+
+
+def _check_writable(folder: str | None) -> None:
+    if folder is None:
+        raise SettingsError(["output_dir: not set: name the folder to save to"], "training arguments")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SaveError(f"output_dir={folder}: cannot be written ({error.strerror}): choose another folder") from error

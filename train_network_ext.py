@@ -1,0 +1,93 @@
+"""Train a LoRA with sd-scripts and save it compressed: `accelerate launch train_network_ext.py --config_file config/lora.toml`.
+
+Takes every option and config of sd-scripts' own network trainers, and those of `--help` under "LoRA Compress".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass
+
+import networks.sd_scripts_path  # noqa: F401  joins our packages with those of sd-scripts: must come before either is used
+
+# isort: split
+from library import train_util
+from library.compress_config import add_arguments, check_host_values, forget_own_sections, merge_network_args, read_toml
+from library.compress_model import detect_model_type, require_model
+from library.compress_trainer import CompressTrainerMixin
+from lora_compress import LoraCompressError
+from networks.lora_compress import host_arguments
+
+
+@dataclass(frozen=True)
+class Host:
+    """A trainer of sd-scripts: its script, its class, and the network module that `networks.lora_compress` extends for it."""
+
+    script: str
+    trainer: str
+    network: str
+
+
+HOSTS = {
+    "sd": Host("train_network", "NetworkTrainer", "networks.lora"),
+    "sdxl": Host("sdxl_train_network", "SdxlNetworkTrainer", "networks.lora"),
+}
+
+
+def choose_host(argv: list[str]) -> Host:
+    """The trainer for what the command line, or the config file it names, says of the model.
+
+    Raises:
+        LoraCompressError: the model is missing, or of a type that cannot be told.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config_file", "--config", default=None)
+    for name in ("--model_type", "--pretrained_model_name_or_path"):
+        early.add_argument(name, default=None)
+    given, _ = early.parse_known_args(argv)
+    config = read_toml(given.config_file)
+    flat = {**config, **{key: value for section in config.values() if isinstance(section, dict) for key, value in section.items()}}
+    model = require_model(given.pretrained_model_name_or_path or flat.get("pretrained_model_name_or_path"))
+    kind = given.model_type or flat.get("model_type", "auto")
+    if kind not in (*HOSTS, "auto"):
+        raise LoraCompressError(f"model_type={kind}: must be one of {', '.join(HOSTS)}, auto")
+    return HOSTS[detect_model_type(model) if kind == "auto" else kind]
+
+
+def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
+    """The host's own parsing of command line and config file, with our settings merged into network_args.
+
+    Raises:
+        SettingsError: wrong or unknown settings.
+    """
+    parser = importlib.import_module(host.script).setup_parser()
+    add_arguments(parser, HOSTS)
+    args = parser.parse_args(argv)
+    train_util.verify_command_line_training_args(args)
+    config = {} if args.output_config else read_toml(args.config_file)
+    check_host_values(config, parser, args.config_file)
+    args = train_util.read_config_from_file(args, parser)
+    forget_own_sections(args, config, parser)
+    network_args = merge_network_args(args, config, host_arguments(importlib.import_module(host.network)))
+    args.network_args = network_args or args.network_args
+    return args
+
+
+def main() -> int:
+    """Exit status 0, or 2 after one line that says what is wrong."""
+    argv = sys.argv[1:]
+    try:
+        host = HOSTS["sd"] if {"-h", "--help"} & set(argv) else choose_host(argv)
+        args = parse_arguments(argv, host)
+        trainer = getattr(importlib.import_module(host.script), host.trainer)
+        type(f"Compress{host.trainer}", (CompressTrainerMixin, trainer), {})().train(args)
+    except LoraCompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
