@@ -1,0 +1,134 @@
+"""What all tests share: the checkouts of sd-scripts, and the closing count of the tests that ran against them.
+
+`sd_scripts` is the checkout that a user would get; its `networks` and `library` are joined with ours when a test receives it:
+
+    def test_something(sd_scripts: Path) -> None:
+        from networks import lora
+
+`sd_scripts_at` is that of a given version; nothing is joined, start a subprocess:
+
+    @pytest.mark.parametrize("sd_scripts_at", ["v0.10.1", "v0.11.1"], indirect=True)
+    def test_something_else(sd_scripts_at: Path) -> None:
+
+Where sd-scripts is absent such tests skip and say what to set. REQUIRE_SD_SCRIPTS=1 makes each of these skips a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from networks.sd_scripts_lookup import COMMITS, find_sd_scripts, is_checkout, remedy, sd_scripts_version
+
+ROOT = Path(__file__).resolve().parents[1]
+_ABSENT = "sd-scripts is absent"
+_ran: Counter[str] = Counter()
+_skipped = 0
+
+
+@pytest.fixture(scope="session")
+def sd_scripts() -> Path:
+    """The root of sd-scripts, importable in this process beside our modules."""
+    root = find_sd_scripts()
+    if root is None:
+        _absent(f"{_ABSENT}: {remedy()}")
+    importlib.import_module("networks.sd_scripts_path")
+    return root
+
+
+@pytest.fixture(scope="session")
+def sd_scripts_at(request: pytest.FixtureRequest) -> Path:
+    """The root of sd-scripts at the version that the test is parametrized with."""
+    root = _checkout_of(request.param)
+    if root is None:
+        folder = f".sd-scripts-versions/{request.param}"
+        _absent(
+            f"{_ABSENT} at {request.param}: python bootstrap.py test gets it, or check out {COMMITS[request.param]} in {folder}"
+        )
+    return root
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a regular, not editable, pip install of this project and none of its dependencies."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("lora_compress", "networks", "library"):  # a copy: setuptools leaves build/ and egg-info where it builds
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "LICENSE", "README.md", *(file.name for file in ROOT.glob("*_ext.py"))):
+        if (ROOT / file).is_file():
+            shutil.copy(ROOT / file, source)
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-compile", "--quiet"]
+    done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="session")
+def torchvision_repair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH that lets torchvision import in processes that load sd-scripts before anything of ours.
+
+    Needed where PyPI's torchvision sits beside a CPU-only torch: sd-scripts alone does not start there. Elsewhere it does nothing.
+    """
+    folder = tmp_path_factory.mktemp("torchvision_repair")
+    shim = ROOT / "library" / "compress_torchvision.py"
+    code = f"import runpy\nrunpy.run_path({str(shim)!r})['declare_missing_operators']()\n"
+    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+def _checkout_of(version: str) -> Path | None:
+    main = find_sd_scripts()
+    folders = [*([main] if main else []), ROOT / ".sd-scripts-versions" / version]
+    return next((folder for folder in folders if is_checkout(folder) and sd_scripts_version(folder) == version), None)
+
+
+def _absent(reason: str) -> NoReturn:
+    if os.environ.get("REQUIRE_SD_SCRIPTS") == "1":
+        pytest.fail(f"{reason} (REQUIRE_SD_SCRIPTS=1)", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Counts per version the tests that ran against sd-scripts, and those that were skipped for want of it."""
+    global _skipped
+    report: pytest.TestReport = yield  # type: ignore[misc]
+    if report.skipped:
+        _skipped += _ABSENT in str(report.longrepr)
+    elif report.when == "call":
+        _ran.update(_versions_under_test(item))
+    return report  # type: ignore[return-value]
+
+
+def _versions_under_test(item: pytest.Item) -> set[str]:
+    versions = set()
+    if "sd_scripts_at" in getattr(item, "fixturenames", ()):
+        versions.add(item.callspec.params["sd_scripts_at"])  # type: ignore[attr-defined]
+    root = find_sd_scripts() if "sd_scripts" in getattr(item, "fixturenames", ()) else None
+    return versions | ({sd_scripts_version(root)} if root else set())
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Says after pytest's own last line what that line does not: how much of the above met the real sd-scripts."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.option.collectonly or config.option.help:
+        return
+    against = ", ".join(
+        f"{count} {'tests ran ' if not index else ''}against {version}" for index, (version, count) in enumerate(_sorted())
+    )
+    reporter.write_line(f"sd-scripts: {against or 'no test ran against it'}; {_skipped} skipped for want of it")
+
+
+def _sorted() -> list[tuple[str, int]]:
+    """Versions with the most tests first."""
+    return sorted(_ran.items(), key=lambda item: item[1], reverse=True)
