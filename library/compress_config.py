@@ -163,7 +163,8 @@ def _mismatch(action: argparse.Action, value: Any) -> str | None:
     if action.nargs == 0:
         return None if isinstance(value, bool) else "true or false"
     if action.nargs in ("*", "+") or isinstance(action.nargs, int):
-        return None if isinstance(value, list) else f"a list, such as [{_as_item(value)}]"
+        # text_encoder_lr = 1e-5 is how everyone writes it, and sd-scripts takes it; a text would be read letter by letter
+        return f'a list, such as ["{value}"]' if isinstance(value, str) else None
     if action.type is int:
         return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
     if action.type is float:
@@ -179,7 +180,3 @@ def _mismatch(action: argparse.Action, value: Any) -> str | None:
     if problem is None and action.choices is not None and value not in action.choices:
         return f"one of {', '.join(str(choice) for choice in action.choices)}"
     return problem
-
-
-def _as_item(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,262 @@
+"""Configs: kohya's and lora-scripts' are read as sd-scripts reads them, ours apart; what is wrong is said early and by name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import toml
+import torch
+from safetensors.torch import save_file
+
+from lora_compress import LoraCompressError, SettingsError, setting_names
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = {"pruning", "quantization", "quantization_device", "model_type"}
+LORA_SCRIPTS = {  # the keys of lora-scripts' config/lora.toml and default.toml, section by section
+    "model_arguments": {"v2": False, "v_parameterization": False, "pretrained_model_name_or_path": "./sd-models/model.ckpt"},
+    "dataset_arguments": {"train_data_dir": "./train/aki", "reg_data_dir": "", "resolution": "512,512", "prior_loss_weight": 1},
+    "additional_network_arguments": {
+        "network_dim": 32,
+        "network_alpha": 16,
+        "network_train_unet_only": False,
+        "network_train_text_encoder_only": False,
+        "network_module": "networks.lora",
+        "network_args": [],
+    },
+    "optimizer_arguments": {
+        "unet_lr": 1e-4,
+        "text_encoder_lr": 1e-5,
+        "optimizer_type": "AdamW8bit",
+        "lr_scheduler": "cosine_with_restarts",
+        "lr_warmup_steps": 0,
+        "lr_restart_cycles": 1,
+    },
+    "training_arguments": {
+        "train_batch_size": 1,
+        "noise_offset": 0.0,
+        "keep_tokens": 0,
+        "min_bucket_reso": 256,
+        "max_bucket_reso": 1024,
+        "caption_extension": ".txt",
+        "max_token_length": 225,
+        "seed": 1337,
+        "xformers": True,
+        "lowram": False,
+        "max_train_epochs": 10,
+        "clip_skip": 2,
+        "mixed_precision": "fp16",
+    },
+    "sample_prompt_arguments": {"sample_sampler": "euler_a", "sample_every_n_epochs": 5},
+    "saving_arguments": {
+        "output_name": "output_name",
+        "save_every_n_epochs": 1,
+        "save_n_epoch_ratio": 0,
+        "save_last_n_epochs": 499,
+        "save_state": False,
+        "save_model_as": "safetensors",
+        "output_dir": "./output",
+        "logging_dir": "./logs",
+        "log_prefix": "",
+        "save_precision": "fp16",
+    },
+    "others": {"cache_latents": True, "shuffle_caption": True, "enable_bucket": True},
+}
+
+
+@pytest.fixture
+def ext(sd_scripts: Path) -> ModuleType:
+    return importlib.import_module("train_network_ext")
+
+
+def parse(ext: ModuleType, monkeypatch: pytest.MonkeyPatch, *argv: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
+    return ext.parse_arguments(list(argv), ext.HOSTS["sd"])
+
+
+def parse_as_sd_scripts(monkeypatch: pytest.MonkeyPatch, *argv: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["train_network.py", *argv])
+    train_network, train_util = importlib.import_module("train_network"), importlib.import_module("library.train_util")
+    parser = train_network.setup_parser()
+    return train_util.read_config_from_file(parser.parse_args(argv), parser)
+
+
+def write(path: Path, config: dict) -> str:
+    path.write_text(toml.dumps(config), encoding="utf-8")
+    return str(path)
+
+
+def without_ours(args: argparse.Namespace) -> dict[str, object]:
+    return {name: value for name, value in vars(args).items() if name not in OURS}
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["sections", "flat"])
+def test_a_lora_scripts_config_is_read_as_sd_scripts_reads_it(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, flat: bool
+) -> None:
+    config = {key: value for section in LORA_SCRIPTS.values() for key, value in section.items()} if flat else LORA_SCRIPTS
+    argv = ["--config_file", write(tmp_path / "lora.toml", config), "--optimizer_type=AdamW", "--sdpa"]
+    expected = parse_as_sd_scripts(monkeypatch, *argv)
+    with caplog.at_level(logging.WARNING):
+        assert without_ours(parse(ext, monkeypatch, *argv)) == vars(expected)
+    assert "lr_restart_cycles is not an option of sd-scripts" in caplog.text
+    assert without_ours(parse(ext, monkeypatch, "--config", *argv[1:])) == vars(expected)
+
+
+def test_our_example_differs_from_sd_scripts_in_network_args_alone(ext: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--config_file", str(ROOT / "config" / "lora.toml")]
+    args = without_ours(parse(ext, monkeypatch, *argv))
+    expected = vars(parse_as_sd_scripts(monkeypatch, *argv))
+    added = {name for name in expected if name not in args}
+    assert added <= {"enabled", *setting_names()}  # sd-scripts flattens every section onto its arguments
+    config = toml.load(ROOT / "config" / "lora.toml")
+    wanted = {**config["pruning"], **config["quantization"]}
+    wanted.pop("enabled")
+    assert args.pop("network_args") == [f"{name}={value}" for name, value in wanted.items()]
+    assert args == {name: value for name, value in expected.items() if name not in added | {"network_args"}}
+
+
+@pytest.mark.parametrize("name", ["lora.toml", "demo.toml"])
+def test_our_configs_have_no_key_that_means_nothing(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        parse(ext, monkeypatch, "--config_file", str(ROOT / "config" / name))
+    assert "is not an option" not in caplog.text
+
+
+def test_precedence_is_command_line_then_network_args_then_sections(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = {
+        "network": {"network_module": "networks.lora_compress", "network_args": ["conv_dim=4", "bits=8", "min_rank=2"]},
+        "pruning": {"enabled": True, "rank_ratio": 0.5, "min_rank": 1, "norm_threshold": 0.1},
+        "quantization": {"enabled": True, "bits": 4, "group_size": 32},
+    }
+    path = write(tmp_path / "a.toml", config)
+    args = parse(ext, monkeypatch, "--config", path, "--pruning", "rank_ratio=0.7", "--quantization_device", "cpu")
+    values = dict(pair.split("=") for pair in args.network_args)
+    assert values == {
+        "conv_dim": "4",
+        "bits": "8",
+        "group_size": "32",
+        "min_rank": "2",
+        "rank_ratio": "0.7",
+        "norm_threshold": "0.1",
+        "quantization_device": "cpu",
+    }
+    args = parse(ext, monkeypatch, "--config", path, "--quantization", "enabled=false")
+    assert sorted(args.network_args) == sorted(["conv_dim=4", "rank_ratio=0.5", "min_rank=2", "norm_threshold=0.1"])
+    config["pruning"]["enabled"] = False
+    args = parse(ext, monkeypatch, "--config", write(tmp_path / "b.toml", config), "--quantization", "bits=4", "strategy=nf4")
+    assert dict(pair.split("=") for pair in args.network_args)["strategy"] == "nf4"
+    assert "rank_ratio=0.5" not in args.network_args
+
+
+WRONG = [
+    ({"training": {"max_train_epochs": "ten"}}, [], ["[training] max_train_epochs = 'ten'", "whole number"]),
+    ({"training": {"cache_latents": 1}, "model": {"seed": 1.5}}, [], ["cache_latents = 1", "true or false", "seed = 1.5"]),
+    ({"resolution": 512}, [], ["resolution = 512", "text"]),
+    ({"network_args": "bits=4"}, [], ["network_args = 'bits=4'", "a list"]),
+    ({"quantization": {"bit": 4}}, [], ["[quantization]", "bit", "did you mean bits"]),
+    ({"pruning": {"bits": 4}}, [], ["[pruning]", "bits: does not belong here"]),
+    ({"pruning": {"enabled": "maybe"}}, [], ["enabled = 'maybe'", "true or false"]),
+    ({"pruning": {"iterative_pruning": True}}, [], ["iterative_pruning"]),
+    ({"quantization": {"bits": 5}}, [], ["bits=5", "dynamic: 4, 8"]),
+    ({"quantization": {"bits": "four"}}, [], ["bits='four'", "whole number"]),
+    ({"network_args": ["conv_din=4"]}, [], ["conv_din", "did you mean conv_dim"]),
+    ({"network_args": ["bits"]}, [], ["'bits'", "key=value"]),
+    (
+        {"network_module": "networks.lora", "quantization": {"bits": 4}},
+        [],
+        ["network_module is networks.lora", "networks.lora_compress"],
+    ),
+    ({}, ["--quantization", "bits=4", "strategy=nf5"], ["strategy=nf5", "dynamic, static, nf4"]),
+    ({}, ["--pruning", "rank_ratio=1.5"], ["rank_ratio=1.5", "(0, 1]"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "parts"), WRONG, ids=lambda value: json.dumps(value) if isinstance(value, dict) else None
+)
+def test_what_is_wrong_is_named(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict, flags: list[str], parts: list[str]
+) -> None:
+    path = write(tmp_path / "wrong.toml", {"network_module": "networks.lora_compress", **config})
+    with pytest.raises(SettingsError) as caught:
+        parse(ext, monkeypatch, "--config_file", path, *flags)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_config_that_is_missing_or_no_toml_is_one_line_and_exit_status_2(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\nv2 = false", encoding="utf-8")
+    for path, part in ((tmp_path / "absent.toml", "no such file"), (broken, "not valid TOML")):
+        monkeypatch.setattr(sys, "argv", ["train_network_ext.py", "--config_file", str(path)])
+        assert ext.main() == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and part in error and str(path) in error and "\n" not in error
+
+
+def test_the_model_type_is_told_from_keys_alone(ext: ModuleType, tmp_path: Path) -> None:
+    def checkpoint(name: str, *keys: str) -> str:
+        save_file({key: torch.zeros(1) for key in keys}, tmp_path / name)
+        return str(tmp_path / name)
+
+    sd = checkpoint("sd.safetensors", "cond_stage_model.transformer.x", "model.diffusion_model.out.0.weight")
+    sdxl = checkpoint("sdxl.safetensors", "conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.out.0.weight")
+    other = checkpoint("flux.safetensors", "double_blocks.0.img_attn.qkv.weight")
+    torch.save({"state_dict": {"cond_stage_model.x": torch.zeros(1)}}, tmp_path / "sd.ckpt")
+    assert ext.detect_model_type(sd) == ext.detect_model_type(str(tmp_path / "sd.ckpt")) == "sd"
+    assert ext.detect_model_type(sdxl) == "sdxl"
+    with pytest.raises(LoraCompressError, match="--model_type"):
+        ext.detect_model_type(other)
+    for pipeline, expected in (("StableDiffusionPipeline", "sd"), ("StableDiffusionXLPipeline", "sdxl")):
+        folder = tmp_path / pipeline
+        folder.mkdir()
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+        assert ext.detect_model_type(str(folder)) == expected
+        assert ext.choose_host(["--pretrained_model_name_or_path", str(folder)]) is ext.HOSTS[expected]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["pretrained_model_name_or_path: not set"]),
+        (["--pretrained_model_name_or_path=./absent.safetensors"], ["./absent.safetensors", "no such file"]),
+        (["--pretrained_model_name_or_path=/absent/folder"], ["/absent/folder", "no such file"]),
+        (["--pretrained_model_name_or_path=/", "--model_type=flex"], ["model_type=flex", "sd, sdxl, auto"]),
+        (["--pretrained_model_name_or_path=/"], ["model_index.json"]),
+    ],
+)
+def test_a_model_that_is_missing_or_unknown_is_named(ext: ModuleType, argv: list[str], parts: list[str]) -> None:
+    with pytest.raises(LoraCompressError) as caught:
+        ext.choose_host(argv)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_named(ext: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(LoraCompressError, match=r"cut\.safetensors"):
+        ext.detect_model_type(str(tmp_path / "cut.safetensors"))
+
+
+def test_a_unet_that_differs_in_more_than_widths_is_refused(ext: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"block_out_channels": [32, 64], "layers_per_block": 1}))
+    model = importlib.import_module("library.compress_model")
+    original_unet = importlib.import_module("library.original_unet")
+    before = original_unet.BLOCK_OUT_CHANNELS
+    with pytest.raises(LoraCompressError, match="layers_per_block is 1, must be 2"):
+        model.adapt_unet_widths(str(tmp_path))
+    assert before == original_unet.BLOCK_OUT_CHANNELS

@@ -1,0 +1,144 @@
+"""The main job in minutes: train a LoRA on tiny-sd through sd-scripts, save it compressed, load it again, draw with it.
+
+    python bootstrap.py demo
+
+Writes outputs/demo/: the data set, the LoRA (packed, and its kohya partner) and comparison.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import networks.sd_scripts_path  # noqa: E402, F401  joins our packages with those of sd-scripts: must come before either is used
+
+# isort: split
+import torch  # noqa: E402
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from lora_compress.evaluation.probe import Probe, load_probe  # noqa: E402
+from lora_compress.evaluation.shapes import SHAPES, TEXTURES, concept_prompts, write_dataset  # noqa: E402
+from networks import lora_compress as network_module  # noqa: E402
+
+TINY_SD = ROOT / "assets" / "tiny-sd"
+NAME = "striped_star"
+STEPS, GUIDANCE = 25, 4.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one variant drew: pictures (N, 3, 64, 64) in [0, 1], the share that shows the concept, bytes of its LoRA."""
+
+    pictures: torch.Tensor
+    found: float
+    size: int
+
+
+def train(folder: Path) -> None:
+    """Run the trainer as a user would: accelerate launch train_network_ext.py --config_file config/demo.toml."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process=2", "--cpu"]
+    config = ["--config_file=config/demo.toml", f"--train_data_dir={folder / 'data'}", f"--output_dir={folder}"]
+    result = subprocess.run([*launch, "train_network_ext.py", *config, f"--logging_dir={folder / 'logs'}"], cwd=ROOT)
+    if result.returncode:
+        raise SystemExit(f"error: training ended with exit status {result.returncode}; its last lines say why")
+
+
+def draw(prompts: list[str], probe: Probe, lora: Path | None) -> Drawn:
+    """Draw `prompts` with seeds 0, 1, ... on tiny-sd, with or without a LoRA, and let the probe look at the pictures."""
+    pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None, torch_dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        models = (pipeline.vae, pipeline.text_encoder, pipeline.unet)
+        network, weights = network_module.create_network_from_weights(1.0, str(lora), *models, for_inference=True)
+        network.apply_to(pipeline.text_encoder, pipeline.unet)
+        network.load_state_dict(weights, False)
+        network.eval()
+    pictures = []
+    for start in range(0, len(prompts), 32):
+        seeds = [torch.Generator().manual_seed(start + index) for index in range(len(prompts[start : start + 32]))]
+        result = pipeline(
+            prompts[start : start + 32],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=seeds,
+            height=64,
+            width=64,
+            output_type="pt",
+        )
+        pictures.append(result.images.float())
+    drawn = torch.cat(pictures)
+    read = probe.classify(drawn)
+    found = (read["texture"] == TEXTURES.index("striped")) & (read["shape"] == SHAPES.index("star"))
+    return Drawn(drawn, float(found.float().mean()), lora.stat().st_size if lora else 0)
+
+
+def save_comparison(variants: dict[str, Drawn], path: Path, columns: int = 8, zoom: int = 2) -> None:
+    """A row of pictures for each variant, same prompt and seed in a column."""
+    side, label = 64 * zoom, 20
+    sheet = Image.new("RGB", (columns * side, len(variants) * (side + label)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (name, drawn) in enumerate(variants.items()):
+        top = row * (side + label)
+        pen.text((6, top + 4), f"{name}: {drawn.size / 1e3:.0f} KB, concept in {drawn.found:.0%}", fill="black")
+        for column, picture in enumerate(drawn.pictures[:columns]):
+            pixels = picture.mul(255).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (column * side, top + label))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main() -> int:
+    """Exit status 1 if the compressed LoRA does not draw what the full one draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo", help="replaced if it is there")
+    parser.add_argument("--pictures", type=int, default=64, help="drawn for each variant")
+    parser.add_argument("--image", type=Path, default=None, help="where to put the comparison; default <output>/comparison.png")
+    options = parser.parse_args()
+    folder: Path = options.output.resolve()
+    started = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    write_dataset(folder / "data")
+    train(folder)
+    full = folder / f"{NAME}-full.safetensors"  # the trainer's state holds the network's weights in kohya's layout
+    shutil.copy(folder / f"{NAME}-state" / "model.safetensors", full)
+
+    probe = load_probe(TINY_SD / "probe.safetensors")
+    prompts = concept_prompts(options.pictures)
+    loras = {
+        "tiny-sd alone": None,
+        "full LoRA": full,
+        "compressed LoRA (packed)": folder / f"{NAME}.safetensors",
+        "compressed LoRA (kohya)": folder / f"{NAME}.kohya.safetensors",
+    }
+    variants = {name: draw(prompts, probe, lora) for name, lora in loras.items()}
+    image = options.image or folder / "comparison.png"
+    save_comparison(variants, image)
+
+    table = Table("LoRA", "size", "striped star found", title=f"{len(prompts)} pictures each, read by the probe")
+    for name, drawn in variants.items():
+        table.add_row(name, f"{drawn.size / 1e3:.0f} KB" if drawn.size else "-", f"{drawn.found:.0%}")
+    Console().print(table)
+    print(f"pictures: {image}\nLoRA: {loras['compressed LoRA (packed)']}\n{time.monotonic() - started:.0f} s")
+    base, whole, packed, _ = (drawn.found for drawn in variants.values())
+    learned, kept = base <= 0.1 and whole >= 0.8, packed >= 0.8 * whole
+    if not learned:
+        print(f"error: the LoRA has not learned its concept: found in {base:.0%} without it, {whole:.0%} with it", file=sys.stderr)
+    if not kept:
+        print(f"error: compression lost the concept: {whole:.0%} before, {packed:.0%} after", file=sys.stderr)
+    return 0 if learned and kept else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
