@@ -201,7 +201,7 @@ def obtain_sd_scripts() -> Path:
 
 
 def clone(commit: str, target: Path, url: str = URL) -> None:
-    """Makes a clone of root files, library/ and networks/ at `commit`; `target` appears complete or not at all.
+    """Makes a clone of root files, library/, networks/ and tools/ (gen_img.py imports it) at `commit`; `target` appears complete or not at all.
 
     What an interrupted run left under the temporary name is replaced; a `target` that is no checkout is moved aside.
     """
@@ -211,7 +211,7 @@ def clone(commit: str, target: Path, url: str = URL) -> None:
     _git(["ls-remote", "--exit-code", url, "HEAD"], PROBE_SECONDS)  # a dead network is known at once, not when TCP gives up
     _git(["clone", "--quiet", "--filter=blob:none", "--no-checkout", url, str(partial)], CLONE_SECONDS)
     _git(["-C", str(partial), "sparse-checkout", "init", "--cone"], CLONE_SECONDS)
-    _git(["-C", str(partial), "sparse-checkout", "set", "library", "networks"], CLONE_SECONDS)
+    _git(["-C", str(partial), "sparse-checkout", "set", "library", "networks", "tools"], CLONE_SECONDS)
     _git(["-C", str(partial), "checkout", "--quiet", "--detach", commit], CLONE_SECONDS)
     if not is_checkout(partial):
         raise SourceError(f"{url} at {commit[:7]} holds no sd-scripts: {remedy()}")
