@@ -123,12 +123,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or config.option.collectonly or config.option.help:
         return
-    against = ", ".join(
-        f"{count} {'tests ran ' if not index else ''}against {version}" for index, (version, count) in enumerate(_sorted())
-    )
-    reporter.write_line(f"sd-scripts: {against or 'no test ran against it'}; {_skipped} skipped for want of it")
-
-
-def _sorted() -> list[tuple[str, int]]:
-    """Versions with the most tests first."""
-    return sorted(_ran.items(), key=lambda item: item[1], reverse=True)
+    most_first = sorted(_ran.items(), key=lambda item: item[1], reverse=True)
+    against = ", ".join(f"{count} against {version}" for version, count in most_first)
+    reporter.write_line(f"sd-scripts: tests run: {against or 'none'}; {_skipped} skipped for want of it")

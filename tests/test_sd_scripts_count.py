@@ -1,0 +1,61 @@
+"""The closing line of a test run: what ran against the real sd-scripts, what did not, and when that is a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SUITE = """
+import pytest
+
+@pytest.mark.parametrize("sd_scripts_at", ["v0.10.1", "v0.9.1"], indirect=True)
+@pytest.mark.parametrize("number", [0, 1])
+def test_older(sd_scripts_at, number): pass
+
+def test_main(sd_scripts): pass
+def test_free(): pass
+
+@pytest.mark.skip(reason="for another reason")
+def test_skipped(sd_scripts): pass
+"""
+
+
+def _run_suite(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs SUITE under our conftest.py, in a project that has no sd-scripts of its own."""
+    (folder / "tests").mkdir(parents=True)
+    (folder / "networks").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
+    for name in ("sd_scripts_lookup.py", "sd_scripts_path.py"):
+        shutil.copy(ROOT / "networks" / name, folder / "networks")
+    shutil.copytree(ROOT / "library", folder / "library")
+    (folder / "tests" / "test_suite.py").write_text(SUITE)
+    kept = {name: value for name, value in os.environ.items() if name not in ("SD_SCRIPTS_DIR", "REQUIRE_SD_SCRIPTS", "PYTHONPATH")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "pythonpath=.", "--rootdir", str(folder), "tests"]
+    return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True)
+
+
+def test_without_sd_scripts_tests_skip_and_are_counted(tmp_path: Path) -> None:
+    done = _run_suite(tmp_path / "project")
+    assert done.returncode == 0, done.stdout
+    pytests, ours = done.stdout.splitlines()[-2:]
+    assert "1 passed, 6 skipped in" in pytests
+    assert ours == "sd-scripts: tests run: none; 5 skipped for want of it"
+
+
+def test_required_sd_scripts_turns_each_such_skip_into_a_failure(tmp_path: Path) -> None:
+    done = _run_suite(tmp_path / "project", REQUIRE_SD_SCRIPTS="1")
+    assert done.returncode == 1
+    assert "1 passed, 1 skipped, 5 errors in" in done.stdout.splitlines()[-2]
+
+
+@pytest.mark.parametrize("sd_scripts_at", ["v0.10.1"], indirect=True)
+def test_with_sd_scripts_the_versions_are_named(sd_scripts_at: Path, tmp_path: Path) -> None:
+    done = _run_suite(tmp_path / "project", SD_SCRIPTS_DIR=str(sd_scripts_at))
+    assert done.stdout.splitlines()[-1] == "sd-scripts: tests run: 3 against v0.10.1; 2 skipped for want of it"
