@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 CORE = [
     "torch>=2.6",  # tensors, SVD, autograd
     "safetensors>=0.4.3",  # the file format that is read and written
-    "numpy>=1.26",  # bit packing and entropy coding outside of torch
+    "numpy>=1.26",  # safetensors writes torch tensors through it
     "tqdm>=4.66",  # progress of long runs
     "rich>=13.7",  # tables on the terminal
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import toml
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from lora_compress import load_lora
@@ -73,13 +74,14 @@ def train(flags: list[str], *more: str, **environment: str) -> str:
     return run([*LAUNCH, "train_network_ext.py", *flags, *more], **environment)
 
 
-def run_stock(script: str, root: Path, repair: Path, flags: list[str]) -> str:
-    """Run sd-scripts' own script in its own folder, our packages on PYTHONPATH and the narrow U-Net's widths as its constants."""
+def run_stock(script: str, root: Path, repair: Path, model: Path, flags: list[str]) -> str:
+    """Run sd-scripts' own script in its own folder, our packages on PYTHONPATH and the model's U-Net widths as its constants."""
+    widths = json.loads((model / "unet" / "config.json").read_text())["block_out_channels"]
     code = (
         "import runpy, sys\n"
         "sys.path.insert(0, '')\n"
         "import library.original_unet as unet\n"
-        "unet.BLOCK_OUT_CHANNELS, unet.TIMESTEP_INPUT_DIM, unet.TIME_EMBED_DIM = (32, 32, 64, 64), 32, 128\n"
+        f"unet.BLOCK_OUT_CHANNELS, unet.TIMESTEP_INPUT_DIM, unet.TIME_EMBED_DIM = {widths}, {widths[0]}, {4 * widths[0]}\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
@@ -128,7 +130,7 @@ def test_sd_scripts_own_trainer_saves_the_same_way(
     sd_scripts_at: Path, torchvision_repair: Path, model: Path, pictures: Path, tmp_path: Path
 ) -> None:
     flags = [*config(model, pictures, tmp_path), "--network_args", "bits=8", "rank_ratio=0.5"]
-    printed = run_stock("train_network.py", sd_scripts_at, torchvision_repair, flags)
+    printed = run_stock("train_network.py", sd_scripts_at, torchvision_repair, model, flags)
     assert "compressed LoRA" in printed
     file = load_lora(tmp_path / "lora.safetensors")
     assert file.packed and file.metadata["ss_compress_bits"] == "8" and len(file.updates) == 204
@@ -166,19 +168,19 @@ def test_training_goes_on_from_a_packed_file(sd_scripts: Path, model: Path, pict
             assert torch.allclose(again[module].dense(), update.dense(), atol=1e-5)
 
 
-def test_gen_img_draws_with_a_packed_file(
-    sd_scripts: Path, torchvision_repair: Path, model: Path, pictures: Path, tmp_path: Path
-) -> None:
-    train(config(model, pictures, tmp_path), "--quantization", "bits=8")
-    flags = [f"--ckpt={model}", f"--tokenizer_cache_dir={models.TOKENIZER_CACHE}", "--prompt=a red star", "--W=64", "--H=64"]
+def test_gen_img_draws_with_a_packed_file(sd_scripts: Path, torchvision_repair: Path, pictures: Path, tmp_path: Path) -> None:
+    train(config(models.TINY_SD, pictures, tmp_path), "--quantization", "bits=8")
+    cache, size = f"--tokenizer_cache_dir={models.TOKENIZER_CACHE}", ["--W=64", "--H=64", "--steps=4", "--seed=1"]
     ours = ["--network_module=networks.lora_compress", f"--network_weights={tmp_path / 'lora.safetensors'}"]
     drawn = []
-    for name, lora in {"without": [], "with": ours}.items():
-        more = [f"--outdir={tmp_path / name}", "--seed=1", "--steps=2", "--images_per_prompt=1"]
-        run_stock("gen_img.py", sd_scripts, torchvision_repair, [*flags, *more, *lora])
+    for name, lora in {"without": [], "with": ours, "merged": [*ours, "--network_merge"]}.items():
+        flags = [f"--ckpt={models.TINY_SD}", cache, "--prompt=a red star", *size, f"--outdir={tmp_path / name}", *lora]
+        run_stock("gen_img.py", sd_scripts, torchvision_repair, models.TINY_SD, flags)
         (picture,) = (tmp_path / name).glob("*.png")
-        drawn.append(picture.read_bytes())
-    assert drawn[0] != drawn[1]
+        drawn.append(torch.tensor(list(Image.open(picture).convert("RGB").tobytes()), dtype=torch.float32))
+    without, live, merged = drawn
+    assert (live - without).abs().mean() > 1  # of 255
+    assert (live - merged).abs().mean() < 1
 
 
 def test_full_size_sd15(sd_scripts: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
