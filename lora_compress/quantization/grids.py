@@ -36,7 +36,10 @@ NF4_LEVELS = (
     0.7229568362236023,
     1.0,
 )
-_SHRINK = {4: [0.55 + 0.05 * step for step in range(11)], 8: [0.9, 0.95, 1.0]}  # candidates for scale / absmax scale
+# Candidates for the number of steps at which the largest weight lies, 2^(bits-1) - 1 and 2^(bits-1) among them: with these
+# two, what was decoded is encoded again to the same values.
+_REACHES = {4: (7, 7.5, 8, 8.5, 9, 9.5, 10.5, 11.5, 12.5, 14), 8: (127, 128, 134, 142)}
+_TINY = torch.finfo(torch.float32).tiny  # smaller scales have no finite reciprocal
 
 
 def to_blocks(rows: Tensor, block_size: int | None) -> Tensor:
@@ -64,24 +67,25 @@ def integer_levels(bits: int) -> list[float]:
 def quantize_integer(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes (r, b, g), uint8, of the nearest grid point of `scale: (r, b)`; scale 0 gives the code of zero."""
     half = 2 ** (bits - 1)
-    steps = torch.where(scale != 0, 1.0 / scale, 0.0).unsqueeze(2)
-    return (blocks * steps).round().clamp(-half, half - 1).add(half).to(torch.uint8)
+    return (blocks * _reciprocal(scale)).round().clamp(-half, half - 1).add(half).to(torch.uint8)
 
 
 def choose_mse_scale(blocks: Tensor, bits: int) -> Tensor:
     """Scale (r, b) with the least squared error among shrunken absmax scales.
 
     The grid reaches one step further on its negative side, so the scale has the sign that puts the largest weight there.
-    Scales are rounded to bfloat16, in which they are stored, before they are judged.
+    Scales are rounded to bfloat16, in which they are stored, before they are judged; errors are taken relative to the
+    largest weight, so that their squares neither vanish nor overflow.
     """
-    half = 2 ** (bits - 1)
     largest, smallest = blocks.amax(dim=2), blocks.amin(dim=2)
     extreme = torch.where(largest > -smallest, -largest, -smallest)  # the magnitude, with the sign of the scale
+    inverse = _reciprocal(extreme)
+    unit = blocks * inverse  # the largest weight is -1
     best = torch.zeros_like(extreme)
     least = torch.full_like(extreme, float("inf"))
-    for shrink in _SHRINK[bits]:
-        scale = _as_stored(extreme * (shrink / (half - 0.5)))
-        error = (_snap(blocks, scale, bits) - blocks).square_().sum(dim=2)
+    for reach in _REACHES[bits]:
+        scale = _as_stored(extreme / reach)
+        error = (_snap(unit, scale * inverse.squeeze(2), bits) - unit).square_().sum(dim=2)
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best
@@ -103,14 +107,17 @@ def choose_absmax(blocks: Tensor) -> Tensor:
 def quantize_nf4(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Codes (r, b, g), uint8, of the nearest NF4 level of blocks / absmax: those of bitsandbytes' quantize_4bit."""
     levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=blocks.device)
-    inverse = torch.where(absmax != 0, 1.0 / absmax, 0.0).unsqueeze(2)
-    return torch.bucketize((blocks * inverse).contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize((blocks * _reciprocal(absmax)).contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
 def _snap(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
-    steps = torch.where(scale != 0, 1.0 / scale, 0.0).unsqueeze(2)
-    return (blocks * steps).round_().clamp_(-half, half - 1).mul_(scale.unsqueeze(2))
+    return (blocks * _reciprocal(scale)).round_().clamp_(-half, half - 1).mul_(scale.unsqueeze(2))
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale for blocks, (r, b, 1); 0 where the block holds nothing."""
+    return torch.where(scale.abs() >= _TINY, 1.0 / scale, 0.0).unsqueeze(2)
 
 
 def _as_stored(scale: Tensor) -> Tensor:
