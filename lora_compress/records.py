@@ -90,7 +90,9 @@ def decode_record(record: Tensor, name: str = "record") -> LowRankUpdate:
     scale_down, scale_up, codes_down, codes_up = rows.split(layout.widths, dim=1)
     factors = [
         layout.codec.decode(
-            unpack_bits(codes, layout.codec.bits, count), scales.contiguous().view(layout.scale_dtype), layout.block_size
+            unpack_bits(codes, layout.codec.bits, count),
+            scales.clone(memory_format=torch.contiguous_format).view(layout.scale_dtype),  # .contiguous() keeps a lone row's stride
+            layout.block_size,
         )
         for codes, scales, count in ((codes_down, scale_down, layout.inputs), (codes_up, scale_up, layout.outputs))
     ]
@@ -120,6 +122,6 @@ def _read_header(record: Tensor, name: str) -> tuple[_Layout, int, tuple[int, ..
     kernel = tuple(kernel_fields[:dims])
     layout = _Layout(codec, scale_dtype, block or None, channels * torch.Size(kernel).numel(), outputs)
     expected = _HEADER.size + rank * sum(layout.widths)
-    if rank < 1 or len(record) != expected:
+    if 0 in (rank, outputs, channels, *kernel) or len(record) != expected:
         raise FormatError(f"{name}: {len(record)} bytes, its header asks for {expected}: the file is cut or damaged")
     return layout, rank, kernel
