@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,11 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
     At most min(r, out, in * kernel) components come out.
 
     Raises:
-        FormatError: a factor holds NaN or infinity.
+        FormatError: a factor or alpha holds NaN or infinity.
     """
     up, down = update.up_matrix.double(), update.down_matrix.double()
-    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-        raise FormatError("the factors hold NaN or infinity: the training diverged, nothing can be saved from it")
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all() and math.isfinite(update.alpha)):
+        raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
     q_up, r_up = torch.linalg.qr(up)  # (out, p), (p, r)
     q_down, r_down = torch.linalg.qr(down.T)  # (in * kernel, q), (q, r)
     u, sigma, vh = torch.linalg.svd(r_up @ r_down.T * update.scale, full_matrices=False)

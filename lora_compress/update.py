@@ -52,12 +52,12 @@ class LowRankUpdate:
     @property
     def down_matrix(self) -> Tensor:
         """`down` as a matrix, (r, in * kernel)."""
-        return self.down.reshape(self.rank, -1)
+        return self.down.flatten(1)
 
     @property
     def up_matrix(self) -> Tensor:
         """`up` as a matrix, (out, r)."""
-        return self.up.reshape(self.up.shape[0], self.rank)
+        return self.up.flatten(1)
 
     @property
     def numel(self) -> int:

@@ -22,7 +22,8 @@ def from_kohya(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRankUpdate],
     """Part tensors into updates by module name and whatever belongs to none. A missing or zero alpha means alpha = rank.
 
     Raises:
-        FormatError: a module has only one of its two factors, or factors that do not fit.
+        FormatError: a module has only one of its two factors, factors that do not fit, or parts that change what they mean
+            (lora_mid, dora_scale).
     """
     names = [key[: -len(_DOWN)] for key in tensors if key.endswith(_DOWN)]
     rest = dict(tensors)
@@ -31,11 +32,18 @@ def from_kohya(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRankUpdate],
         down, up, alpha = rest.pop(name + _DOWN), rest.pop(name + _UP, None), rest.pop(name + _ALPHA, None)
         if up is None:
             raise FormatError(f"{name}: has lora_down.weight but no lora_up.weight")
+        if alpha is not None and alpha.numel() != 1:
+            raise FormatError(f"{name}: alpha has the shape {tuple(alpha.shape)}, it is a single number")
         value = float(alpha) if alpha is not None else 0.0
         try:
             updates[name] = LowRankUpdate(down, up, value or float(down.shape[0]))
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
+    for key in rest:
+        if key.endswith(_UP):
+            raise FormatError(f"{key[: -len(_UP)]}: has lora_up.weight but no lora_down.weight")
+        if key.partition(".")[0] in updates:
+            raise FormatError(f"{key}: a part of a module that is not read here: plain LoRA and LoCon modules are, DoRA is not")
     return updates, rest
 
 
@@ -59,6 +67,9 @@ def to_kohya(updates: Mapping[str, LowRankUpdate], dtype: torch.dtype) -> dict[s
     Args:
         updates: by module name; rank 0 is left out.
         dtype: of the factors; `FP8` for float8_e4m3fn.
+
+    Raises:
+        FormatError: weights beyond the range of `dtype`.
     """
     kept = {name: _at_least_rank_two(update) for name, update in updates.items() if update.rank}
     alpha = _fp8_alpha(kept) if dtype == FP8 else 1.0
@@ -68,8 +79,10 @@ def to_kohya(updates: Mapping[str, LowRankUpdate], dtype: torch.dtype) -> dict[s
         down = update.down.float() * math.sqrt(abs(gain))
         up = update.up.float() * math.copysign(math.sqrt(abs(gain)), gain)
         balance = _power_of_two_balance(down, up)
-        tensors[name + _DOWN] = (down * balance).to(dtype).contiguous().cpu()
-        tensors[name + _UP] = (up / balance).to(dtype).contiguous().cpu()
+        for key, factor in ((name + _DOWN, down * balance), (name + _UP, up / balance)):
+            tensors[key] = factor.to(dtype).contiguous().cpu()
+            if not torch.isfinite(tensors[key].float()).all():
+                raise FormatError(f"{key}: weights up to {float(factor.abs().amax()):.3g} do not fit {dtype}: save as float32")
         tensors[name + _ALPHA] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
@@ -84,9 +97,11 @@ def _at_least_rank_two(update: LowRankUpdate) -> LowRankUpdate:
 
 def _fp8_alpha(updates: Mapping[str, LowRankUpdate]) -> float:
     """The smallest power of two with sqrt(max|down| max|up| |alpha_m| / alpha) at most 8 for every module m."""
-    products = [float(u.down.abs().amax().double() * u.up.abs().amax().double()) * abs(u.alpha) for u in updates.values()]
+    products = [float(u.down.double().abs().amax() * u.up.double().abs().amax()) * abs(u.alpha) for u in updates.values()]
     largest = max(products, default=0.0)
-    return 2.0 ** math.ceil(math.log2(largest / _FP8_AMAX**2)) if largest > 0.0 else 1.0
+    if largest == 0.0:
+        return 1.0
+    return 2.0 ** min(max(math.ceil(math.log2(largest / _FP8_AMAX**2)), -126), 127)  # alpha is stored in float32
 
 
 def _power_of_two_balance(down: Tensor, up: Tensor) -> float:
