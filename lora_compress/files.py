@@ -53,18 +53,19 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically.
+    """Write a safetensors file atomically; the same content gives the same bytes.
 
     Raises:
         SaveError: see `atomic_path`.
     """
     with atomic_path(path) as temporary:
         save_file(dict(tensors), temporary, dict(metadata))
+        _sort_metadata(temporary)
 
 
 def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
     """Bytes of the safetensors file of `tensors` (meta tensors will do): 8, a JSON header padded to 8, the data."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
     offset = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         end = offset + tensor.numel() * tensor.dtype.itemsize
@@ -72,6 +73,18 @@ def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
         offset = end
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + offset
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: its writer has them in another one each time."""
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from .update import LowRankUpdate
+
 __all__ = ["finish_metadata", "model_hashes"]
 
 
@@ -26,20 +28,23 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 def finish_metadata(
     metadata: Mapping[str, str] | None,
     tensors: Mapping[str, Tensor],
-    ranks: Mapping[str, int],
+    updates: Mapping[str, LowRankUpdate],
     details: Mapping[str, Any],
 ) -> dict[str, str]:
     """Metadata of a compressed file: a copy of the host's, mended.
 
-    ss_network_dim and ss_network_alpha become the common rank, or "Dynamic" where ranks differ, as sd-scripts' own
-    resize tool writes; `details` goes in as ss_compress_* keys; both hashes are taken anew.
+    ss_network_dim and ss_network_alpha become the common rank and alpha of `updates`, those that the file holds, or
+    "Dynamic" where they differ, as sd-scripts' own resize tool writes; `details` goes in as ss_compress_* keys, and
+    those of an earlier compression go; both hashes are taken anew.
     """
-    finished = dict(metadata or {})
-    distinct = set(ranks.values())
-    dim = str(distinct.pop()) if len(distinct) == 1 else "Dynamic"
-    for key in ("ss_network_dim", "ss_network_alpha"):
+    finished = {key: value for key, value in (metadata or {}).items() if not key.startswith(("ss_compress_", "lora_compress_"))}
+    truth = {
+        "ss_network_dim": {str(update.rank) for update in updates.values()},
+        "ss_network_alpha": {str(update.alpha) for update in updates.values()},
+    }
+    for key, values in truth.items():
         if key in finished:
-            finished[key] = dim
+            finished[key] = values.pop() if len(values) == 1 else "Dynamic"
     finished |= {f"ss_compress_{key}": _text(value) for key, value in details.items() if value is not None}
     return finished | model_hashes(tensors, finished)
 

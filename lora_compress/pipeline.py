@@ -100,14 +100,15 @@ def save(
     """
     settings = lora.settings
     details = {**settings.as_dict(), **lora.report.details(), "quantization_device": None}
-    ranks = {name: update.rank for name, update in lora.updates.items()}
     packed = {FORMAT_KEY: FORMAT_VERSION} if settings.save_format in ("packed", "both") else {}
     if settings.save_format == "both":
         partner = to_kohya(lora.updates, dtype or torch.float32)
         write_safetensors(
-            partner, kohya_partner(path), finish_metadata(metadata, partner, ranks, {**details, "save_format": "kohya"})
+            partner,
+            kohya_partner(path),
+            finish_metadata(metadata, partner, from_kohya(partner)[0], {**details, "save_format": "kohya"}),
         )
-    write_safetensors(lora.tensors, path, finish_metadata(metadata, lora.tensors, ranks, details) | packed)
+    write_safetensors(lora.tensors, path, finish_metadata(metadata, lora.tensors, lora.updates, details) | packed)
     return dataclasses.replace(lora.report, bytes=(lora.report.bytes[0], os.path.getsize(path)))
 
 
