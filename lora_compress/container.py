@@ -89,6 +89,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
         raise FormatError(f"{path}: no such file") from None
     except Exception as error:
         raise FormatError(f"{path}: cannot be read as weights alone ({error}): convert it to .safetensors") from error
+    if not isinstance(loaded, Mapping):
+        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not weights by key: it is no LoRA")
     return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}, {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -129,6 +130,8 @@ class CompressionSettings:
             problems.append(f"save_format={self.save_format} stores quantized weights: set bits under 16, or save_format=kohya")
         elif self.save_format == "fp8" and quantized:
             problems.append("save_format=fp8 has 8-bit floats of its own: set bits=16, or save_format=packed")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.quantization_device):
+            problems.append(f"quantization_device={self.quantization_device}: must be cpu, cuda or cuda:<number>")
         if problems:
             raise SettingsError(problems)
 
@@ -151,7 +154,7 @@ class CompressionSettings:
             if name in known:
                 try:
                     parsed[name] = _convert(value, known[name])
-                except ValueError:
+                except (TypeError, ValueError, OverflowError):
                     problems.append(f"{name}={value!r}: must be {_TYPE_NAMES[known[name]]}")
         try:
             settings = cls(
