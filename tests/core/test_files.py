@@ -1,0 +1,150 @@
+"""A file appears whole or not at all, whatever interrupts its writing, and its size is known beforehand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from core.factories import mixed_updates, random_update
+from safetensors.torch import save_file
+
+from lora_compress import CompressionSettings, SaveError, atomic_path, compress, load_lora, save
+from lora_compress.files import safetensors_size
+
+ROOT = Path(__file__).resolve().parents[2]
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, signals and file limits")
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@posix
+def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "lora.safetensors"
+    target.write_text("old")
+    if (child := os.fork()) == 0:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half of the new")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 2  # it was in the middle of writing
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from core.factories import random_update
+from lora_compress import CompressionSettings, compress, load_lora, save
+path = Path(sys.argv[1])
+settings = CompressionSettings.parse({"bits": 8})
+loras = [compress({f"m{i}": random_update(32, 4096, 4096, seed=10 * j + i) for i in range(8)}, settings) for j in (0, 1)]
+rng, seen = random.Random(0), 0
+for attempt in range(10):
+    if (child := os.fork()) == 0:
+        for turn in range(10**6):
+            save(loras[turn % 2], path)
+    time.sleep(rng.uniform(0.002, 0.1))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if path.exists():
+        seen += 1
+        found = load_lora(path).updates
+        assert any(all(torch.equal(found[n].up, u.up) for n, u in lora.updates.items()) for lora in loras), attempt
+print("loaded", seen, "size", path.stat().st_size)
+"""
+
+
+@posix
+def test_a_process_killed_while_saving_never_leaves_half_a_file(tmp_path: Path) -> None:
+    done = run(KILLED, tmp_path / "lora.safetensors")
+    assert done.returncode == 0, done.stderr
+    _, seen, _, size = done.stdout.split()
+    assert int(seen) >= 5, "the children never came to write"
+    assert int(size) > 2e6
+
+
+FULL_DISK = """
+import resource, signal, sys
+from core.factories import random_update
+from lora_compress import CompressionSettings, SaveError, compress, save
+lora = compress({"m": random_update(64, 2048, 2048)}, CompressionSettings.parse({"bits": 8}))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save(lora, sys.argv[1])
+except SaveError as error:
+    print(error)
+"""
+
+
+@posix
+def test_a_full_disk_is_one_clear_error_and_harms_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    old = compress(mixed_updates(), CompressionSettings.parse({"bits": 4}))
+    save(old, path)
+    before = path.read_bytes()
+    done = run(FULL_DISK, path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path}: cannot be written (")
+    assert "free disk space or choose another output folder" in done.stdout
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("where", ["file/lora.safetensors", "file/deeper/lora.safetensors", "folder"])
+def test_a_path_that_cannot_be_written_is_a_save_error(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SaveError, match=f"^{tmp_path / where}: cannot be written"):
+        save(compress({"m": random_update()}, CompressionSettings.parse({"bits": 8})), tmp_path / where)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file_and_no_other(error: type[BaseException], tmp_path: Path) -> None:
+    target = tmp_path / "lora.safetensors"
+    target.write_text("old")
+    with pytest.raises(error):
+        with atomic_path(target) as temporary:
+            temporary.write_text("new")
+            raise error
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "a" / "b" / "c.safetensors") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a" / "b" / "c.safetensors").read_text() == "new"
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"ss_tag": 'quotes " and \\ and\nlines, \u00e9\u65e5 \x01', "b": ""}], ids=str)
+@pytest.mark.parametrize("values", [{"bits": 8}, {"bits": 4, "strategy": "nf4"}, {"save_format": "fp8"}, {}], ids=str)
+def test_size_is_known_without_writing(values: dict[str, object], metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = compress(mixed_updates(), CompressionSettings.parse(values), torch.bfloat16).tensors
+    for count in range(1, len(tensors) + 1):  # the header is padded to 8 bytes: different lengths of it
+        some = dict(list(tensors.items())[:count])
+        save_file(some, path, metadata)
+        assert safetensors_size({key: tensor.to("meta") for key, tensor in some.items()}, metadata) == path.stat().st_size
+
+
+def test_loading_does_not_keep_the_file_from_being_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    first = compress({"m": random_update(seed=1)}, CompressionSettings.parse({"bits": 8}))
+    second = compress({"m": random_update(seed=2)}, CompressionSettings.parse({"bits": 8}))
+    save(first, path)
+    loaded = load_lora(path)
+    save(second, path)
+    assert torch.equal(loaded.updates["m"].up, first.updates["m"].up)
+    assert torch.equal(load_lora(path).updates["m"].up, second.updates["m"].up)
