@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import networks.sd_scripts_path  # noqa: F401  joins our packages with those of sd-scripts: must come before either is used
@@ -15,7 +16,7 @@ import networks.sd_scripts_path  # noqa: F401  joins our packages with those of 
 # isort: split
 from library import train_util
 from library.compress_config import add_arguments, check_host_values, forget_own_sections, merge_network_args, read_toml
-from library.compress_model import detect_model_type, require_model
+from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
 from lora_compress import LoraCompressError
 from networks.lora_compress import host_arguments
@@ -23,16 +24,24 @@ from networks.lora_compress import host_arguments
 
 @dataclass(frozen=True)
 class Host:
-    """A trainer of sd-scripts: its script, its class, and the network module that `networks.lora_compress` extends for it."""
+    """A trainer of sd-scripts.
+
+    Args:
+        script: its module.
+        trainer: its class.
+        network: the network module that `networks.lora_compress` extends for it.
+        adapt: lets sd-scripts build the model in a diffusers folder that is narrower than the usual one.
+    """
 
     script: str
     trainer: str
     network: str
+    adapt: Callable[[str], None]
 
 
 HOSTS = {
-    "sd": Host("train_network", "NetworkTrainer", "networks.lora"),
-    "sdxl": Host("sdxl_train_network", "SdxlNetworkTrainer", "networks.lora"),
+    "sd": Host("train_network", "NetworkTrainer", "networks.lora", adapt_sd_widths),
+    "sdxl": Host("sdxl_train_network", "SdxlNetworkTrainer", "networks.lora", adapt_sdxl_widths),
 }
 
 
@@ -81,6 +90,7 @@ def main() -> int:
     try:
         host = HOSTS["sd"] if {"-h", "--help"} & set(argv) else choose_host(argv)
         args = parse_arguments(argv, host)
+        host.adapt(args.pretrained_model_name_or_path)
         trainer = getattr(importlib.import_module(host.script), host.trainer)
         type(f"Compress{host.trainer}", (CompressTrainerMixin, trainer), {})().train(args)
     except LoraCompressError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_compress import LoraCompressError
 
-__all__ = ["adapt_unet_widths", "detect_model_type", "require_model"]
+__all__ = ["adapt_sd_widths", "adapt_sdxl_widths", "detect_model_type", "require_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,36 +54,68 @@ def detect_model_type(name: str) -> str:
     raise LoraCompressError(f"{name}: model_index.json names a {pipeline}, supported are Stable Diffusion 1.x, 2.x and XL")
 
 
-def adapt_unet_widths(folder: str) -> None:
-    """Let sd-scripts build the SD U-Net at the widths of a diffusers folder; it has them as constants of its module.
+def adapt_sd_widths(folder: str) -> None:
+    """Let sd-scripts build the SD 1.x and 2.x U-Net at the widths of a diffusers folder; it has them as constants of its module.
 
     Does nothing for a checkpoint file or a folder without unet/config.json.
 
     Raises:
         LoraCompressError: the U-Net differs in more than its widths.
     """
-    config_path = Path(folder) / "unet" / "config.json"
-    if not config_path.is_file():
-        return
     from library import original_unet
 
-    config = json.loads(config_path.read_text(encoding="utf-8"))
-    widths = tuple(config.get("block_out_channels", original_unet.BLOCK_OUT_CHANNELS))
-    if widths == tuple(original_unet.BLOCK_OUT_CHANNELS):
+    widths = _checked_widths(
+        folder,
+        {
+            "down_block_types": original_unet.DOWN_BLOCK_TYPES,
+            "up_block_types": original_unet.UP_BLOCK_TYPES,
+            "layers_per_block": original_unet.LAYERS_PER_BLOCK,
+        },
+    )
+    if widths and widths != list(original_unet.BLOCK_OUT_CHANNELS):
+        original_unet.BLOCK_OUT_CHANNELS = tuple(widths)
+        original_unet.TIMESTEP_INPUT_DIM = widths[0]
+        original_unet.TIME_EMBED_DIM = widths[0] * 4
+        logger.info("U-Net widths %s, from %s", widths, folder)
+
+
+def adapt_sdxl_widths(folder: str) -> None:
+    """The same for SDXL, whose second and third level are twice and four times as wide as the first.
+
+    Raises:
+        LoraCompressError: the U-Net differs in more than its widths, or they are in another proportion.
+    """
+    from library import sdxl_original_unet
+
+    widths = _checked_widths(
+        folder,
+        {
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 2,
+            "transformer_layers_per_block": [1, 2, 10],
+        },
+    )
+    if not widths or widths[0] == sdxl_original_unet.MODEL_CHANNELS:
         return
-    expected = {
-        "down_block_types": original_unet.DOWN_BLOCK_TYPES,
-        "up_block_types": original_unet.UP_BLOCK_TYPES,
-        "layers_per_block": original_unet.LAYERS_PER_BLOCK,
-        "norm_num_groups": original_unet.NORM_GROUPS,
-    }
-    differing = [f"{key} is {config.get(key)}, must be {value}" for key, value in expected.items() if config.get(key) != value]
+    if widths != [widths[0], 2 * widths[0], 4 * widths[0]]:
+        raise LoraCompressError(f"{folder}: U-Net widths {widths}: those of SDXL are in the proportion 1 : 2 : 4")
+    sdxl_original_unet.MODEL_CHANNELS = widths[0]
+    sdxl_original_unet.TIME_EMBED_DIM = widths[0] * 4
+    logger.info("U-Net widths %s, from %s", widths, folder)
+
+
+def _checked_widths(folder: str, expected: dict[str, Any]) -> list[int] | None:
+    """block_out_channels of a diffusers folder, None where there is no such folder."""
+    path = Path(folder) / "unet" / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    expected = expected | {"norm_num_groups": 32}
+    differing = [f"{key} is {config[key]}, must be {value}" for key, value in expected.items() if config.get(key, value) != value]
     if differing:
-        raise LoraCompressError(f"{config_path}: sd-scripts cannot build this U-Net: {'; '.join(differing)}")
-    original_unet.BLOCK_OUT_CHANNELS = widths
-    original_unet.TIMESTEP_INPUT_DIM = widths[0]
-    original_unet.TIME_EMBED_DIM = widths[0] * 4
-    logger.info("U-Net widths %s from %s", widths, config_path)
+        raise LoraCompressError(f"{path}: sd-scripts cannot build this U-Net: {'; '.join(differing)}")
+    return config.get("block_out_channels")
 
 
 def _checkpoint_keys(path: Path) -> list[str]:

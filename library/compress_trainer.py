@@ -1,11 +1,9 @@
-"""What is mixed into a trainer of sd-scripts: narrow U-Nets, and the numbers of the compression for the trackers."""
+"""What is mixed into a trainer of sd-scripts: the numbers of the compression for the trackers."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
-
-from library.compress_model import adapt_unet_widths
 
 __all__ = ["CompressTrainerMixin"]
 
@@ -15,11 +13,6 @@ class CompressTrainerMixin:
 
     _accelerator: Any = None
     _network: Any = None
-
-    def load_target_model(self, args: argparse.Namespace, *rest: Any) -> Any:
-        """The host's, for Stable Diffusion 1.x at any widths."""
-        adapt_unet_widths(args.pretrained_model_name_or_path)
-        return super().load_target_model(args, *rest)  # type: ignore[misc]
 
     def post_process_network(self, args: argparse.Namespace, accelerator: Any, network: Any, *rest: Any) -> None:
         """The host's; keeps the trackers open until the last file, saved after the host closes them, has been measured."""

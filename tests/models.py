@@ -1,9 +1,10 @@
-"""Stable Diffusion 1.x models with random weights, made on the spot: full size, or narrow enough to train in seconds."""
+"""Stable Diffusion models with random weights, made on the spot: full size, or narrow enough to train in seconds."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,21 +14,89 @@ TOKENIZER_CACHE = TINY_SD / "tokenizer_cache"
 
 _FULL = {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512), "text": (768, 3072, 12, 12), "vocabulary": 49408}
 _NARROW = {"unet": (32, 32, 64, 64), "vae": (32, 32, 32, 32), "text": (32, 64, 2, 4), "vocabulary": 1024}
+_SDXL_TEXT = ((768, 64, 12, 12), (1280, 64, 2, 20))  # sd-scripts reads layer 11 of the first; the widths make up its 2048
 
 
 def write_random_sd(folder: Path, *, full: bool = False, seed: int = 0) -> Path:
-    """A diffusers folder of SD1.x's topology, fp16, tokenizer of tiny-sd: 1 GB of U-Net at full size, 3 MB otherwise."""
+    """A diffusers folder of SD1.x's topology, fp16, tokenizer of tiny-sd: 2 GB at full size, 6 MB otherwise."""
     import networks.sd_scripts_path  # noqa: F401  also lets torchvision import beside a CPU-only torch
 
     # isort: split
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
-    sizes = _FULL if full else _NARROW
-    hidden, feed_forward, layers, heads = sizes["text"]
-    tokenizer = CLIPTokenizer.from_pretrained(str(TINY_SD / "tokenizer"))
-    text_config = CLIPTextConfig(
-        vocab_size=max(sizes["vocabulary"], len(tokenizer)),
+    sizes: dict[str, Any] = _FULL if full else _NARROW
+    with torch.device("meta"):
+        text_encoder = CLIPTextModel(_text_config(sizes["text"], sizes["vocabulary"]))
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=sizes["unet"], cross_attention_dim=sizes["text"][0], attention_head_dim=8
+        )
+    models = {"text_encoder": text_encoder, "unet": unet, "vae": _vae(sizes["vae"])}
+    _fill(models, seed)
+    pipeline = StableDiffusionPipeline(
+        **models,
+        tokenizer=_tokenizer(),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+def write_random_sdxl(folder: Path, *, seed: int = 0) -> Path:
+    """A diffusers folder of SDXL's topology, 64 channels wide; its tokenizer cache lies inside, in tokenizer_cache."""
+    import networks.sd_scripts_path  # noqa: F401
+
+    # isort: split
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        text_encoder = CLIPTextModel(_text_config(_SDXL_TEXT[0], 1024))
+        text_encoder_2 = CLIPTextModelWithProjection(_text_config(_SDXL_TEXT[1], 1024))
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(64, 128, 256),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(1, 2, 4),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    models = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "unet": unet, "vae": _vae((32, 32, 32, 32))}
+    _fill(models, seed)
+    tokenizer = _tokenizer()
+    pipeline = StableDiffusionXLPipeline(**models, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=_scheduler())
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
+        shutil.copytree(TINY_SD / "tokenizer", folder / "tokenizer_cache" / name)
+    return folder
+
+
+def remove(folder: Path) -> None:
+    """Give the disk space of a full-size model back."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(TINY_SD / "tokenizer"))
+
+
+def _text_config(sizes: tuple[int, int, int, int], vocabulary: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    hidden, feed_forward, layers, heads = sizes
+    tokenizer = _tokenizer()
+    return CLIPTextConfig(
+        vocab_size=max(vocabulary, len(tokenizer)),
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
@@ -37,49 +106,33 @@ def write_random_sd(folder: Path, *, full: bool = False, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _vae(widths: tuple[int, ...]) -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     with torch.device("meta"):
-        text_encoder = CLIPTextModel(text_config)
-        vae = AutoencoderKL(
-            block_out_channels=sizes["vae"],
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            norm_num_groups=32,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=sizes["unet"], cross_attention_dim=hidden, attention_head_dim=8, norm_num_groups=32
-        )
-    generator = torch.Generator().manual_seed(seed)
-    for model in (text_encoder, vae, unet):
-        _fill(model, generator)
-    text_encoder.text_model.embeddings.position_ids = torch.arange(77).unsqueeze(0)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(str(folder), safe_serialization=True)
-    return folder
+        return AutoencoderKL(block_out_channels=widths, layers_per_block=1, **blocks)
 
 
-def _fill(model: torch.nn.Module, generator: torch.Generator) -> None:
+def _scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+
+def _fill(models: dict[str, Any], seed: int) -> None:
     """Normal weights of the usual size for each layer, norms as the identity; fp16."""
-    model.to_empty(device="cpu").half()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-        else:
-            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
-
-
-def remove(folder: Path) -> None:
-    """Give the disk space of a full-size model back."""
-    shutil.rmtree(folder, ignore_errors=True)
+    generator = torch.Generator().manual_seed(seed)
+    for model in models.values():
+        model.to_empty(device="cpu").half()
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                fan_in = parameter[0].numel()
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+            else:
+                parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)
+        for module in model.modules():
+            if hasattr(module, "position_ids"):
+                module.position_ids = torch.arange(77).unsqueeze(0)

@@ -96,6 +96,11 @@ def test_same_modules_weights_and_parameter_groups_as_the_host(
     assert [len(list(g["params"])) for g in ours_groups] == [len(list(g["params"])) for g in groups]
 
 
+def test_max_norm_regularization_is_the_hosts(ours: ModuleType, theirs: ModuleType, unet: Any, text_encoder: Any) -> None:
+    results = [trained(module, text_encoder, unet).apply_max_norm_regularization(0.05, "cpu") for module in (theirs, ours)]
+    assert results[0] == results[1] and results[0][0] > 0
+
+
 def test_host_arguments_are_those_the_host_reads(ours: ModuleType, theirs: ModuleType) -> None:
     found = ours.host_arguments(theirs)
     assert {name for arguments in HOST_ARGUMENTS for name in arguments} <= found

@@ -251,12 +251,18 @@ def test_a_damaged_checkpoint_is_named(ext: ModuleType, tmp_path: Path) -> None:
         ext.detect_model_type(str(tmp_path / "cut.safetensors"))
 
 
-def test_a_unet_that_differs_in_more_than_widths_is_refused(ext: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "unet", "message"),
+    [
+        ("sd", {"block_out_channels": [32, 64], "layers_per_block": 1}, "layers_per_block is 1, must be 2"),
+        ("sdxl", {"block_out_channels": [32, 64, 64]}, "1 : 2 : 4"),
+        ("sdxl", {"block_out_channels": [32, 64, 128], "transformer_layers_per_block": [0, 2, 10]}, "transformer_layers_per_block"),
+    ],
+)
+def test_a_unet_that_differs_in_more_than_widths_is_refused(
+    ext: ModuleType, tmp_path: Path, kind: str, unet: dict, message: str
+) -> None:
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "config.json").write_text(json.dumps({"block_out_channels": [32, 64], "layers_per_block": 1}))
-    model = importlib.import_module("library.compress_model")
-    original_unet = importlib.import_module("library.original_unet")
-    before = original_unet.BLOCK_OUT_CHANNELS
-    with pytest.raises(LoraCompressError, match="layers_per_block is 1, must be 2"):
-        model.adapt_unet_widths(str(tmp_path))
-    assert before == original_unet.BLOCK_OUT_CHANNELS
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(unet))
+    with pytest.raises(LoraCompressError, match=message):
+        ext.HOSTS[kind].adapt(str(tmp_path))

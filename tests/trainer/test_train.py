@@ -125,6 +125,19 @@ def test_our_launcher_trains_saves_and_tells_the_trackers(sd_scripts_at: Path, m
     assert size == pytest.approx((tmp_path / "lora.safetensors").stat().st_size)
 
 
+@pytest.mark.parametrize("sd_scripts_at", ["v0.10.1", "v0.11.1"], indirect=True)
+def test_sdxl(sd_scripts_at: Path, sd_scripts: Path, pictures: Path, tmp_path: Path) -> None:
+    """U-Net and both text encoders, the model type told from the folder."""
+    model = models.write_random_sdxl(tmp_path / "model")
+    more = {"tokenizer_cache_dir": str(model / "tokenizer_cache"), "max_train_steps": 2, "no_half_vae": True}
+    flags = ["--quantization", "bits=4", "--pruning", "rank_ratio=0.5"]
+    printed = train(config(model, pictures, tmp_path, **more), *flags, SD_SCRIPTS_DIR=str(sd_scripts_at))
+    assert all(part in printed for part in ("text encoder 1", "text encoder 2", "U-Net"))
+    file = load_lora(tmp_path / "lora.safetensors")
+    assert file.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert {name.split("_")[1] for name in file.updates} == {"unet", "te1", "te2"}
+
+
 @pytest.mark.parametrize("sd_scripts_at", ["v0.9.1", "v0.10.1", "v0.11.1"], indirect=True)
 def test_sd_scripts_own_trainer_saves_the_same_way(
     sd_scripts_at: Path, torchvision_repair: Path, model: Path, pictures: Path, tmp_path: Path
