@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lora_compress import load_lora
 from lora_compress.evaluation.shapes import write_dataset
 from tests import models
+from tests.trainer.test_config import LORA_SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_cpu_threads_per_process=1"]
@@ -123,6 +124,23 @@ def test_our_launcher_trains_saves_and_tells_the_trackers(sd_scripts_at: Path, m
     assert error == pytest.approx(float(metadata["ss_compress_relative_error"]), rel=1e-4)
     size = accumulator.Scalars("compress/bytes_after")[-1].value
     assert size == pytest.approx((tmp_path / "lora.safetensors").stat().st_size)
+
+
+def test_a_lora_scripts_config_trains(sd_scripts: Path, model: Path, pictures: Path, tmp_path: Path) -> None:
+    """As it is but for the paths and what needs a GPU: xformers, AdamW8bit and fp16."""
+    changed = {
+        "model_arguments": {"pretrained_model_name_or_path": str(model), "tokenizer_cache_dir": str(models.TOKENIZER_CACHE)},
+        "dataset_arguments": {"train_data_dir": str(pictures), "resolution": "256,256"},
+        "optimizer_arguments": {"optimizer_type": "AdamW"},
+        "training_arguments": {"xformers": False, "mixed_precision": "no", "max_train_epochs": 1},
+        "saving_arguments": {"output_dir": str(tmp_path / "output"), "logging_dir": str(tmp_path / "logs")},
+    }
+    sections = {name: {**section, **changed.get(name, {})} for name, section in LORA_SCRIPTS.items()}
+    (tmp_path / "lora.toml").write_text(toml.dumps(sections), encoding="utf-8")
+    flags = ["--network_module=networks.lora_compress", "--pruning", "rank_ratio=0.5", "--quantization", "bits=8"]
+    printed = train([f"--config_file={tmp_path / 'lora.toml'}"], *flags)
+    assert "lr_restart_cycles" in printed
+    assert load_lora(tmp_path / "output" / "output_name.safetensors").packed
 
 
 @pytest.mark.parametrize("sd_scripts_at", ["v0.10.1", "v0.11.1"], indirect=True)
