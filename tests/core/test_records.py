@@ -122,6 +122,15 @@ def test_damage_is_named_with_its_key(record: Tensor, message: str) -> None:
         decode_record(record, "lora_unet_x.lora_compress")
 
 
+@pytest.mark.parametrize(("offset", "length"), [(8, 4), (12, 4), (16, 4), (20, 2)], ids=["rank", "out", "in", "kernel"])
+def test_a_header_without_weights_is_refused_also_where_the_length_fits(offset: int, length: int) -> None:
+    header = bytearray(GOOD[:HEADER].tolist())
+    header[offset : offset + length] = bytes(length)
+    for rows in range(600):  # whatever length the header asks for is among these
+        with pytest.raises(FormatError, match=r"^m: .*damaged"):
+            decode_record(torch.frombuffer(header + bytes(rows), dtype=torch.uint8), "m")
+
+
 def test_float32_scales_are_read_too() -> None:
     record = make(QuantizationSettings(4, group_size=64), **LAYERS["linear"])
     rows = record[HEADER:].reshape(5, -1)
