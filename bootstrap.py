@@ -201,9 +201,10 @@ def obtain_sd_scripts() -> Path:
 
 
 def clone(commit: str, target: Path, url: str = URL) -> None:
-    """Makes a clone of root files, library/, networks/ and tools/ (gen_img.py imports it) at `commit`; `target` appears complete or not at all.
+    """Makes a clone of root files, library/, networks/ and tools/ at `commit`; `target` appears complete or not at all.
 
-    What an interrupted run left under the temporary name is replaced; a `target` that is no checkout is moved aside.
+    gen_img.py imports from tools/. What an interrupted run left under the temporary name is replaced; a `target` that is no
+    checkout is moved aside.
     """
     partial = target.with_name(target.name + ".partial")
     _remove(partial)

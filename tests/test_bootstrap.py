@@ -122,7 +122,7 @@ def test_clone_is_complete_or_absent(sd_scripts_at: Path, tmp_path: Path) -> Non
     (target / "mine.txt").touch()
     bootstrap.clone(bootstrap.COMMITS["v0.11.1"], target, url=str(sd_scripts_at))
     assert bootstrap.sd_scripts_version(target) == "v0.11.1"
-    assert {path.name for path in target.iterdir() if path.is_dir()} == {".git", "library", "networks"}
+    assert {path.name for path in target.iterdir() if path.is_dir()} == {".git", "library", "networks", "tools"}
     assert (tmp_path / "sd-scripts.incomplete-1" / "mine.txt").exists()
     assert not (tmp_path / "sd-scripts.partial").exists()
 
