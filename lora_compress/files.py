@@ -35,13 +35,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         SaveError: the folder cannot be written, the disk is full, or whatever else the system says of it.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")  # the next save replaces what a killed one left
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except SaveError:  # of another file that this one waits for
+        raise
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"{target}: cannot be written ({_reason(error)}): free disk space or choose another output folder; "
@@ -52,15 +54,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; the same content gives the same bytes.
-
-    Raises:
-        SaveError: see `atomic_path`.
-    """
-    with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, dict(metadata))
-        _sort_metadata(temporary)
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the same content gives the same bytes. Goes together with `atomic_path`."""
+    save_file(dict(tensors), path, dict(metadata))
+    _sort_metadata(path)
 
 
 def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .container import FORMAT_KEY, FORMAT_VERSION, to_packed
 from .errors import FormatError, SettingsError
-from .files import safetensors_size, write_safetensors
+from .files import atomic_path, safetensors_size, write_safetensors
 from .layouts import FP8, from_kohya, to_kohya
 from .metadata import finish_metadata
 from .parallel import each_module
@@ -97,18 +97,20 @@ def save(
 
     Raises:
         SaveError: the folder cannot be written or the disk is full.
+        SettingsError: the name does not end with .safetensors.
     """
+    if Path(path).suffix != ".safetensors":
+        raise SettingsError([f"{path}: a compressed LoRA is a safetensors file: end its name with .safetensors"], "output")
     settings = lora.settings
     details = {**settings.as_dict(), **lora.report.details(), "quantization_device": None}
     packed = {FORMAT_KEY: FORMAT_VERSION} if settings.save_format in ("packed", "both") else {}
-    if settings.save_format == "both":
-        partner = to_kohya(lora.updates, dtype or torch.float32)
-        write_safetensors(
-            partner,
-            kohya_partner(path),
-            finish_metadata(metadata, partner, from_kohya(partner)[0], {**details, "save_format": "kohya"}),
-        )
-    write_safetensors(lora.tensors, path, finish_metadata(metadata, lora.tensors, lora.updates, details) | packed)
+    with atomic_path(path) as temporary:  # takes its name only when the partner has: both, or neither
+        write_safetensors(lora.tensors, temporary, finish_metadata(metadata, lora.tensors, lora.updates, details) | packed)
+        if settings.save_format == "both":
+            partner = to_kohya(lora.updates, dtype or torch.float32)
+            truth = finish_metadata(metadata, partner, from_kohya(partner)[0], {**details, "save_format": "kohya"})
+            with atomic_path(kohya_partner(path)) as beside:
+                write_safetensors(partner, beside, truth)
     return dataclasses.replace(lora.report, bytes=(lora.report.bytes[0], os.path.getsize(path)))
 
 

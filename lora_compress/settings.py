@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from .errors import SettingsError
 
 __all__ = [
@@ -132,6 +134,8 @@ class CompressionSettings:
             problems.append("save_format=fp8 has 8-bit floats of its own: set bits=16, or save_format=packed")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.quantization_device):
             problems.append(f"quantization_device={self.quantization_device}: must be cpu, cuda or cuda:<number>")
+        elif self.quantization_device != "cpu" and not torch.cuda.is_available():
+            problems.append(f"quantization_device={self.quantization_device}: torch finds no CUDA device here: use cpu")
         if problems:
             raise SettingsError(problems)
 
@@ -157,13 +161,12 @@ class CompressionSettings:
                 except (TypeError, ValueError, OverflowError):
                     problems.append(f"{name}={value!r}: must be {_TYPE_NAMES[known[name]]}")
         try:
-            settings = cls(
-                pruning=PruningSettings(**_pick(parsed, PruningSettings)),
-                quantization=QuantizationSettings(**_pick(parsed, QuantizationSettings)),
-                **_pick(parsed, cls),
-            )
-        except SettingsError as error:
-            raise SettingsError(problems + list(error.problems)) from None
+            pruning = PruningSettings(**_pick(parsed, PruningSettings))
+            quantization = QuantizationSettings(**_pick(parsed, QuantizationSettings))
+            settings = cls(pruning, quantization, **_pick(parsed, cls))
+        except SettingsError as error:  # a default that stands in for what did not parse is not the user's mistake
+            stand_ins = tuple(f"{name}=" for name in values if name not in parsed)
+            raise SettingsError(problems + [problem for problem in error.problems if not problem.startswith(stand_ins)]) from None
         if problems:
             raise SettingsError(problems)
         return settings

@@ -117,10 +117,8 @@ class CompressNetwork:
             SettingsError: the file type cannot hold what the settings ask for.
             SaveError: the output folder cannot be written.
         """
-        if self.compression.save_format in ("packed", "both", "fp8") and args.save_model_as != "safetensors":
-            raise SettingsError(
-                [f"save_model_as={args.save_model_as} cannot hold save_format={self.compression.save_format}: use safetensors"]
-            )
+        if self.compression.enabled and args.save_model_as != "safetensors":
+            raise SettingsError([f"save_model_as={args.save_model_as} cannot hold a compressed LoRA: use safetensors"])
         _check_writable(args.output_dir)
         self._save_dtype = _PRECISIONS.get(args.save_precision)
         self._announced = False

@@ -13,7 +13,7 @@ import torch
 from core.factories import mixed_updates, random_update
 from safetensors.torch import save_file
 
-from lora_compress import CompressionSettings, SaveError, atomic_path, compress, load_lora, save
+from lora_compress import CompressionSettings, SaveError, SettingsError, atomic_path, compress, load_lora, save
 from lora_compress.files import safetensors_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,13 +101,30 @@ def test_a_full_disk_is_one_clear_error_and_harms_nothing(tmp_path: Path) -> Non
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("where", ["file/lora.safetensors", "file/deeper/lora.safetensors", "folder"])
+@pytest.mark.parametrize("where", ["file/lora.safetensors", "file/deeper/lora.safetensors", "folder.safetensors"])
 def test_a_path_that_cannot_be_written_is_a_save_error(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(SaveError, match=f"^{tmp_path / where}: cannot be written"):
         save(compress({"m": random_update()}, CompressionSettings.parse({"bits": 8})), tmp_path / where)
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder"]
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["file", "folder.safetensors"]
+
+
+def test_a_name_that_would_lie_about_its_content_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"end its name with \.safetensors"):
+        save(compress({"m": random_update()}, CompressionSettings()), tmp_path / "lora.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pair_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    lora = compress({"m": random_update()}, CompressionSettings.parse({"bits": 8, "save_format": "both"}))
+    path, partner = tmp_path / "lora.safetensors", tmp_path / "lora.kohya.safetensors"
+    path.write_text("old")
+    partner.mkdir()  # stands in its way
+    with pytest.raises(SaveError, match=f"^{partner}: cannot be written"):
+        save(lora, path)
+    assert path.read_text() == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [partner.name, path.name]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

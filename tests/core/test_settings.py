@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from lora_compress import CompressionSettings, PruningSettings, QuantizationSettings, SettingsError, setting_names, split_settings
 from lora_compress.quantization import CODECS
@@ -128,13 +129,23 @@ FULL = {
 }
 
 
-def test_text_means_what_toml_values_mean() -> None:
+def test_text_means_what_toml_values_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     from_text = CompressionSettings.parse({name: f" {value} ".upper() for name, value in FULL.items()})
     assert from_text == CompressionSettings.parse(FULL)
     told = from_text.as_dict()
     assert {name: told[name] for name in FULL} == FULL
     assert told.keys() == setting_names().keys()
     assert CompressionSettings.parse({name: value for name, value in told.items() if value is not None}) == from_text
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert problems_of({"quantization_device": "cuda"}) == ("quantization_device=cuda: torch finds no CUDA device here: use cpu",)
+
+
+def test_a_value_that_does_not_parse_brings_no_second_complaint() -> None:
+    assert problems_of({"bits": "four", "strategy": "nf4"}) == ("bits='four': must be a whole number",)
 
 
 @pytest.mark.parametrize("name", setting_names())
