@@ -11,7 +11,7 @@ from typing import Any
 
 import toml
 
-from lora_compress import PruningSettings, QuantizationSettings, SettingsError, setting_names, split_settings
+from lora_compress import PruningSettings, QuantizationSettings, SettingsError, refuse_setting, setting_names, split_settings
 
 __all__ = ["add_arguments", "check_host_values", "forget_own_sections", "merge_network_args", "read_toml"]
 
@@ -136,15 +136,8 @@ def _section_values(values: Mapping[str, Any], names: list[str], where: str) -> 
     enabled = rest.pop("enabled", True)
     if str(enabled).lower() not in ("true", "false"):
         raise SettingsError([f"enabled = {enabled!r}: must be true or false"], where)
-    strangers = [name for name in rest if name not in names]
-    if strangers:
-        # the message of CompressionSettings.parse knows close names and what is planned
-        known_elsewhere = [f"{name}: does not belong here; known are enabled, {', '.join(names)}" for name in strangers]
-        try:
-            split_settings({name: 0 for name in strangers if name not in setting_names()}, ())
-        except SettingsError as error:
-            known_elsewhere = [*error.problems, *known_elsewhere[len(error.problems) :]]
-        raise SettingsError(known_elsewhere, where)
+    if problems := [refuse_setting(name, ["enabled", *names]) for name in rest if name not in names]:
+        raise SettingsError(problems, where)
     return rest if str(enabled).lower() == "true" else None
 
 

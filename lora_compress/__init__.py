@@ -9,7 +9,7 @@ from .files import atomic_path
 from .layouts import as_kohya, from_kohya, to_kohya
 from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
 from .report import CompressionReport, settings_table
-from .settings import CompressionSettings, PruningSettings, QuantizationSettings, setting_names, split_settings
+from .settings import CompressionSettings, PruningSettings, QuantizationSettings, refuse_setting, setting_names, split_settings
 from .spectrum import Spectrum, thin_svd
 from .update import LowRankUpdate
 
@@ -37,6 +37,7 @@ __all__ = [
     "kohya_partner",
     "load_lora",
     "opened_by",
+    "refuse_setting",
     "save",
     "setting_names",
     "settings_table",

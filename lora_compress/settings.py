@@ -19,6 +19,7 @@ __all__ = [
     "CompressionSettings",
     "PruningSettings",
     "QuantizationSettings",
+    "refuse_setting",
     "setting_names",
     "split_settings",
 ]
@@ -152,7 +153,7 @@ class CompressionSettings:
             SettingsError: unknown names, values of the wrong type or range, contradictions; all of them in one error.
         """
         known = setting_names()
-        problems = [_unknown(name, known) for name in values if name not in known]
+        problems = [refuse_setting(name, known) for name in values if name not in known]
         parsed: dict[str, Any] = {}
         for name, value in values.items():
             if name in known:
@@ -199,21 +200,22 @@ def split_settings(values: Mapping[str, Any], host_names: Iterable[str]) -> tupl
     ours = {name: value for name, value in values.items() if name not in host}
     known = {*setting_names(), *host}
     strangers = [name for name in ours if name not in setting_names()]
-    problems = [_unknown(name, known) for name in strangers]
+    problems = [refuse_setting(name, known) for name in strangers]
     try:
         settings = CompressionSettings.parse({name: value for name, value in ours.items() if name not in strangers})
     except SettingsError as error:
-        raise SettingsError([*problems, *error.problems], "network_args") from None
+        raise SettingsError([*problems, *error.problems]) from None
     if problems:
-        raise SettingsError(problems, "network_args")
+        raise SettingsError(problems)
     return settings, {name: value for name, value in values.items() if name in host}
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
+def refuse_setting(name: str, known: Iterable[str]) -> str:
+    """The sentence that refuses `name`: the closest of the names that are `known`, or all of them."""
     if name in _NOT_YET:
         return f"{name}: pruning during training is not part of this version: remove it"
     close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f", did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(setting_names()))}"
+    hint = f", did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
     return f"{name}: unknown setting{hint}"
 
 

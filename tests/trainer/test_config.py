@@ -165,7 +165,11 @@ WRONG = [
     ({"resolution": 512}, [], ["resolution = 512", "text"]),
     ({"network_args": "bits=4"}, [], ["network_args = 'bits=4'", "a list"]),
     ({"quantization": {"bit": 4}}, [], ["[quantization]", "bit", "did you mean bits"]),
-    ({"pruning": {"bits": 4}}, [], ["[pruning]", "bits: does not belong here"]),
+    (
+        {"pruning": {"bits": 4}},
+        [],
+        ["[pruning]", "bits: unknown", "enabled, min_rank, norm_threshold"],
+    ),
     ({"pruning": {"enabled": "maybe"}}, [], ["enabled = 'maybe'", "true or false"]),
     ({"pruning": {"iterative_pruning": True}}, [], ["iterative_pruning"]),
     ({"quantization": {"bits": 5}}, [], ["bits=5", "dynamic: 4, 8"]),
