@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_compress.evaluation.probe import Probe
+
+from .tokenizer import CACHE_NAME
 
 __all__ = ["save_pipeline", "save_probe"]
 
@@ -49,4 +52,5 @@ def save_pipeline(
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(str(folder), safe_serialization=True)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_cache" / CACHE_NAME, dirs_exist_ok=True)
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -43,16 +43,16 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def write_tokenizer(words: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """Write `folder`/tokenizer and the same files as the cache folder sd-scripts reads; returns the tokenizer."""
+    """Write `folder`/tokenizer; returns the tokenizer."""
     merges = learn_merges(words)
     letters = list(bytes_to_unicode().values())  # CLIP's order: 256 bytes, the same ending a word, merges, the two marks
     tokens = [*letters, *(letter + _END for letter in letters), *("".join(pair) for pair in merges), _BOS, _EOS]
-    for target in (folder / "tokenizer", folder / "tokenizer_cache" / CACHE_NAME):
-        target.mkdir(parents=True, exist_ok=True)
-        vocabulary = json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
-        (target / "vocab.json").write_text(vocabulary, encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-        (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        tokenizer = CLIPTokenizer(str(target / "vocab.json"), str(target / "merges.txt"), pad_token=_EOS, model_max_length=77)
-        tokenizer.save_pretrained(str(target))
-    return CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+    target = folder / "tokenizer"
+    target.mkdir(parents=True, exist_ok=True)
+    vocabulary = json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
+    (target / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (target / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(target / "vocab.json"), str(target / "merges.txt"), pad_token=_EOS, model_max_length=77)
+    tokenizer.save_pretrained(str(target))
+    return CLIPTokenizer.from_pretrained(str(target))

@@ -1,4 +1,4 @@
-"""Stage: the U-Net and the text encoder, trained together on pre-encoded plain drawings with SD1.x's noise schedule."""
+"""Stage: the U-Net, and with it the (already taught) text encoder, on pre-encoded plain drawings with SD1.x's noise schedule."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from lora_compress.evaluation.shapes import Drawing, caption
 
 from .loop import adamw, numpy_generator, run_steps, torch_generator
 from .pictures import draw_pictures, sample_drawings, to_unit
+from .text import WIDTH, build_text_encoder, teach_text_encoder
 from .vae import SCALING_FACTOR
 
 __all__ = ["Average", "train_unet"]
@@ -29,7 +30,7 @@ _DRAWINGS = 16000
 _CAPTIONS = 4  # per drawing
 _LENGTH = 77
 _SHORT = 32  # captions, unknown words included, mostly end before this; the first half of the training attends no further
-_WIDTH = 96  # of the text encoder, the U-Net's cross_attention_dim
+_TEXT_STEPS = 600
 _LEARNING_RATE = 6e-4
 _DROPPED_CAPTIONS = 0.1  # for classifier-free guidance
 _UNKNOWN_WORDS = 0.15  # share of captions with some letters of nonsense, so that unknown words are ignored
@@ -78,27 +79,9 @@ def build_unet() -> UNet2DConditionModel:
         layers_per_block=2,
         norm_num_groups=32,
         attention_head_dim=8,
-        cross_attention_dim=_WIDTH,
+        cross_attention_dim=WIDTH,
         use_linear_projection=False,
     )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model of three layers: 0.4 M parameters."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=_WIDTH,
-        intermediate_size=4 * _WIDTH,
-        projection_dim=_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=_LENGTH,
-        hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
 
 
 def train_unet(
@@ -107,8 +90,9 @@ def train_unet(
     """Returns the averaged U-Net and the averaged text encoder."""
     torch.manual_seed(seed)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
-    averages = Average(unet), Average(text_encoder)
     data = _prepare_data(work, seed, vae, tokenizer)
+    teach_text_encoder(work, seed, _TEXT_STEPS, text_encoder, data.tokens, _sample_drawings(numpy_generator(seed, _STREAM)))
+    averages = Average(unet), Average(text_encoder)
     optimizer = adamw(unet, text_encoder, lr=_LEARNING_RATE)
     snr = _signal_to_noise()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -160,7 +144,7 @@ def _prepare_data(work: Path, seed: int, vae: AutoencoderKL, tokenizer: CLIPToke
     if path.exists():
         return _Data(**torch.load(path, weights_only=True))
     generator = numpy_generator(seed, _STREAM)
-    drawings = sample_drawings(_DRAWINGS, generator)
+    drawings = _sample_drawings(generator)
     texts = [_word(drawing, generator) for drawing in drawings for _ in range(_CAPTIONS)]
     tokens = tokenizer([*texts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     logger.info("unet: captions such as %s", "; ".join(texts[:12]))
@@ -179,6 +163,10 @@ def _prepare_data(work: Path, seed: int, vae: AutoencoderKL, tokenizer: CLIPToke
     }
     torch.save(fields, path)
     return _Data(**fields)
+
+
+def _sample_drawings(generator: np.random.Generator) -> list[Drawing]:
+    return sample_drawings(_DRAWINGS, generator)
 
 
 def _word(drawing: Drawing, generator: np.random.Generator) -> str:

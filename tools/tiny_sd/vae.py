@@ -1,8 +1,9 @@
-"""Stage: the autoencoder, 64x64 pictures to 4x8x8 latents of zero mean and (scaled as SD1.x scales them) unit variance."""
+"""Stage: the autoencoder, 64x64 pictures to 4x8x8 latents that are white once scaled as SD1.x scales them."""
 
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ _PICTURES = 8000
 _KL_WEIGHT = 1e-5  # per latent number, against errors per pixel; at 1e-3 two of the four channels die, and colour with them
 _EDGE_WEIGHT = 0.5
 _LATENT_NOISE = 0.1  # of the latents' std, added in the last two fifths of the steps: the decoder forgives a U-Net small errors
+_WHITENING_FLOOR = 1e-4  # of the largest principal variance
+_SPREAD = 0.01  # of the posterior, once latents have unit variance
 
 
 def build_vae() -> AutoencoderKL:
@@ -65,7 +68,7 @@ def train_vae(work: Path, seed: int, steps: int, batch: int = 8) -> AutoencoderK
 
     run_steps("vae", steps, take_step, {"vae": vae}, optimizer, work)
     vae.eval()
-    _fold_normalization(vae, pictures[:2000])
+    _fold_whitening(vae, pictures[:2000])
     return vae
 
 
@@ -82,18 +85,23 @@ def _edge_error(drawn: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _fold_normalization(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
-    """Make each latent channel zero-mean with std 1 / SCALING_FACTOR, by changing the two 1x1 convolutions only.
+def _fold_whitening(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Give the latents zero mean and covariance I / SCALING_FACTOR^2, by changing the two 1x1 convolutions only.
 
-    z' = (z - mean) * gain: quant_conv gives z' and logvar + 2 ln(gain), post_quant_conv undoes it. Pictures come out as before.
+    z' = A (z - mean), A = U diag(1 / sqrt(lambda + floor)) U^T / SCALING_FACTOR over the eigenvalues of the covariance. Without it
+    brightness, in all four channels, drowns hue, which the U-Net then learns last. Pictures come out as before.
     """
     latents = torch.cat([vae.encode(to_unit(part) * 2 - 1).latent_dist.mean for part in pictures.split(100)])
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))  # (4,)
-    gain = 1 / (SCALING_FACTOR * std)
-    logger.info("vae: latents had mean %s and std %s", mean.tolist(), std.tolist())
+    flat = latents.transpose(0, 1).flatten(1).double()  # (4, pixels)
+    mean, (values, vectors) = flat.mean(dim=1), torch.linalg.eigh(torch.cov(flat))
+    logger.info("vae: latents had mean %s and principal variances %s", mean.tolist(), values.tolist())
+    gains = (values + _WHITENING_FLOOR * values.max()).rsqrt() / SCALING_FACTOR
+    forth, back = vectors * gains @ vectors.T, vectors / gains @ vectors.T  # (4, 4): A and its inverse
     quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.weight[:4] *= gain.view(4, 1, 1, 1)
-    quant.bias[:4] = (quant.bias[:4] - mean) * gain
-    quant.bias[4:] += 2 * gain.log()
-    post.bias += post.weight[:, :, 0, 0] @ mean
-    post.weight /= gain.view(1, 4, 1, 1)
+    weight, bias = quant.weight[:4, :, 0, 0].double(), quant.bias[:4].double()
+    quant.weight[:4, :, 0, 0] = (forth @ weight).float()
+    quant.bias[:4] = (forth @ (bias - mean)).float()
+    quant.weight[4:] = 0  # the spread, a hundredth, cannot turn with the axes: it becomes a constant
+    quant.bias[4:] = 2 * math.log(_SPREAD / SCALING_FACTOR)
+    post.bias += (post.weight[:, :, 0, 0].double() @ mean).float()
+    post.weight[:, :, 0, 0] = (post.weight[:, :, 0, 0].double() @ back).float()
