@@ -263,6 +263,7 @@ def _environment(python: Path, root: Path | None) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
     environment["PATH"] = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
     environment |= {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stand still on a busy machine
     if VENV in python.parents:
         environment["VIRTUAL_ENV"] = str(VENV)
     if root is not None:

@@ -8,6 +8,7 @@ Writes outputs/demo/: the data set, the LoRA (packed, and its kohya partner) and
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,11 @@ import networks.sd_scripts_path  # noqa: E402, F401  joins our packages with tho
 # isort: split
 import torch  # noqa: E402
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from diffusers.utils.logging import disable_progress_bar  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from lora_compress.evaluation.probe import Probe, load_probe  # noqa: E402
 from lora_compress.evaluation.shapes import SHAPES, TEXTURES, concept_prompts, write_dataset  # noqa: E402
@@ -47,7 +50,8 @@ class Drawn:
 
 def train(folder: Path) -> None:
     """Run the trainer as a user would: accelerate launch train_network_ext.py --config_file config/demo.toml."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process=2", "--cpu"]
+    threads = f"--num_cpu_threads_per_process={torch.get_num_threads()}"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", threads]
     config = ["--config_file=config/demo.toml", f"--train_data_dir={folder / 'data'}", f"--output_dir={folder}"]
     result = subprocess.run([*launch, "train_network_ext.py", *config, f"--logging_dir={folder / 'logs'}"], cwd=ROOT)
     if result.returncode:
@@ -91,7 +95,8 @@ def save_comparison(variants: dict[str, Drawn], path: Path, columns: int = 8, zo
     pen = ImageDraw.Draw(sheet)
     for row, (name, drawn) in enumerate(variants.items()):
         top = row * (side + label)
-        pen.text((6, top + 4), f"{name}: {drawn.size / 1e3:.0f} KB, concept in {drawn.found:.0%}", fill="black")
+        size = f", {drawn.size / 1e3:.0f} KB" if drawn.size else ""
+        pen.text((6, top + 4), f"{name}{size}: striped stars in {drawn.found:.0%} of {len(drawn.pictures)} pictures", fill="black")
         for column, picture in enumerate(drawn.pictures[:columns]):
             pixels = picture.mul(255).round().byte().permute(1, 2, 0).numpy()
             sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (column * side, top + label))
@@ -112,8 +117,11 @@ def main() -> int:
     write_dataset(folder / "data")
     train(folder)
     full = folder / f"{NAME}-full.safetensors"  # the trainer's state holds the network's weights in kohya's layout
-    shutil.copy(folder / f"{NAME}-state" / "model.safetensors", full)
+    state = load_file(folder / f"{NAME}-state" / "model.safetensors")
+    save_file({key: tensor.half() for key, tensor in state.items()}, full)
 
+    logging.disable(logging.INFO)  # sd-scripts tells of every network it makes
+    disable_progress_bar()
     probe = load_probe(TINY_SD / "probe.safetensors")
     prompts = concept_prompts(options.pictures)
     loras = {
