@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe-steps", type=int, default=1500, help="of 64 pictures")
     parser.add_argument("--vae-steps", type=int, default=2500, help="of 8 pictures")
-    parser.add_argument("--unet-steps", type=int, default=6500, help="of 32 pictures; takes three quarters of the time")
+    parser.add_argument("--unet-steps", type=int, default=5500, help="of 32 pictures; takes most of the time")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.use_deterministic_algorithms(True, warn_only=True)
