@@ -36,7 +36,7 @@ from networks import lora_compress as network_module  # noqa: E402
 
 TINY_SD = ROOT / "assets" / "tiny-sd"
 NAME = "striped_star"
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 2.5
 THREADS = 1  # of two: sharing matrices this small takes longer than multiplying them
 
 
