@@ -90,7 +90,7 @@ def save(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> CompressionReport:
-    """Write the main file to `path`, and its kohya partner beside it when save_format is both. Atomic, each of them.
+    """Write the main file to `path`, and its kohya partner beside it when save_format is both: whole or not at all.
 
     Returns:
         The report, with the size of the main file as it lies on disk.

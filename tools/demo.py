@@ -23,20 +23,20 @@ import networks.sd_scripts_path  # noqa: E402, F401  joins our packages with tho
 
 # isort: split
 import torch  # noqa: E402
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from diffusers.utils.logging import disable_progress_bar  # noqa: E402
+from evaluate_tiny_sd import concept_share, draw_prompts, load_pipeline  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from lora_compress.evaluation.probe import Probe, load_probe  # noqa: E402
-from lora_compress.evaluation.shapes import SHAPES, TEXTURES, concept_prompts, write_dataset  # noqa: E402
+from lora_compress.evaluation.shapes import concept_prompts, write_dataset  # noqa: E402
 from networks import lora_compress as network_module  # noqa: E402
 
 TINY_SD = ROOT / "assets" / "tiny-sd"
 NAME = "striped_star"
-STEPS, GUIDANCE = 25, 2.5
+GUIDANCE = 2.5
 THREADS = 1  # of two: sharing matrices this small takes longer than multiplying them
 
 
@@ -59,33 +59,16 @@ def train(folder: Path) -> None:
 
 
 def draw(prompts: list[str], probe: Probe, lora: Path | None) -> Drawn:
-    """Draw `prompts` with seeds 0, 1, ... on tiny-sd, with or without a LoRA, and let the probe look at the pictures."""
-    pipeline = StableDiffusionPipeline.from_pretrained(TINY_SD, safety_checker=None, torch_dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    """Draw `prompts` on tiny-sd, with or without a LoRA, and let the probe look at the pictures."""
+    pipeline = load_pipeline(TINY_SD)
     if lora is not None:
         models = (pipeline.vae, pipeline.text_encoder, pipeline.unet)
         network, weights = network_module.create_network_from_weights(1.0, str(lora), *models, for_inference=True)
         network.apply_to(pipeline.text_encoder, pipeline.unet)
         network.load_state_dict(weights, False)
         network.eval()
-    pictures = []
-    for start in range(0, len(prompts), 32):
-        seeds = [torch.Generator().manual_seed(start + index) for index in range(len(prompts[start : start + 32]))]
-        result = pipeline(
-            prompts[start : start + 32],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=seeds,
-            height=64,
-            width=64,
-            output_type="pt",
-        )
-        pictures.append(result.images.float())
-    drawn = torch.cat(pictures)
-    read = probe.classify(drawn)
-    found = (read["texture"] == TEXTURES.index("striped")) & (read["shape"] == SHAPES.index("star"))
-    return Drawn(drawn, float(found.float().mean()), lora.stat().st_size if lora else 0)
+    pictures = draw_prompts(pipeline, prompts, guidance=GUIDANCE)
+    return Drawn(pictures, concept_share(probe, pictures), lora.stat().st_size if lora else 0)
 
 
 def save_comparison(variants: dict[str, Drawn], path: Path, columns: int = 8, zoom: int = 2) -> None:

@@ -1,7 +1,7 @@
 """Trains tiny-sd, a Stable Diffusion 1.x model in miniature, and the probe that reads its pictures, from scratch on drawn shapes.
 
 Four stages: tokenizer, probe, autoencoder, U-Net with text encoder. Each saves checkpoints in the work folder: started again, the
-training goes on where it was. Under 90 minutes on two CPU cores. Nothing is downloaded.
+training goes on where it was. It needs two CPU cores and nothing that is downloaded.
 
     python tools/train_tiny_sd.py --output assets/tiny-sd
 """

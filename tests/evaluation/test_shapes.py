@@ -22,6 +22,15 @@ from lora_compress.evaluation.shapes import (
     write_dataset,
 )
 
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "background": BACKGROUNDS,
+    "texture": TEXTURES,
+    "size": SIZES,
+    "position": POSITIONS,
+}
+
 
 def _drawing(**changes) -> Drawing:
     plain = {"shape": "square", "colour": "red", "background": "white", "texture": "plain", "size": "large", "position": "middle"}
@@ -41,14 +50,7 @@ def test_same_seed_draws_the_same_pictures_and_captions():
 def test_every_attribute_value_is_drawn_about_equally_often():
     generator = np.random.default_rng(0)
     drawings = [sample_drawing(generator, texture=None) for _ in range(3000)]
-    for name, values in {
-        "shape": SHAPES,
-        "colour": COLOURS,
-        "background": BACKGROUNDS,
-        "texture": TEXTURES,
-        "size": SIZES,
-        "position": POSITIONS,
-    }.items():
+    for name, values in ATTRIBUTES.items():
         counts = [sum(getattr(drawing, name) == value for drawing in drawings) for value in values]
         assert sum(counts) == 3000
         assert min(counts) > 0.8 * 3000 / len(values), name
@@ -104,19 +106,11 @@ def test_a_texture_adds_a_dark_tone_inside_the_shape_only(texture: str):
 def test_captions_name_what_is_drawn_and_nothing_else():
     generator = np.random.default_rng(6)
     left_out = dict.fromkeys(("shape", "colour", "background", "size", "position"), 0)
-    attributes = {
-        "shape": SHAPES,
-        "colour": COLOURS,
-        "background": BACKGROUNDS,
-        "texture": TEXTURES,
-        "size": SIZES,
-        "position": POSITIONS,
-    }
     for _ in range(600):
         drawing = sample_drawing(generator, texture=None)
         words = caption(drawing, generator).replace(",", " ,").split()
         assert set(words) <= set(WORDS)
-        for name, values in attributes.items():
+        for name, values in ATTRIBUTES.items():
             named = [word for word in words if word in values]
             assert named in ([], [getattr(drawing, name)])
             if name == "texture":
