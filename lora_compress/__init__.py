@@ -9,13 +9,22 @@ from .files import atomic_path
 from .layouts import as_kohya, from_kohya, to_kohya
 from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
 from .report import CompressionReport, settings_table
-from .settings import CompressionSettings, PruningSettings, QuantizationSettings, refuse_setting, setting_names, split_settings
+from .settings import (
+    BudgetSettings,
+    CompressionSettings,
+    PruningSettings,
+    QuantizationSettings,
+    refuse_setting,
+    setting_names,
+    split_settings,
+)
 from .spectrum import Spectrum, thin_svd
 from .update import LowRankUpdate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetSettings",
     "CompressedLora",
     "CompressionReport",
     "CompressionSettings",
