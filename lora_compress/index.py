@@ -1,0 +1,165 @@
+"""The index of a packed file: what modules it holds, and which bytes are whose. docs/format.md fixes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+
+__all__ = ["Chunk", "Entry", "PackedIndex", "read_index", "write_index"]
+
+_LARGEST_INDEX = 1 << 23  # bytes of JSON; a thousand modules take a hundredth of it
+_LARGEST_LAYER = 1 << 31  # weights of a layer
+_COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict}
+_CHUNK_COLUMNS = ("module", "bytes", "crc32")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index says of one module.
+
+    Args:
+        name: of the module, as the plain file has it.
+        outputs: rows of its dW.
+        inputs: channels; dW has inputs * kernel columns.
+        kernel: kernel size of a convolution, () for a linear layer.
+        rank: components that are stored.
+        codec: name of what made the payload.
+        parameters: of the codec, JSON values.
+        kept: output and input channels that are stored, None for all; the others are zero.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    rank: int
+    codec: str
+    parameters: Mapping[str, Any]
+    kept: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Weights of a stored component: (in * kernel, out), channels that were dropped left out."""
+        kept_out, kept_in = self.kept
+        outputs = self.outputs if kept_out is None else len(kept_out)
+        inputs = self.inputs if kept_in is None else len(kept_in)
+        return inputs * math.prod(self.kernel), outputs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of bytes of the payload: the next layer of one module."""
+
+    module: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class PackedIndex:
+    """The index: modules, and the chunks that the payload is made of.
+
+    Args:
+        layout: key layout of the plain file that it stands for.
+        entries: of the modules.
+        chunks: per chunk (module, bytes, crc32), in the order of the payload.
+    """
+
+    layout: str
+    entries: tuple[Entry, ...]
+    chunks: tuple[tuple[int, int, int], ...]
+
+    def cut(self, size: int) -> tuple[PackedIndex, int]:
+        """The index of the first `size` bytes of the payload at most, cut between chunks, and the bytes that it covers."""
+        end, count = 0, 0
+        for _, length, _ in self.chunks:
+            if end + length > size:
+                break
+            end, count = end + length, count + 1
+        return PackedIndex(self.layout, self.entries, self.chunks[:count]), end
+
+    def encode(self) -> Tensor:
+        """As bytes, uint8 (n,): JSON by columns, compressed with zlib."""
+        columns = {
+            "name": [entry.name for entry in self.entries],
+            "out": [entry.outputs for entry in self.entries],
+            "in": [entry.inputs for entry in self.entries],
+            "kernel": [entry.kernel for entry in self.entries],
+            "rank": [entry.rank for entry in self.entries],
+            "codec": [entry.codec for entry in self.entries],
+            "parameters": [entry.parameters for entry in self.entries],
+        }
+        kept = {str(i): entry.kept for i, entry in enumerate(self.entries) if entry.kept != (None, None)}
+        chunks = dict(zip(_CHUNK_COLUMNS, zip(*self.chunks, strict=True) if self.chunks else ((), (), ()), strict=True))
+        text = json.dumps({"layout": self.layout, "modules": columns, "kept": kept, "chunks": chunks}, separators=(",", ":"))
+        return torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+
+
+def write_index(layout: str, entries: Sequence[Entry], chunks: Iterable[Chunk]) -> tuple[PackedIndex, list[bytes]]:
+    """The index of chunks in the order in which they shall stand in the payload, and their bytes."""
+    listed = list(chunks)
+    table = tuple((chunk.module, len(chunk.data), zlib.crc32(chunk.data)) for chunk in listed)
+    return PackedIndex(layout, tuple(entries), table), [chunk.data for chunk in listed]
+
+
+def read_index(data: bytes, where: str) -> PackedIndex:
+    """Undo `PackedIndex.encode`; every number is checked before anything is allocated by it.
+
+    Raises:
+        FormatError: the bytes are no index, or one that contradicts itself.
+    """
+    unpacked = zlib.decompressobj()
+    try:
+        text = unpacked.decompress(data, _LARGEST_INDEX)
+        if unpacked.unconsumed_tail or not unpacked.eof:
+            raise ValueError(f"it is cut, or longer than {_LARGEST_INDEX} bytes")
+        content = json.loads(text)
+        columns = content["modules"]
+        entries = tuple(_entry(values, content["kept"].get(str(i))) for i, values in enumerate(_rows(columns, list(_COLUMNS))))
+        chunks = tuple((m, n, c) for m, n, c in _rows(content["chunks"], list(_CHUNK_COLUMNS)))
+        for chunk in chunks:
+            if not all(type(value) is int and 0 <= value < 1 << 40 for value in chunk) or chunk[0] >= len(entries):
+                raise ValueError(f"chunk {chunk} is none")
+        if len({entry.name for entry in entries}) != len(entries):
+            raise ValueError("a module is named twice")
+        return PackedIndex(str(content["layout"]), entries, chunks)
+    except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where}: its index cannot be read ({error}): the file is damaged") from None
+
+
+def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[Any, ...]]:
+    lists = [columns[name] for name in names]
+    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        raise ValueError("its columns differ in length")
+    return zip(*lists, strict=True)
+
+
+def _entry(values: Sequence[Any], kept: Any) -> Entry:
+    for value, (column, kind) in zip(values, _COLUMNS.items(), strict=True):
+        if type(value) is not kind:
+            raise ValueError(f"{column}={value!r} is no {kind.__name__}")
+    name, outputs, inputs, kernel, rank, codec, parameters = values
+    sizes = [outputs, inputs, *kernel]
+    if len(kernel) > 3 or not all(type(size) is int and 1 <= size <= _LARGEST_LAYER for size in sizes):
+        raise ValueError(f"{name} has the sizes {sizes}")
+    channels = [None if k is None else _channels(k, count) for k, count in zip(kept or (None, None), (outputs, inputs), strict=True)]
+    entry = Entry(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]))
+    if math.prod(sizes) > _LARGEST_LAYER or not 1 <= rank <= min(entry.stored):
+        raise ValueError(f"{name} has the sizes {sizes} and the rank {rank}")
+    return entry
+
+
+def _channels(kept: Any, count: int) -> tuple[int, ...]:
+    if not (isinstance(kept, list) and kept and all(type(k) is int for k in kept)):
+        raise ValueError("kept channels are no list of numbers")
+    if kept[0] < 0 or kept[-1] >= count or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+        raise ValueError("kept channels are not in order")
+    return tuple(kept)
