@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from .encoding import decode_module
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
-from .index import Entry, read_index
+from .index import Chunk, Entry, PackedIndex, read_index
 from .update import LowRankUpdate
 
-__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed"]
+__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "packed_tensors"]
 
 FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
@@ -31,7 +31,8 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 class PackedFile(Mapping[str, LowRankUpdate]):
     """A packed file open for reading, module by module: {name: update}. The first bytes of one, cut anywhere, will do.
 
-    What a cut file lacks is left out: a progressive module comes in less detail, another one not at all.
+    What a cut file lacks is left out: a progressive module comes in less detail, another one not at all. It has all that
+    `layouts.LoraSource` has, and the compressed bytes themselves.
 
     Raises:
         FormatError: no such file, no packed file, an unknown version, or damage; on opening or when a module is read.
@@ -66,14 +67,14 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         return self.available == end - first
 
     @property
+    def layout(self) -> str:
+        """Of the plain file that it stands for."""
+        return self.index.layout
+
+    @property
     def entries(self) -> dict[str, Entry]:
         """What the index says of each module that can be read."""
         return {name: entry for name, (_, entry) in self._entries.items()}
-
-    @property
-    def others(self) -> list[str]:
-        """Keys of the tensors that are carried through."""
-        return [key for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)]
 
     def other(self, key: str) -> Tensor:
         """A tensor that is carried through."""
@@ -118,6 +119,16 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         with open(self.path, "rb") as file:
             file.seek(self._begin + begin)
             return file.read(end - begin)
+
+
+def packed_tensors(layout: str, stored: Iterable[tuple[Entry, Sequence[bytes]]]) -> dict[str, Tensor]:
+    """Index and payload, uint8 each, of modules and their layers: first layers first, so that the beginning of a file is a LoRA."""
+    modules = list(stored)
+    depth = max((len(layers) for _, layers in modules), default=0)
+    chunks = [Chunk(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
+    index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks)
+    payload = torch.frombuffer(bytearray(b"".join(chunk.data for chunk in chunks)) or bytearray(1), dtype=torch.uint8)
+    return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload[: sum(len(chunk.data) for chunk in chunks)]}
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

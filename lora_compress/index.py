@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .plain import KOHYA_KEYS, PlainKeys
 
-__all__ = ["Chunk", "Entry", "PackedIndex", "read_index", "write_index"]
+__all__ = ["Chunk", "Entry", "PackedIndex", "read_index"]
 
 _LARGEST_INDEX = 1 << 23  # bytes of JSON; a thousand modules take a hundredth of it
 _LARGEST_LAYER = 1 << 31  # weights of a layer
-_COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict}
+_COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict, "keys": int}
 _CHUNK_COLUMNS = ("module", "bytes", "crc32")
 
 
@@ -35,6 +37,7 @@ class Entry:
         codec: name of what made the payload.
         parameters: of the codec, JSON values.
         kept: output and input channels that are stored, None for all; the others are zero.
+        keys: of the module in the plain file that it stands for.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Entry:
     codec: str
     parameters: Mapping[str, Any]
     kept: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    keys: PlainKeys = KOHYA_KEYS
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -77,6 +81,11 @@ class PackedIndex:
     entries: tuple[Entry, ...]
     chunks: tuple[tuple[int, int, int], ...]
 
+    @classmethod
+    def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[Chunk]) -> PackedIndex:
+        """The index of chunks in the order in which they stand in the payload."""
+        return cls(layout, tuple(entries), tuple((c.module, len(c.data), zlib.crc32(c.data)) for c in chunks))
+
     def cut(self, size: int) -> tuple[PackedIndex, int]:
         """The index of the first `size` bytes of the payload at most, cut between chunks, and the bytes that it covers."""
         end, count = 0, 0
@@ -88,6 +97,7 @@ class PackedIndex:
 
     def encode(self) -> Tensor:
         """As bytes, uint8 (n,): JSON by columns, compressed with zlib."""
+        styles = list(dict.fromkeys(entry.keys for entry in self.entries))
         columns = {
             "name": [entry.name for entry in self.entries],
             "out": [entry.outputs for entry in self.entries],
@@ -96,18 +106,14 @@ class PackedIndex:
             "rank": [entry.rank for entry in self.entries],
             "codec": [entry.codec for entry in self.entries],
             "parameters": [entry.parameters for entry in self.entries],
+            "keys": [styles.index(entry.keys) for entry in self.entries],
         }
         kept = {str(i): entry.kept for i, entry in enumerate(self.entries) if entry.kept != (None, None)}
         chunks = dict(zip(_CHUNK_COLUMNS, zip(*self.chunks, strict=True) if self.chunks else ((), (), ()), strict=True))
-        text = json.dumps({"layout": self.layout, "modules": columns, "kept": kept, "chunks": chunks}, separators=(",", ":"))
+        keys = [[style.down, style.up, style.alpha] for style in styles]
+        content = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
+        text = json.dumps(content, separators=(",", ":"))
         return torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
-
-
-def write_index(layout: str, entries: Sequence[Entry], chunks: Iterable[Chunk]) -> tuple[PackedIndex, list[bytes]]:
-    """The index of chunks in the order in which they shall stand in the payload, and their bytes."""
-    listed = list(chunks)
-    table = tuple((chunk.module, len(chunk.data), zlib.crc32(chunk.data)) for chunk in listed)
-    return PackedIndex(layout, tuple(entries), table), [chunk.data for chunk in listed]
 
 
 def read_index(data: bytes, where: str) -> PackedIndex:
@@ -123,7 +129,9 @@ def read_index(data: bytes, where: str) -> PackedIndex:
             raise ValueError(f"it is cut, or longer than {_LARGEST_INDEX} bytes")
         content = json.loads(text)
         columns = content["modules"]
-        entries = tuple(_entry(values, content["kept"].get(str(i))) for i, values in enumerate(_rows(columns, list(_COLUMNS))))
+        styles = [_keys(style) for style in content["keys"]]
+        rows = enumerate(_rows(columns, list(_COLUMNS)))
+        entries = tuple(_entry(values, content["kept"].get(str(i)), styles) for i, values in rows)
         chunks = tuple((m, n, c) for m, n, c in _rows(content["chunks"], list(_CHUNK_COLUMNS)))
         for chunk in chunks:
             if not all(type(value) is int and 0 <= value < 1 << 40 for value in chunk) or chunk[0] >= len(entries):
@@ -142,16 +150,25 @@ def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[
     return zip(*lists, strict=True)
 
 
-def _entry(values: Sequence[Any], kept: Any) -> Entry:
+def _keys(style: Any) -> PlainKeys:
+    down, up, alpha = style
+    if not (isinstance(down, str) and isinstance(up, str) and isinstance(alpha, str | None)):
+        raise ValueError(f"{style} are no keys")
+    return PlainKeys(down, up, alpha)
+
+
+def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Entry:
     for value, (column, kind) in zip(values, _COLUMNS.items(), strict=True):
         if type(value) is not kind:
             raise ValueError(f"{column}={value!r} is no {kind.__name__}")
-    name, outputs, inputs, kernel, rank, codec, parameters = values
+    name, outputs, inputs, kernel, rank, codec, parameters, style = values
     sizes = [outputs, inputs, *kernel]
     if len(kernel) > 3 or not all(type(size) is int and 1 <= size <= _LARGEST_LAYER for size in sizes):
         raise ValueError(f"{name} has the sizes {sizes}")
     channels = [None if k is None else _channels(k, count) for k, count in zip(kept or (None, None), (outputs, inputs), strict=True)]
-    entry = Entry(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]))
+    if not 0 <= style < len(styles):
+        raise ValueError(f"{name} has keys number {style}")
+    entry = Entry(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]), styles[style])
     if math.prod(sizes) > _LARGEST_LAYER or not 1 <= rank <= min(entry.stored):
         raise ValueError(f"{name} has the sizes {sizes} and the rank {rank}")
     return entry
@@ -160,6 +177,6 @@ def _entry(values: Sequence[Any], kept: Any) -> Entry:
 def _channels(kept: Any, count: int) -> tuple[int, ...]:
     if not (isinstance(kept, list) and kept and all(type(k) is int for k in kept)):
         raise ValueError("kept channels are no list of numbers")
-    if kept[0] < 0 or kept[-1] >= count or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if kept[0] < 0 or kept[-1] >= count or any(a >= b for a, b in itertools.pairwise(kept)):
         raise ValueError("kept channels are not in order")
     return tuple(kept)

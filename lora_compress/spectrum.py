@@ -41,6 +41,19 @@ class Spectrum:
         """Kernel size of a convolution, () for a linear layer."""
         return self.update.kernel
 
+    def without_factors(self) -> Spectrum:
+        """The same without the weights of the update: shapes alone, for files that are read a module at a time."""
+        update = LowRankUpdate(self.update.down.to("meta"), self.update.up.to("meta"), self.update.alpha)
+        return Spectrum(self.sigma, self.mix_down, self.mix_up, update)
+
+    def to(self, device: str) -> Spectrum:
+        """The same with sigma and mixtures on a device."""
+        return Spectrum(self.sigma.to(device), self.mix_down.to(device), self.mix_up.to(device), self.update)
+
+    def of(self, update: LowRankUpdate) -> Spectrum:
+        """The same over the weights of `update`, which it was taken from."""
+        return Spectrum(self.sigma, self.mix_down, self.mix_up, update)
+
     def balanced(self, rank: int) -> tuple[Tensor, Tensor]:
         """The strongest `rank` components in the balanced basis: float32, or float64 where float32 cannot hold the factors.
 

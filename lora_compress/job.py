@@ -1,0 +1,171 @@
+"""A compression under way: the spectra of all modules, what was chosen for each, and the modules themselves, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .encoding import Choice, decode_rows, encode_module, spread_channels
+from .errors import FormatError
+from .index import Entry
+from .parallel import each_module, stream_modules
+from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_update
+from .pruning import select_channels
+from .settings import CompressionSettings
+from .spectrum import Spectrum, thin_svd
+from .update import LowRankUpdate, difference
+
+__all__ = ["Analysis", "Job", "Stored"]
+
+Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the first pass learns of a module: small beside its weights.
+
+    Args:
+        spectrum: of the channels that survive, without the factors.
+        shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
+        lost: ||dW||_F^2 of the channels that do not.
+        norm: ||dW||_F^2 of the whole module.
+    """
+
+    spectrum: Spectrum
+    shape: Entry
+    lost: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One module as the file gets it.
+
+    Args:
+        rank: components that it kept.
+        squared_error: ||dW - dW'||_F^2.
+        plain: the factors of a plain file; None in a packed one.
+        entry: of the index of a packed file; None in a plain one.
+        chunks: of its payload.
+    """
+
+    rank: int
+    squared_error: float
+    plain: LowRankUpdate | None = None
+    entry: Entry | None = None
+    chunks: tuple[bytes, ...] = ()
+
+
+class Job:
+    """Compresses the modules of one LoRA. The first pass, over the spectra, is done on construction; nothing is chosen yet.
+
+    Args:
+        updates: by module name; read twice, a module at a time, if it is lazy.
+        settings: what to remove and how to store the rest.
+        dtype: of plain factors.
+        keys: of a module in a plain file.
+        least_rank: of plain modules, padded with zeros.
+
+    Raises:
+        FormatError: an update holds NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        updates: Mapping[str, LowRankUpdate],
+        settings: CompressionSettings,
+        dtype: torch.dtype = torch.float32,
+        keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
+        least_rank: int = 2,
+    ) -> None:
+        self.updates, self.settings, self.dtype = updates, settings, dtype
+        self.keys, self.least_rank = keys, least_rank
+        self.analyses = each_module(self._analyse, updates)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the main file is a packed one."""
+        return self.settings.save_format in ("packed", "both")
+
+    def run(self, choices: Mapping[str, Choice]) -> Iterator[tuple[str, Stored]]:
+        """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too."""
+        kept = {name: choice for name, choice in choices.items() if choice.rank}
+        alpha = self.file_alpha(kept)
+        for name, stored in stream_modules(lambda name, choice: self._store(name, choice, alpha), kept):
+            if stored.rank:
+                yield name, stored
+
+    def file_alpha(self, choices: Mapping[str, Choice]) -> float:
+        """The one alpha of a plain file."""
+        if self.packed or self.dtype != FP8:
+            return 1.0
+        products = each_module(lambda name, choice: self._product(name, choice.rank), choices)
+        return fp8_alpha(list(products.values()))
+
+    def _analyse(self, name: str, update: LowRankUpdate) -> Analysis:
+        try:
+            kept, lost = self._channels(update)
+            spectrum = thin_svd(self._part(update, kept))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        norm = lost + float(spectrum.sigma.square().sum())
+        kernel, sizes = update.kernel, (update.up.shape[0], update.down.shape[1])
+        shape = Entry(name, sizes[0], sizes[1], kernel, update.rank, "", {}, kept, self.keys(name))
+        return Analysis(spectrum.to("cpu").without_factors(), shape, lost, norm)
+
+    def _channels(self, update: LowRankUpdate) -> tuple[Channels, float]:
+        """Output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""
+        threshold = self.settings.pruning.channel_threshold
+        if not threshold:
+            return (None, None), 0.0
+        chosen = select_channels(update, threshold)
+        counts = (update.up.shape[0], update.down.shape[1])
+        outputs, inputs = (
+            None if len(kept) == count else tuple(kept.tolist())
+            for kept, count in zip((chosen.outputs, chosen.inputs), counts, strict=True)
+        )
+        return (outputs, inputs), chosen.squared_error
+
+    def _part(self, update: LowRankUpdate, kept: Channels) -> LowRankUpdate:
+        """The kept channels of an update, on the device that computes."""
+        outputs, inputs = kept
+        up = update.up if outputs is None else update.up[list(outputs)]
+        down = update.down if inputs is None else update.down[:, list(inputs)]
+        device = self.settings.quantization_device
+        return LowRankUpdate(down.to(device), up.to(device), update.alpha)
+
+    def _rows(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        """The strongest components over the kept channels."""
+        analysis = self.analyses[name]
+        spectrum = analysis.spectrum.of(self._part(self.updates[name], analysis.shape.kept))
+        down, up = spectrum.to(self.settings.quantization_device).balanced(rank)
+        return down.cpu(), up.cpu()
+
+    def _product(self, name: str, rank: int) -> float:
+        """rank max|down| max|up|, what a plain file's alpha is chosen for."""
+        down, up = self._rows(name, rank)
+        return max(rank, self.least_rank) * float(down.abs().amax() * up.abs().amax())
+
+    def _store(self, name: str, choice: Choice, alpha: float) -> Stored:
+        analysis = self.analyses[name]
+        sigma, shape = analysis.spectrum.sigma, analysis.shape
+        quantized = self.settings.quantization.enabled
+        down, up = self._rows(name, len(sigma) if quantized else choice.rank)  # a coarse grid's noise reaches into the tail
+        tail = 0.0 if quantized else float(sigma[choice.rank :].square().sum())
+        found, entry, chunks = (down[: choice.rank], up[: choice.rank]), None, []
+        if quantized:
+            entry, chunks = encode_module(shape, *found, choice, self.settings.quantization)
+            if not entry.rank:
+                return Stored(0, analysis.norm)
+            found = decode_rows(entry, chunks)
+        if self.packed:
+            return Stored(len(found[0]), analysis.lost + tail + difference(down, up, *found), None, entry, tuple(chunks))
+        own_alpha = None if shape.keys.alpha is None else alpha
+        plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, self.least_rank)
+        written = self._part(plain, shape.kept)
+        rank = len(found[0])  # without the padding
+        rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()
+        return Stored(rank, analysis.lost + tail + difference(down, up, *rows), plain)
