@@ -132,7 +132,7 @@ def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSet
 
     norm_threshold cannot be foreseen, so it is an upper estimate where one is set.
     """
-    floor, ratio = settings.pruning.min_rank, settings.pruning.rank_ratio
+    floor, ratio = settings.pruning.rank_floor, settings.pruning.rank_ratio
     ranks = {}
     for name, update in updates.items():
         most = min(update.rank, update.down_matrix.shape[1], update.up.shape[0]) if settings.enabled else update.rank
