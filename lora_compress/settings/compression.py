@@ -37,7 +37,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         problems = [problem for part in self._parts for problem in part.problems()]
-        problems += self.quantization.budget_problems(self.budget.enabled)
+        problems = problems or self.quantization.budget_problems(self.budget.enabled)
         quantized = self.quantization.enabled
         if self.save_format is None:
             object.__setattr__(self, "save_format", "packed" if quantized else "kohya")

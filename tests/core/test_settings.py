@@ -36,7 +36,9 @@ def problems_of(values: dict[str, object]) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("strategy", [*ALLOWED, "other"])
-@pytest.mark.parametrize("bits", [-4, 0, 0.01, 1, 2, 2.5, 3, 4, 4.5, 5, 6, 7, 8, 8.5, 9, 15, 16, 17, 32, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "bits", [-4, 0, 0.01, 1, 2, 2.5, 3, 4, 4.5, 5, 6, 7, 8, 8.5, 9, 15, 16, 17, 32, float("inf"), float("nan")]
+)
 def test_bits_and_strategy_follow_the_table(strategy: str, bits: float) -> None:
     values = {"strategy": strategy, "bits": bits}
     if bits in ALLOWED.get(strategy, set()):
@@ -127,7 +129,10 @@ CONTRADICTIONS = {
     "fp8 with bits": ({"save_format": "fp8", "bits": 8}, ["save_format=fp8.*bits=16, or save_format=packed"]),
     "nf4 without bits": ({"strategy": "nf4"}, ["bits=none with strategy=nf4: allowed"]),
     "static without bits": ({"strategy": "static"}, ["bits=none with strategy=static: allowed"]),
-    "entropy in groups": ({"strategy": "entropy", "bits": 3, "group_size": 64}, ["group_size.*one step for the whole file.*remove"]),
+    "entropy in groups": (
+        {"strategy": "entropy", "bits": 3, "group_size": 64},
+        ["group_size.*one step.*remove"],
+    ),
     "scale without static": ({"bits": 4, "scale": 0.1}, ["scale is only used by strategy=static.*remove it"]),
     "unknown format": ({"save_format": "gguf"}, ["save_format=gguf: must be one of kohya, fp8, packed, both"]),
     "ratio 0": ({"rank_ratio": 0}, [r"rank_ratio=0: must lie in \(0, 1\]"]),
@@ -201,6 +206,8 @@ def test_a_value_that_does_not_parse_brings_no_second_complaint() -> None:
 @pytest.mark.parametrize("name", setting_names())
 @pytest.mark.parametrize("value", [True, None, [4], {"a": 1}, "", "four", 1j], ids=lambda value: str(value)[:12])
 def test_values_of_a_wrong_type_are_refused_by_name(name: str, value: object) -> None:
+    if value is True and setting_names()[name] is bool:
+        value = 1
     problems = problems_of({name: value})
     assert any(problem.startswith(f"{name}=") for problem in problems)
 
