@@ -10,12 +10,22 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..update import LowRankUpdate
+from .pairs import PairStyle, find_pairs
+from .survey import Layout, Survey
 
-__all__ = ["FP8", "as_kohya", "from_kohya", "to_kohya"]
+__all__ = ["FP8", "KOHYA", "as_kohya", "from_kohya", "to_kohya"]
 
 FP8 = torch.float8_e4m3fn
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _FP8_AMAX = 8.0  # e4m3 is as exact anywhere from 1 to 128; 8 keeps products of factors finite in fp16
+_STYLE = PairStyle("kohya", _DOWN, _UP, mid=".lora_mid.weight", keeps_alpha=True)
+
+
+def _find(survey: Survey) -> None:
+    find_pairs(survey, _STYLE)
+
+
+KOHYA = Layout("kohya", _find)
 
 
 def from_kohya(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRankUpdate], dict[str, Tensor]]:

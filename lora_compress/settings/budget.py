@@ -34,6 +34,10 @@ class BudgetSettings:
         """target_size in bytes."""
         return None if self.target_size is None else parse_size(self.target_size)
 
+    def part_error(self, part: str) -> float | None:
+        """The target of one part of the model: target_error_text_encoder for "text encoder ...", else target_error_unet."""
+        return self.target_error_text_encoder if part.startswith("text encoder") else self.target_error_unet
+
     @property
     def _errors(self) -> dict[str, float | None]:
         names = ("target_error", "target_error_unet", "target_error_text_encoder")

@@ -37,6 +37,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         problems = [problem for part in self._parts for problem in part.problems()]
+        problems = problems or self.quantization.budget_problems(self.budget.enabled)
         quantized = self.quantization.enabled
         if self.save_format is None:
             object.__setattr__(self, "save_format", "packed" if quantized else "kohya")
@@ -91,6 +92,7 @@ class CompressionSettings:
     def as_dict(self) -> dict[str, Any]:
         """The settings as flat `{name: value}` pairs, in the order of their definition, defaults filled in."""
         flat = {f.name: getattr(part, f.name) for part in self._parts for f in fields(part)}
+        flat["min_rank"] = self.pruning.rank_floor
         flat["group_size"] = self.quantization.block_size if self.quantization.enabled else None
         flat["scale"] = self.quantization.static_scale if self.quantization.enabled else None
         return flat | {"save_format": self.save_format, "quantization_device": self.quantization_device}

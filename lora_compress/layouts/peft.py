@@ -1,0 +1,31 @@
+"""PEFT's layout: `<module>.lora_A.weight` and `<module>.lora_B.weight`, with an adapter's name between, or bare as Mochi's."""
+
+from __future__ import annotations
+
+import re
+
+from .pairs import PairStyle, find_pairs
+from .peft_config import PeftConfig
+from .survey import Layout, Survey
+
+__all__ = ["PEFT"]
+
+_ADAPTER = re.compile(r"\.lora_[AB]\.(?P<adapter>[^.]+)\.weight$")
+
+
+def _find(survey: Survey) -> None:
+    config = PeftConfig.of(survey.file)
+    adapters = {match["adapter"]: None for match in map(_ADAPTER.search, survey.file) if match}
+    endings = [".weight", *(f".{adapter}.weight" for adapter in adapters), ""]
+
+    def scale_of(name: str, rank: int) -> float | None:
+        scale = config.scale(name, rank)
+        if scale not in (None, 1.0):
+            survey.tell("alpha is taken from the configuration of the adapter and is now part of the factors", name)
+        return scale
+
+    for ending in endings:
+        find_pairs(survey, PairStyle("peft", f".lora_A{ending}", f".lora_B{ending}"), scale_of)
+
+
+PEFT = Layout("peft", _find)
