@@ -3,10 +3,11 @@
 The core: it knows no trainer and no host program. `compress` and `save` make a file, `load_lora` opens any.
 """
 
-from .container import LoraFile, is_packed, load_lora
+from .container import is_packed
 from .errors import FormatError, LoraCompressError, SaveError, SettingsError
 from .files import atomic_path
-from .layouts import as_kohya, from_kohya, to_kohya
+from .layouts import LoraSource, as_kohya, open_lora
+from .loading import LoraFile, load_lora
 from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
 from .report import CompressionReport, settings_table
 from .settings import (
@@ -31,6 +32,7 @@ __all__ = [
     "FormatError",
     "LoraCompressError",
     "LoraFile",
+    "LoraSource",
     "LowRankUpdate",
     "PruningSettings",
     "QuantizationSettings",
@@ -41,10 +43,10 @@ __all__ = [
     "atomic_path",
     "compress",
     "estimate_size",
-    "from_kohya",
     "is_packed",
     "kohya_partner",
     "load_lora",
+    "open_lora",
     "opened_by",
     "refuse_setting",
     "save",
@@ -52,5 +54,4 @@ __all__ = [
     "settings_table",
     "split_settings",
     "thin_svd",
-    "to_kohya",
 ]

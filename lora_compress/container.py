@@ -16,6 +16,8 @@ from .encoding import decode_module
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
 from .index import Chunk, Entry, PackedIndex, read_index
+from .layouts.families import family_of, part_of
+from .layouts.survey import ModuleShape
 from .update import LowRankUpdate
 
 __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "packed_tensors"]
@@ -37,6 +39,8 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     Raises:
         FormatError: no such file, no packed file, an unknown version, or damage; on opening or when a module is read.
     """
+
+    dtype = torch.float32  # of the factors that are decoded
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -76,8 +80,57 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """What the index says of each module that can be read."""
         return {name: entry for name, (_, entry) in self._entries.items()}
 
-    def other(self, key: str) -> Tensor:
-        """A tensor that is carried through."""
+    @property
+    def shapes(self) -> dict[str, ModuleShape]:
+        """Of the modules that can be read."""
+        return {n: ModuleShape(e.outputs, e.inputs, e.kernel, e.rank) for n, e in self.entries.items()}
+
+    @property
+    def family(self) -> str:
+        """See `layouts.families.family_of`."""
+        return family_of(self.shapes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must be told."""
+        if self.complete:
+            return []
+        left = f"; {len(self.missing)} modules are missing" if self.missing else ""
+        return [f"the file is cut after {self.available} bytes of its payload: it is read as the smaller LoRA that is there{left}"]
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Tensors that are carried through, by key."""
+        return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
+
+    def part(self, name: str) -> str:
+        """See `layouts.LoraSource.part`."""
+        return part_of(name, self.family)
+
+    def is_balanced(self, name: str) -> bool:
+        """Rounding has moved the rows: they are no singular value decomposition."""
+        return False
+
+    def extras(self, name: str) -> dict[str, Tensor]:
+        """None: what belongs to a module is among `others`."""
+        return {}
+
+    def factor_bytes(self, name: str) -> int:
+        """Bytes of a module's chunks."""
+        return sum(length for _, length, _ in self._chunks[self._entries[name][0]])
+
+    def plain(self, name: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
+        """Tensors of a plain file in the layout that the module came in."""
+        return self._entries[name][1].keys.tensors(name, LowRankUpdate(down, up, alpha))
+
+    def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """The metadata for a plain file."""
+        return {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
+
+    def close(self) -> None:
+        """The file is open only while something is read."""
+
+    def _tensor(self, key: str) -> Tensor:
         spec, _ = self._places[key]
         data = bytearray(self._read(key))
         return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape) if data else torch.empty(spec.shape, dtype=spec.dtype)
@@ -94,10 +147,6 @@ class PackedFile(Mapping[str, LowRankUpdate]):
                     raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
                 found.append(data)
         return found
-
-    def payload_bytes(self, name: str) -> int:
-        """Bytes that a module takes."""
-        return sum(length for _, length, _ in self._chunks[self._entries[name][0]])
 
     def __getitem__(self, name: str) -> LowRankUpdate:
         entry = self._entries[name][1]

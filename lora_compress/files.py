@@ -82,7 +82,7 @@ class TensorWriter:
         for key, spec in self._specs.items():
             self._offsets[key] = offset
             offset += spec.nbytes
-        self._file = open(path, "wb+")
+        self._file = open(path, "wb+")  # noqa: SIM115 - closed in __exit__
         self._file.write(header)
         self._file.truncate(offset)
 

@@ -165,7 +165,9 @@ def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Ent
     sizes = [outputs, inputs, *kernel]
     if len(kernel) > 3 or not all(type(size) is int and 1 <= size <= _LARGEST_LAYER for size in sizes):
         raise ValueError(f"{name} has the sizes {sizes}")
-    channels = [None if k is None else _channels(k, count) for k, count in zip(kept or (None, None), (outputs, inputs), strict=True)]
+    channels = [
+        None if k is None else _channels(k, count) for k, count in zip(kept or (None, None), (outputs, inputs), strict=True)
+    ]
     if not 0 <= style < len(styles):
         raise ValueError(f"{name} has keys number {style}")
     entry = Entry(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]), styles[style])

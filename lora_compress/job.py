@@ -155,7 +155,8 @@ class Job:
         quantized = self.settings.quantization.enabled
         down, up = self._rows(name, len(sigma) if quantized else choice.rank)  # a coarse grid's noise reaches into the tail
         tail = 0.0 if quantized else float(sigma[choice.rank :].square().sum())
-        found, entry, chunks = (down[: choice.rank], up[: choice.rank]), None, []
+        chunks: list[bytes] = []
+        found, entry = (down[: choice.rank], up[: choice.rank]), None
         if quantized:
             entry, chunks = encode_module(shape, *found, choice, self.settings.quantization)
             if not entry.rank:

@@ -11,20 +11,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .container import FORMAT_KEY, FORMAT_VERSION, packed_tensors
 from .encoding import decode_module
 from .errors import SettingsError
 from .files import TensorSpec, atomic_path, safetensors_size, write_safetensors
 from .job import Job, Stored
-from .layouts import as_kohya, to_kohya
+from .layouts import as_kohya
 from .metadata import finish_metadata
-from .packed import FORMAT_KEY, FORMAT_VERSION, packed_size, packed_tensors
-from .plain import FP8
+from .plain import FP8, KOHYA_KEYS, plain_update
 from .planning import plan
+from .quantization import FixedFormat, fixed_size
 from .report import CompressionReport, PartReport
-from .settings import CompressionSettings
+from .settings import CompressionSettings, QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "save"]
+__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "module_report", "opened_by", "save"]
+
+_HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
+
+_OPENED_BY = {
+    "kohya": "every program that loads kohya LoRA (ComfyUI, A1111, Forge, diffusers, InvokeAI, stable-diffusion.cpp, sd-scripts)",
+    "fp8": "ComfyUI, A1111, Forge, SD.Next, InvokeAI, stable-diffusion.cpp, sd-scripts; diffusers for SD and SDXL",
+    "packed": "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, or lora_compress.load_lora in Python",
+}
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,124 @@ def compress(
         SettingsError: pruning leaves nothing, or the budget cannot be met.
     """
     job = Job(updates, settings, FP8 if settings.save_format == "fp8" else dtype or torch.float32)
-    stored = plan(job, lambda found: _file_size(found)).stored
-    if job.packed:
-        tensors = packed_tensors("kohya", stored)
-    else:
-        tensors = as_kohya({name: module.plain for name, module in stored.items() if module.plain is not None})
+    stored = dict(job.run(plan(job)))
+    if updates and not stored:
+        raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])
     results = {name: _result(module) for name, module in stored.items()}
-    modules = {name: _module_report(job, name, stored.get(name)) for name in updates}
-    sizes = (_plain_size({name: (u, u.rank) for name, u in updates.items()}, dtype), _file_size(stored))
-    return CompressedLora(results, tensors, CompressionReport.of_modules(modules, sizes), settings)
+    tensors = _packed(stored) if job.packed else as_kohya(results)
+    modules = {name: module_report(job, name, stored.get(name)) for name in updates}
+    before = _plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
+    return CompressedLora(results, tensors, CompressionReport.of_modules(modules, (before, _size(tensors))), settings)
+
+
+def save(
+    lora: CompressedLora,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> CompressionReport:
+    """Write the main file to `path`, and its kohya partner beside it when save_format is both: whole or not at all.
+
+    Returns:
+        The report, with the size of the main file as it lies on disk.
+
+    Raises:
+        SaveError: the folder cannot be written or the disk is full.
+        SettingsError: the name does not end with .safetensors.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise SettingsError([f"{path}: a compressed LoRA is a safetensors file: end its name with .safetensors"], "output")
+    settings = lora.settings
+    details = {**settings.as_dict(), **lora.report.details(), "quantization_device": None}
+    packed = {FORMAT_KEY: FORMAT_VERSION} if settings.save_format in ("packed", "both") else {}
+    with atomic_path(path) as temporary:  # takes its name only when the partner has: both, or neither
+        write_safetensors(lora.tensors, temporary, _finish(metadata, lora.updates, details) | packed)
+        if settings.save_format == "both":
+            partner = {name: _plain_partner(update, dtype or torch.float32) for name, update in lora.updates.items()}
+            with atomic_path(kohya_partner(path)) as beside:
+                write_safetensors(as_kohya(partner), beside, _finish(metadata, partner, {**details, "save_format": "kohya"}))
+    return dataclasses.replace(lora.report, bytes=(lora.report.bytes[0], os.path.getsize(path)))
+
+
+def opened_by(path: str | os.PathLike[str], save_format: str) -> str:
+    """Which programs open what `save` wrote to `path`, a line for each file."""
+    lines = {str(path): _OPENED_BY["packed" if save_format == "both" else save_format]}
+    if save_format == "both":
+        lines[str(kohya_partner(path))] = _OPENED_BY["kohya"]
+    return "\n".join(f"{name} opens in: {programs}" for name, programs in lines.items())
+
+
+def kohya_partner(path: str | os.PathLike[str]) -> Path:
+    """`<stem>.kohya.safetensors` beside a packed file."""
+    return Path(path).with_suffix(".kohya.safetensors")
+
+
+def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSettings, dtype: torch.dtype | None) -> int:
+    """Bytes to expect of the main file, metadata apart, if rank_ratio took the same share of every module.
+
+    norm_threshold cannot be foreseen, so it is an upper estimate where one is set. A target_size is taken at its word.
+    """
+    if settings.budget.size is not None:
+        return settings.budget.size
+    floor, ratio = settings.pruning.rank_floor, settings.pruning.rank_ratio
+    ranks = {}
+    for name, update in updates.items():
+        most = min(update.rank, update.down_matrix.shape[1], update.up.shape[0]) if settings.enabled else update.rank
+        ranks[name] = min(most, max(round(ratio * most), floor, 1))
+    if settings.save_format in ("packed", "both"):
+        return _packed_estimate({name: (update, ranks[name]) for name, update in updates.items()}, settings.quantization)
+    return _plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
+
+
+def module_report(job: Job, name: str, stored: Stored | None) -> PartReport:
+    """What became of one module, dropped if `stored` is None."""
+    analysis = job.analyses[name]
+    lost = analysis.norm if stored is None else stored.squared_error
+    return PartReport((1, int(stored is not None)), (analysis.shape.rank, stored.rank if stored else 0), lost, analysis.norm)
+
+
+def _result(stored: Stored) -> LowRankUpdate:
+    """What a reader of the file gets."""
+    if stored.plain is not None:
+        return stored.plain
+    assert stored.entry is not None
+    return decode_module(stored.entry, stored.chunks)
+
+
+def _packed(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    return packed_tensors("kohya", [(module.entry, module.chunks) for module in stored.values() if module.entry is not None])
+
+
+def _plain_partner(update: LowRankUpdate, dtype: torch.dtype) -> LowRankUpdate:
+    return plain_update(update.down_matrix, update.up_matrix.T, update.kernel, dtype)
+
+
+def _finish(
+    metadata: Mapping[str, str] | None, updates: Mapping[str, LowRankUpdate], details: Mapping[str, object]
+) -> dict[str, str]:
+    ranks, alphas = [update.rank for update in updates.values()], [update.alpha for update in updates.values()]
+    return finish_metadata(metadata, ranks, alphas, details)
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return safetensors_size({key: TensorSpec.of(tensor) for key, tensor in tensors.items()})
+
+
+def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings) -> int:
+    """Bytes of a packed file of updates at the given ranks; of the index a good guess."""
+    payload = 0
+    for update, rank in updates.values():
+        columns, outputs = update.down_matrix.shape[1], update.up.shape[0]
+        if settings.averages:
+            payload += int(rank * (columns + outputs) * float(settings.bits or 0.0) / 8)
+        else:
+            payload += fixed_size(rank, columns, outputs, FixedFormat.of_settings(settings))
+    return payload + _INDEX_BYTES * len(updates) + _HEADER_BYTES
+
+
+def _plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.dtype | None) -> int:
+    """Bytes of a kohya file of updates at the given ranks."""
+    specs: dict[str, TensorSpec] = {}
+    for name, (update, rank) in updates.items():
+        specs |= KOHYA_KEYS.specs(name, (rank, *update.down.shape[1:]), (update.up.shape[0], rank, *update.up.shape[2:]), dtype)
+    return safetensors_size(specs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .files import TensorSpec
 from .update import LowRankUpdate
 
 __all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "fp8_alpha", "plain_update"]
@@ -44,6 +45,12 @@ class PlainKeys:
         if self.alpha is not None:
             pairs[self.alpha] = torch.tensor(update.alpha, dtype=torch.float32)
         return {key.replace("{}", name, 1): tensor for key, tensor in pairs.items()}
+
+    def specs(self, name: str, down: tuple[int, ...], up: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+        """What the header says of them, for factors of these shapes."""
+        shapes = {self.down: down, self.up: up}
+        specs = {key.replace("{}", name, 1): TensorSpec(dtype or torch.float32, shape) for key, shape in shapes.items()}
+        return specs | ({self.alpha.replace("{}", name, 1): TensorSpec(torch.float32, ())} if self.alpha is not None else {})
 
 
 KOHYA_KEYS = PlainKeys("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")

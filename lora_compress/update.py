@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +98,8 @@ def squared_error(reference: LowRankUpdate, other: LowRankUpdate | None) -> tupl
 def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -> float:
     """||up^T down - up'^T down'||_F^2 of matrices given by matching rows: the first of one stand for the first of the other.
 
-    Written as (up - up')^T down + up'^T (down - down'), so that nothing large is subtracted; the fast way for a module and
-    what a codec made of it.
+    Written as (up - up')^T down + up'^T (down - down') with the two brought to the same balance first, so that nothing large
+    is subtracted; the fast way for a module and what a codec made of it.
 
     Args:
         down: (k, in * kernel).
@@ -109,6 +110,9 @@ def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -
     missing = len(down) - len(other_down)
     if missing:
         other_down, other_up = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in (other_down, other_up))
+    aligned = float((other_down * down).sum() / down.square().sum().clamp_min(torch.finfo(down.dtype).tiny))
+    if aligned > 0.0 and math.isfinite(aligned):
+        other_down, other_up = other_down / aligned, other_up * aligned
     left = torch.cat([up - other_up, other_up])  # (2k, out)
     right = torch.cat([down, down - other_down])  # (2k, in * kernel)
     return max(float(((left @ left.T).double() * (right @ right.T).double()).sum()), 0.0)

@@ -86,7 +86,9 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     load = _loader(survey.file, down, up, mid, plan, alpha)
     writer = kohya_writer(name) if style.keeps_alpha else folded_writer(name + style.down, name + style.up)
     used = (*keys, *survey.taken(*alphas, name + ".scale"))
-    survey.add(Module(name + style.own, style.layout, shape, used, load, writer, bias_gain=1.0 if style.keeps_alpha else alpha / plan.rank))
+    survey.add(
+        Module(name + style.own, style.layout, shape, used, load, writer, bias_gain=1.0 if style.keeps_alpha else alpha / plan.rank)
+    )
 
 
 def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Plan | None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,28 +19,30 @@ from .registry import LAYOUTS
 from .survey import Module, ModuleShape, Survey
 from .tensors import TensorFile, open_tensors
 
+if TYPE_CHECKING:
+    from ..container import PackedFile
+
 __all__ = ["LoraSource", "open_lora"]
 
-_PACKED_KEY = "lora_compress.index"
 _TIED = re.compile(r"\.(dora_scale|reshape_weight|lora_magnitude_vector(\.[^.]+)*|lora_(B|up)(\.[^.]+)?\.bias)$")
 
 
-def open_lora(path: str | os.PathLike[str], repair: bool = False) -> LoraSource:
+def open_lora(path: str | os.PathLike[str], repair: bool = False) -> LoraSource | PackedFile:
     """Open a LoRA file of any layout, without reading its weights.
 
     Args:
-        path: .safetensors, or .pt, .ckpt, .bin and their like, which are read as weights alone.
+        path: .safetensors, or .pt, .ckpt, .bin and their like, which are read as weights alone. Of a packed file the first
+            bytes will do.
         repair: mend what can be mended (ranks that disagree, odd alphas, half modules) and say so in `notes`.
 
     Raises:
         FormatError: no such file, no LoRA, or something is wrong with it that was not to be repaired.
     """
-    file = open_tensors(path)
-    if _PACKED_KEY in file:
-        file.close()
-        from ..container import open_packed
+    from ..container import PackedFile, is_packed  # which names modules by the rules of this package
 
-        return open_packed(Path(path))
+    if is_packed(path):
+        return PackedFile(path)
+    file = open_tensors(path)
     survey = Survey(file, repair)
     for layout in LAYOUTS:
         layout.find(survey)

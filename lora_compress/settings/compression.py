@@ -90,11 +90,17 @@ class CompressionSettings:
         return settings
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as flat `{name: value}` pairs, in the order of their definition, defaults filled in."""
+        """The settings as flat `{name: value}` pairs, in the order of their definition, defaults filled in, None for what is off."""
         flat = {f.name: getattr(part, f.name) for part in self._parts for f in fields(part)}
-        flat["min_rank"] = self.pruning.rank_floor
-        flat["group_size"] = self.quantization.block_size if self.quantization.enabled else None
-        flat["scale"] = self.quantization.static_scale if self.quantization.enabled else None
+        quantization, pruning = self.quantization, self.pruning
+        flat["bits"] = quantization.bits if quantization.averages else quantization.bits or 16
+        flat["min_rank"] = pruning.rank_floor
+        flat["group_size"] = quantization.block_size if quantization.enabled else None
+        flat["scale"] = quantization.static_scale if quantization.enabled else None
+        if quantization.strategy != "entropy":
+            flat["progressive"] = flat["refine"] = None
+        for name in ("layer_threshold", "channel_threshold"):
+            flat[name] = flat[name] or None
         return flat | {"save_format": self.save_format, "quantization_device": self.quantization_device}
 
 

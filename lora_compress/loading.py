@@ -1,0 +1,47 @@
+"""A LoRA file, packed or of any plain layout, read as a whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .container import PackedFile
+from .layouts import open_lora
+from .update import LowRankUpdate
+
+__all__ = ["LoraFile", "load_lora"]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file holds.
+
+    Args:
+        updates: by module name, such as lora_unet_mid_block_attentions_0_proj_in.
+        others: tensors that are not part of an update, under their own keys; dora_scale and its like among them.
+        metadata: the file's metadata.
+        packed: whether it is a packed file.
+    """
+
+    updates: dict[str, LowRankUpdate]
+    others: dict[str, Tensor]
+    metadata: dict[str, str]
+    packed: bool
+
+
+def load_lora(path: str | os.PathLike[str]) -> LoraFile:
+    """Read a LoRA file of any layout as a whole.
+
+    Raises:
+        FormatError: as `open_lora`, or a module does not decode.
+    """
+    source = open_lora(path)
+    try:
+        others = dict(source.others)
+        for name in source:
+            others |= source.extras(name)
+        return LoraFile(dict(source), others, source.metadata, isinstance(source, PackedFile))
+    finally:
+        source.close()
