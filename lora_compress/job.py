@@ -39,6 +39,11 @@ class Analysis:
     lost: float
     norm: float
 
+    @property
+    def scores(self) -> Tensor:
+        """(k,), falling: what components are chosen by."""
+        return self.spectrum.sigma
+
 
 @dataclass(frozen=True)
 class Stored:
