@@ -148,6 +148,10 @@ class PackedFile(Mapping[str, LowRankUpdate]):
                 found.append(data)
         return found
 
+    def payload(self, size: int) -> bytes:
+        """The first bytes of the payload."""
+        return self._read(PAYLOAD_KEY, size)
+
     def __getitem__(self, name: str) -> LowRankUpdate:
         entry = self._entries[name][1]
         try:
@@ -161,8 +165,9 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _read(self, key: str) -> bytes:
+    def _read(self, key: str, size: int | None = None) -> bytes:
         _, (begin, end) = self._places[key]
+        end = end if size is None else begin + size
         if end > self._size:
             raise FormatError(f"{self.path}: ends before {key} does: a packed file can be cut, but not that early")
         with open(self.path, "rb") as file:

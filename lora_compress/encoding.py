@@ -10,13 +10,15 @@ from torch import Tensor
 
 from .errors import FormatError
 from .index import Entry
-from .quantization import LAYERS, MIXED, FixedFormat, decode_entropy, decode_fixed, encode_entropy, encode_fixed
+from .quantization import MIXED, FixedFormat, decode_fixed, encode_fixed
+from .quantization.entropy import decode_entropy, encode_entropy
 from .settings import QuantizationSettings
 from .update import LowRankUpdate
 
 __all__ = ["Choice", "decode_module", "decode_rows", "encode_module", "spread_channels"]
 
 
+_LAYERS = 12  # of a progressive payload: each halves what a further bit is worth
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
 
@@ -47,7 +49,7 @@ def encode_module(
         up: (rank, kept outputs).
     """
     if choice.step is not None:
-        layers = LAYERS if settings.progressive else 1
+        layers = _LAYERS if settings.progressive else 1
         coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
         parameters: dict[str, object] = {"step": choice.step, "layers": layers}
         return replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), list(coded.chunks)

@@ -39,7 +39,7 @@ DTYPE_NAMES = {
     torch.uint64: "U64",
 }
 _ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
-_HASHES = ("sshs_model_hash", "sshs_legacy_hash")
+_NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
 _LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
 
 
@@ -69,13 +69,16 @@ class TensorWriter:
         path: to write; goes together with `atomic_path`.
         specs: of all tensors by key.
         metadata: texts by key.
+
+    Attributes:
+        metadata: may be replaced before the end by texts that take no more room.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
-        self._metadata = dict(metadata) | {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+        self.metadata = dict(metadata)
         self._specs = _in_file_order(specs)
         self._waiting = set(specs)
-        header = _header(self._specs, self._metadata)
+        header = _header(self._specs, self.metadata | _NO_HASHES)
         self._data = len(header)  # where it begins
         self._offsets: dict[str, int] = {}
         offset = self._data
@@ -113,15 +116,16 @@ class TensorWriter:
         digest = hashlib.sha256()
         while block := self._file.read(1 << 22):
             digest.update(block)
-        self._metadata |= dict(zip(_HASHES, (digest.hexdigest(), self._legacy_hash()), strict=True))
-        header = _header(self._specs, self._metadata)
-        assert len(header) == self._data
+        hashes = dict(zip(_NO_HASHES, (digest.hexdigest(), self._legacy_hash()), strict=True))
+        header = _header(self._specs, self.metadata | hashes, self._data)
+        if len(header) != self._data:
+            raise ValueError("the final metadata need more room than those that were announced")
         self._file.seek(0)
         self._file.write(header)
 
     def _legacy_hash(self) -> str:
         """sha256 over 64 KiB of the file that has the ss_* metadata alone."""
-        header = _header(self._specs, {key: value for key, value in self._metadata.items() if key.startswith("ss_")})
+        header = _header(self._specs, {key: value for key, value in self.metadata.items() if key.startswith("ss_")})
         begin = max(_LEGACY_HASHED.start - len(header), 0)
         end = max(_LEGACY_HASHED.stop - len(header), 0)
         self._file.seek(self._data + begin)
@@ -162,17 +166,17 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
             writer.write(key, tensor)
 
 
-def safetensors_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> int:
-    """Bytes of the safetensors file of these tensors: 8, a JSON header padded to 8, the data."""
-    return len(_header(_in_file_order(specs), metadata)) + sum(spec.nbytes for spec in specs.values())
+def safetensors_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `TensorWriter` writes: 8, a JSON header padded to 8, the data."""
+    return len(_header(_in_file_order(specs), {**metadata, **_NO_HASHES})) + sum(spec.nbytes for spec in specs.values())
 
 
 def _in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return dict(sorted(specs.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])))
 
 
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
-    """Length, JSON and padding, up to where the data begin."""
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None, least: int = 0) -> bytes:
+    """Length, JSON and padding, up to where the data begin; `least` bytes in all."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
     offset = 0
     for key, spec in specs.items():
@@ -180,7 +184,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None)
         header[key] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (offset, end)}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = -(-len(text) // 8) * 8
+    padded = max(-(-len(text) // 8) * 8, least - 8)
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Stored:
         plain: the factors of a plain file; None in a packed one.
         entry: of the index of a packed file; None in a plain one.
         chunks: of its payload.
+        alpha: of a plain file.
     """
 
     rank: int
@@ -62,6 +63,11 @@ class Stored:
     plain: LowRankUpdate | None = None
     entry: Entry | None = None
     chunks: tuple[bytes, ...] = ()
+    alpha: float = 1.0
+
+    def without_factors(self) -> Stored:
+        """The same without the factors of a plain file, which can be made again."""
+        return replace(self, plain=None)
 
 
 class Job:
@@ -98,12 +104,22 @@ class Job:
     def run(self, choices: Mapping[str, Choice]) -> Iterator[tuple[str, Stored]]:
         """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too."""
         kept = {name: choice for name, choice in choices.items() if choice.rank}
-        alpha = self.file_alpha(kept)
+        alpha = self._file_alpha(kept)
         for name, stored in stream_modules(lambda name, choice: self._store(name, choice, alpha), kept):
             if stored.rank:
                 yield name, stored
 
-    def file_alpha(self, choices: Mapping[str, Choice]) -> float:
+    def outline(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+        """As much of plain modules as the size of their file depends on, without making them."""
+        return {n: Stored(c.rank, 0.0, alpha=self._expected_alpha(n, c.rank)) for n, c in choices.items() if c.rank}
+
+    def _expected_alpha(self, name: str, rank: int) -> float:
+        """What a module's alpha will be in a plain file; of fp8, where it is still to be found, one that takes as much room."""
+        if self.analyses[name].shape.keys.alpha is None:
+            return float(max(rank, self.least_rank))
+        return 0.123456789 if self.dtype == FP8 else 1.0
+
+    def _file_alpha(self, choices: Mapping[str, Choice]) -> float:
         """The one alpha of a plain file."""
         if self.packed or self.dtype != FP8:
             return 1.0
@@ -174,4 +190,4 @@ class Job:
         written = self._part(plain, shape.kept)
         rank = len(found[0])  # without the padding
         rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()
-        return Stored(rank, analysis.lost + tail + difference(down, up, *rows), plain)
+        return Stored(rank, analysis.lost + tail + difference(down, up, *rows), plain, alpha=plain.alpha)

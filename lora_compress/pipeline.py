@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .container import FORMAT_KEY, FORMAT_VERSION, packed_tensors
+from .assembly import Assembly
 from .encoding import decode_module
 from .errors import SettingsError
 from .files import TensorSpec, atomic_path, safetensors_size, write_safetensors
+from .frame import Frame
 from .job import Job, Stored
 from .layouts import as_kohya
+from .layouts.families import part_of
 from .metadata import finish_metadata
 from .plain import FP8, KOHYA_KEYS, plain_update
 from .planning import plan
@@ -25,7 +26,7 @@ from .report import CompressionReport, PartReport
 from .settings import CompressionSettings, QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "module_report", "opened_by", "save"]
+__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "opened_by", "partner_metadata", "plain_partner", "save"]
 
 _HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
 
@@ -43,18 +44,23 @@ class CompressedLora:
     Args:
         updates: what a reader of the main file gets, by module; dropped modules are absent.
         tensors: of the main file.
-        report: sizes and errors; its second size is that of the tensors, metadata apart.
+        metadata: of the main file.
+        report: sizes and errors; its second size is that of the main file.
         settings: what it was made with.
     """
 
     updates: dict[str, LowRankUpdate]
     tensors: dict[str, Tensor]
+    metadata: dict[str, str]
     report: CompressionReport
     settings: CompressionSettings
 
 
 def compress(
-    updates: Mapping[str, LowRankUpdate], settings: CompressionSettings, dtype: torch.dtype | None = None
+    updates: Mapping[str, LowRankUpdate],
+    settings: CompressionSettings,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> CompressedLora:
     """Prune and quantize `updates`: thin SVD of each, a choice over the whole file, then the codec or plain factors.
 
@@ -62,32 +68,33 @@ def compress(
         updates: by module name.
         settings: what to remove and how to store the rest.
         dtype: of plain factors (save_precision); None keeps float32. Packed files do not use it.
+        metadata: of the trainer, for the file.
 
     Raises:
         FormatError: an update holds NaN or infinity.
         SettingsError: pruning leaves nothing, or the budget cannot be met.
     """
     job = Job(updates, settings, FP8 if settings.save_format == "fp8" else dtype or torch.float32)
-    stored = dict(job.run(plan(job)))
+    assembly = Assembly(job, metadata=metadata or {})
+    chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}))
+    stored = dict(job.run(chosen.choices)) if chosen.stored is None else chosen.stored
     if updates and not stored:
         raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])
     results = {name: _result(module) for name, module in stored.items()}
-    tensors = _packed(stored) if job.packed else as_kohya(results)
-    modules = {name: module_report(job, name, stored.get(name)) for name in updates}
+    modules = {name: _module_report(job, name, stored.get(name)) for name in updates}
     before = _plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
-    return CompressedLora(results, tensors, CompressionReport.of_modules(modules, (before, _size(tensors))), settings)
+    report = CompressionReport.of_modules(modules, (before, assembly.size(stored)))
+    tensors = assembly.packed(stored) if job.packed else as_kohya(results)
+    return CompressedLora(results, tensors, assembly.finished_metadata(stored), report, settings)
 
 
-def save(
-    lora: CompressedLora,
-    path: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> CompressionReport:
+def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> CompressionReport:
     """Write the main file to `path`, and its kohya partner beside it when save_format is both: whole or not at all.
 
-    Returns:
-        The report, with the size of the main file as it lies on disk.
+    Args:
+        lora: from `compress`.
+        path: ends with .safetensors.
+        dtype: of the partner's factors; None for float32.
 
     Raises:
         SaveError: the folder cannot be written or the disk is full.
@@ -95,16 +102,25 @@ def save(
     """
     if Path(path).suffix != ".safetensors":
         raise SettingsError([f"{path}: a compressed LoRA is a safetensors file: end its name with .safetensors"], "output")
-    settings = lora.settings
-    details = {**settings.as_dict(), **lora.report.details(), "quantization_device": None}
-    packed = {FORMAT_KEY: FORMAT_VERSION} if settings.save_format in ("packed", "both") else {}
     with atomic_path(path) as temporary:  # takes its name only when the partner has: both, or neither
-        write_safetensors(lora.tensors, temporary, _finish(metadata, lora.updates, details) | packed)
-        if settings.save_format == "both":
-            partner = {name: _plain_partner(update, dtype or torch.float32) for name, update in lora.updates.items()}
+        write_safetensors(lora.tensors, temporary, lora.metadata)
+        if lora.settings.save_format == "both":
+            partner = {name: plain_partner(update, dtype or torch.float32) for name, update in lora.updates.items()}
             with atomic_path(kohya_partner(path)) as beside:
-                write_safetensors(as_kohya(partner), beside, _finish(metadata, partner, {**details, "save_format": "kohya"}))
-    return dataclasses.replace(lora.report, bytes=(lora.report.bytes[0], os.path.getsize(path)))
+                write_safetensors(as_kohya(partner), beside, partner_metadata(lora.metadata, partner))
+    return lora.report
+
+
+def plain_partner(update: LowRankUpdate, dtype: torch.dtype, has_alpha: bool = True) -> LowRankUpdate:
+    """What a packed module is in a plain file."""
+    return plain_update(update.down_matrix, update.up_matrix.T, update.kernel, dtype, 1.0 if has_alpha else None)
+
+
+def partner_metadata(metadata: Mapping[str, str], partner: Mapping[str, LowRankUpdate]) -> dict[str, str]:
+    """Metadata of a packed file, made true for the plain file beside it."""
+    told = {key.removeprefix("ss_compress_"): value for key, value in metadata.items() if key.startswith("ss_compress_")}
+    ranks, alphas = [update.rank for update in partner.values()], [update.alpha for update in partner.values()]
+    return finish_metadata(metadata, ranks, alphas, {**told, "save_format": "kohya"})
 
 
 def opened_by(path: str | os.PathLike[str], save_format: str) -> str:
@@ -137,8 +153,7 @@ def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSet
     return _plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
 
 
-def module_report(job: Job, name: str, stored: Stored | None) -> PartReport:
-    """What became of one module, dropped if `stored` is None."""
+def _module_report(job: Job, name: str, stored: Stored | None) -> PartReport:
     analysis = job.analyses[name]
     lost = analysis.norm if stored is None else stored.squared_error
     return PartReport((1, int(stored is not None)), (analysis.shape.rank, stored.rank if stored else 0), lost, analysis.norm)
@@ -150,25 +165,6 @@ def _result(stored: Stored) -> LowRankUpdate:
         return stored.plain
     assert stored.entry is not None
     return decode_module(stored.entry, stored.chunks)
-
-
-def _packed(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-    return packed_tensors("kohya", [(module.entry, module.chunks) for module in stored.values() if module.entry is not None])
-
-
-def _plain_partner(update: LowRankUpdate, dtype: torch.dtype) -> LowRankUpdate:
-    return plain_update(update.down_matrix, update.up_matrix.T, update.kernel, dtype)
-
-
-def _finish(
-    metadata: Mapping[str, str] | None, updates: Mapping[str, LowRankUpdate], details: Mapping[str, object]
-) -> dict[str, str]:
-    ranks, alphas = [update.rank for update in updates.values()], [update.alpha for update in updates.values()]
-    return finish_metadata(metadata, ranks, alphas, details)
-
-
-def _size(tensors: Mapping[str, Tensor]) -> int:
-    return safetensors_size({key: TensorSpec.of(tensor) for key, tensor in tensors.items()})
 
 
 def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings) -> int:
@@ -188,4 +184,4 @@ def _plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.d
     specs: dict[str, TensorSpec] = {}
     for name, (update, rank) in updates.items():
         specs |= KOHYA_KEYS.specs(name, (rank, *update.down.shape[1:]), (update.up.shape[0], rank, *update.up.shape[2:]), dtype)
-    return safetensors_size(specs)
+    return safetensors_size(specs, {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +79,7 @@ class _Search:
             choices = self._allocate(inner, {})
             if choices == tried:
                 break
-            stored, tried = self._make(choices) if self.job.packed else _ranks_alone(choices), choices
+            stored, tried = self._make(choices) if self.job.packed else self.job.outline(choices), choices
             found, size = Plan(choices, stored if self.job.packed else None), measure(stored)
             if most < size <= budget:
                 best, most = found, size
@@ -146,7 +145,7 @@ class _Search:
         return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.job.dtype.itemsize
 
     def _make(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
-        return {name: replace(stored, plain=None) for name, stored in self.job.run(choices)}
+        return {name: stored.without_factors() for name, stored in self.job.run(choices)}
 
     def _error(self, stored: Mapping[str, Stored], part: str) -> float:
         names = [name for name in self.kept if not part or self.frame.parts[name] == part]
@@ -160,11 +159,6 @@ class _Search:
         if self._form is not None:
             return 2 * _DISTORTION[int(self.job.settings.quantization.bits or 8)]
         return _PLAIN_NOISE.get(self.job.dtype, 0.0)
-
-
-def _ranks_alone(choices: Mapping[str, Choice]) -> dict[str, Stored]:
-    """As much of plain modules as their size depends on."""
-    return {name: Stored(choice.rank, 0.0) for name, choice in choices.items() if choice.rank}
 
 
 def _less(target: float, squared: float) -> float:

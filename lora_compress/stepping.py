@@ -70,21 +70,22 @@ class _Part:
 
     def fit(self, budget: float, measure: Callable[[Mapping[str, Stored]], float], rising: bool) -> Plan:
         """The step at which what `measure` says comes closest to the budget from below."""
-        runs: dict[float, dict[str, Stored]] = {}
+        best: tuple[float, float, dict[str, Stored]] | None = None  # value, step and modules; a run is a whole file, one is kept
 
         def evaluate(step: float) -> float:
-            runs[step] = dict(self.job.run(self._choices(step)))
-            value = measure(runs[step])
-            fits = [known for known in runs if known != step and measure(runs[known]) <= budget]
-            for known in fits[:-1]:  # a run is a whole file: only what may be the result is kept
-                del runs[known]
+            nonlocal best
+            stored = dict(self.job.run(self._choices(step)))
+            value = measure(stored)
+            if value <= budget and (best is None or value > best[0]):
+                best = value, step, stored
             return value
 
         estimate = self._gaussian_error if rising else self._gaussian_bytes
         start = self._invert(estimate, budget, rising)
         fit = fit_step(evaluate, budget, start=start, rising=rising, estimate=estimate, tolerance=_TOLERANCE)
-        stored = runs[fit.step] if fit.step in runs else dict(self.job.run(self._choices(fit.step)))
-        return Plan(self._choices(fit.step), stored)
+        if best is not None and best[1] == fit.step:
+            return Plan(self._choices(fit.step), best[2])
+        return Plan(self._choices(fit.step), dict(self.job.run(self._choices(fit.step))))
 
     def error(self, stored: Mapping[str, Stored]) -> float:
         """||dW - dW'|| / ||dW|| over these modules."""

@@ -90,7 +90,7 @@ class CompressionSettings:
         return settings
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as flat `{name: value}` pairs, in the order of their definition, defaults filled in, None for what is off."""
+        """The settings as flat `{name: value}` pairs, in order, with defaults filled in and None for what is off."""
         flat = {f.name: getattr(part, f.name) for part in self._parts for f in fields(part)}
         quantization, pruning = self.quantization, self.pruning
         flat["bits"] = quantization.bits if quantization.averages else quantization.bits or 16
