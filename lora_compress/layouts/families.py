@@ -42,6 +42,8 @@ def family_of(shapes: Mapping[str, ModuleShape]) -> str:
     denoiser = {_plain(name): shape for name, shape in shapes.items() if not parts[name].startswith("text")}
     for rule in (_unet, _double_blocks, _mmdit, _blocks, _lumina):
         family = rule(denoiser)
+        if family == "sd1" and _text_encoders(shapes, set(parts.values()) - {"U-Net", "DiT"}) == "sd2":
+            return "sd2"
         if family:
             return family
     return "unknown" if denoiser else _text_encoders(shapes, set(parts.values()))

@@ -30,13 +30,8 @@ def _find(survey: Survey) -> None:
             continue
         sizes = _sizes(survey.file, keys)
         if sizes is None:
-            found = ", ".join(str(survey.file[key].shape) for key in keys)
-            survey.refuse(
-                keys[0],
-                f"the shapes {found} do not fit together or are too large",
-                "two products of one size",
-                "the module is left out",
-            )
+            found = f"the shapes {', '.join(str(survey.file[key].shape) for key in keys)} do not fit together"
+            survey.refuse(keys[0], found, f"two products of one size, rank {LARGEST_RANK} at most", "the module is left out")
             survey.drop(name, keys)
             continue
         outputs, columns, ranks, kernel = sizes

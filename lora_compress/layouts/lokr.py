@@ -40,10 +40,8 @@ def _find(survey: Survey) -> None:
             continue
         one, two = _half(survey.file, first), _half(survey.file, second)
         if one is None or two is None or not _fits(one, two):
-            found = ", ".join(str(survey.file[key].shape) for key in (*first, *second))
-            survey.refuse(
-                first[0], f"the shapes {found} do not fit together or are too large", "two matrices", "the module is left out"
-            )
+            found = f"the shapes {', '.join(str(survey.file[key].shape) for key in (*first, *second))} do not fit together"
+            survey.refuse(first[0], found, f"two matrices, rank {LARGEST_RANK} at most", "the module is left out")
             survey.drop(name, parts)
             continue
         _add(survey, name, one, two, parts)

@@ -68,7 +68,7 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     keys = [down, up, mid] if mid else [down, up]
     if not survey.usable(name, *keys):
         return
-    plan = _plan_pair(survey, down, up, mid)
+    plan = _plan_pair(survey, down, up, mid) if _unscaled(survey, keys) else None
     if plan is None:
         survey.drop(name, keys)
         return
@@ -88,6 +88,17 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     used = (*keys, *survey.taken(*alphas, name + ".scale"))
     gain = 1.0 if style.keeps_alpha else alpha / plan.rank
     survey.add(Module(name + style.own, style.layout, shape, used, load, writer, bias_gain=gain))
+
+
+def _unscaled(survey: Survey, keys: list[str]) -> bool:
+    """Whether the factors are what they say: some programs store int8 with a scale under a key beside it."""
+    for key in keys:
+        for beside in (key.removesuffix("weight") + "scale_weight", key + "_scale"):
+            if survey.find(beside) is not None:
+                survey.refuse(beside, "scales a quantized factor", "factors that are not quantized", "the module is left out")
+                survey.claim([beside])
+                return False
+    return True
 
 
 def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Plan | None:

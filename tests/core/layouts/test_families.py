@@ -27,6 +27,10 @@ FILES: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
     "SD1 ControlLoRA": ("sd1", {"input_blocks.1.1.transformer_blocks.0.attn2.to_k": (320, 768)}),
     "SD2 kohya": ("sd2", {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v": (1280, 1024)}),
     "SD2 text encoder": ("sd2", {"lora_te_text_model_encoder_layers_22_mlp_fc1": (4096, 1024)}),
+    "SD2 without text attention": (
+        "sd2",
+        {"lora_te_text_model_encoder_layers_3_mlp_fc1": (4096, 1024), "lora_unet_down_blocks_3_resnets_0_conv1": (1280, 1280)},
+    ),
     "SDXL kohya": (
         "sdxl",
         {

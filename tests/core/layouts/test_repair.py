@@ -48,6 +48,11 @@ BROKEN: dict[str, tuple[dict[str, Tensor], str, Tensor | None]] = {
     "six dimensions": ({"lora_down.weight": torch.zeros(4, 1, 1, 1, 1, 1), "lora_up.weight": UP}, "lora_down.weight", None),
     "integers": ({"lora_down.weight": torch.ones(4, 5).long(), "lora_up.weight": UP}, "lora_down.weight", None),
     "packed codes": ({"lora_down.weight": torch.ones(4, 5).byte(), "lora_up.weight": UP}, "lora_down.weight", None),
+    "quantized elsewhere": (
+        {"lora_down.weight": DOWN.to(torch.int8), "lora_up.weight": UP, "lora_down.scale_weight": torch.ones(1)},
+        "lora_down.scale_weight",
+        None,
+    ),
     "kernel in up": ({"lora_down.weight": DOWN, "lora_up.weight": random(6, 4, 3, 3)}, "lora_up.weight", None),
     "mid beside a kernel": (
         {"lora_down.weight": random(4, 5, 3, 3), "lora_mid.weight": random(4, 4, 3, 3), "lora_up.weight": UP},
