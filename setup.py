@@ -30,7 +30,7 @@ TRAIN = [  # what sd-scripts imports on the way to its first step; without them 
     "transformers>=4.44",
     "voluptuous>=0.13.1",
 ]
-DEV = ["hypothesis", "mypy", "pytest", "ruff", "setuptools>=77", "types-toml", "wheel"]
+DEV = ["hypothesis", "mypy", "peft", "pytest", "ruff", "setuptools>=77", "types-toml", "wheel"]
 
 # The two scripts of the root, as soon as they exist.
 SCRIPTS = [name for name in ("train_network_ext", "resize_lora_ext") if (ROOT / f"{name}.py").is_file()]
