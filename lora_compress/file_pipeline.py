@@ -73,7 +73,9 @@ def compress_file(
     check_target(source, target, force)
     with _opened(source, repair) as lora:
         job, assembly = _prepare(lora, settings, save_dtype)
-        protected = consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
+        protected = (
+            consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
+        )
         chosen = plan(job, Frame(assembly.size, {name: lora.part(name) for name in lora}, protected=protected))
         if job.packed:
             stored = chosen.stored or {}
@@ -128,7 +130,9 @@ def expand_file(
     for name, update in written:
         size = update.numel * dtype.itemsize
         shape = (update.up.shape[0], *update.down.shape[1:])
-        modules.append(ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0))
+        modules.append(
+            ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
+        )
     return _report(source, target, lora, modules, begun)
 
 
@@ -185,7 +189,9 @@ def _report(
     source: str | os.PathLike[str], target: str | os.PathLike[str], lora: Source, modules: Iterable[ModuleReport], begun: float
 ) -> FileReport:
     sizes, seconds = (os.path.getsize(source), os.path.getsize(target)), time.monotonic() - begun
-    return FileReport(str(source), str(target), "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes))
+    return FileReport(
+        str(source), str(target), "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes)
+    )
 
 
 @contextmanager
@@ -295,7 +301,9 @@ def _write(writer: TensorWriter, tensors: Mapping[str, Tensor]) -> None:
 def _module_report(assembly: Assembly, lora: Source, name: str, stored: Stored | None) -> ModuleReport:
     analysis = assembly.job.analyses[name]
     shape = analysis.shape
-    lost, rank, after = (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))
+    lost, rank, after = (
+        (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))
+    )
     return ModuleReport(
         name,
         lora.part(name),

@@ -123,7 +123,7 @@ class _Search:
             if size is not None:
                 bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
             else:
-                more = {"part_errors": parts, "parts": frame.parts}
+                more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
                 bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
             return {name: Choice(len(b), b) for name, b in bits.items()}
         costs = {name: self._bytes(name) for name in self.kept}
@@ -133,7 +133,7 @@ class _Search:
         if size is not None:
             ranks = ranks_for_size(self.kept, costs, fixed, size, **common)
         else:
-            more = {"part_errors": parts, "parts": frame.parts}
+            more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
             ranks = ranks_for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
         return {name: Choice(rank) for name, rank in ranks.items()}
 

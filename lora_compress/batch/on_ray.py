@@ -44,7 +44,8 @@ def _spread(ray: Any, jobs: list[Job], options: CompressOptions, compress: Compr
     gpu = options.settings.quantization_device != "cpu"
     task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=_RETRIES)(run_job)
     most = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)  # one in work and one waiting for each core
-    waiting, running = jobs[::-1], {}
+    waiting = jobs[::-1]
+    running: dict[Any, Job] = {}
     while waiting or running:
         while waiting and len(running) < most:
             job = waiting.pop()

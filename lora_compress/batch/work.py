@@ -89,6 +89,6 @@ def _outcome(job: Job, status: str, **more: Any) -> dict[str, Any]:
 
 
 def _compress_file() -> Compress:
-    from ..pipeline import compress_file
+    from ..file_pipeline import compress_file
 
     return compress_file

@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
         return run_truncate(args)
     source, target = _checked_paths(args, options.settings)
     with quiet_stdout() as warned, progress(os.path.basename(source)) as report_progress:
-        from ..pipeline import compress_file
+        from ..file_pipeline import compress_file
 
         report = compress_file(
             source,

@@ -11,7 +11,9 @@ __all__ = ["family_of", "part_of"]
 
 _TEXT = re.compile(r"^(lora_te|text_encoders?|text_model|lora_prior_te)(?P<number>[_.]?\d)?(?=[_.])")
 _SINGLE = re.compile(r"(^|[_.])(clip_l|clip_g|t5(xxl)?|qwen\w*|gemma\w*|llama\w*)[_.]transformer[_.]")  # OMI and ComfyUI
-_PREFIX = re.compile(r"^((base_model|model|lora|lycoris|diffusion_model|transformer(?!_blocks)|unet|prior|dit)_+)+")
+_PREFIX = re.compile(
+    r"^((base_model|model|diffusion_model|transformer|unet|prior|dit)\.)*(lora_unet_+|lora_prior_unet_|lora_transformer_|lora_|lycoris_)?"
+)
 _SEVERAL_TEXT_ENCODERS = ("sdxl", "sd3", "flux1")
 _UNET = re.compile(r"(^|_)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)_")
 
@@ -40,13 +42,15 @@ def family_of(shapes: Mapping[str, ModuleShape]) -> str:
     denoiser = {_plain(name): shape for name, shape in shapes.items() if not parts[name].startswith("text")}
     for rule in (_unet, _double_blocks, _mmdit, _blocks, _lumina):
         family = rule(denoiser)
+        if family == "sd1" and _text_encoders(shapes, set(parts.values()) - {"U-Net", "DiT"}) == "sd2":
+            return "sd2"
         if family:
             return family
     return "unknown" if denoiser else _text_encoders(shapes, set(parts.values()))
 
 
 def _plain(name: str) -> str:
-    return _PREFIX.sub("", name.replace(".", "_"))
+    return _PREFIX.sub("", name).replace(".", "_")
 
 
 def _matching(shapes: Shapes, pattern: str) -> dict[str, ModuleShape]:

@@ -9,7 +9,7 @@ from ..update import LowRankUpdate
 from .kernels import unflatten
 from .pairs import factor, kohya_writer
 from .reduce import balanced, svd_of_matrix
-from .survey import LARGEST_CONVERSION, Layout, Module, ModuleShape, Survey
+from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
 __all__ = ["FULL"]
@@ -23,7 +23,7 @@ def _find(survey: Survey) -> None:
             continue  # of a norm or an embedding: nothing to factor
         if not survey.usable(name, key):
             continue
-        if math.prod(shape) > LARGEST_CONVERSION:
+        if math.prod(shape) > LARGEST_CONVERSION or min(shape[0], math.prod(shape[1:])) > LARGEST_RANK:
             survey.tell("a full difference too large to be factored was carried through unchanged", name)
             continue
         outputs, columns = shape[0], math.prod(shape[1:])

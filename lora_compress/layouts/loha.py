@@ -12,7 +12,7 @@ from ..update import LowRankUpdate
 from .kernels import unflatten
 from .pairs import factor, kohya_writer
 from .reduce import balanced, svd_of_pair_product
-from .survey import LARGEST_CONVERSION, Layout, Module, ModuleShape, Survey
+from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
 __all__ = ["LOHA"]
@@ -30,8 +30,8 @@ def _find(survey: Survey) -> None:
             continue
         sizes = _sizes(survey.file, keys)
         if sizes is None:
-            found = ", ".join(str(survey.file[key].shape) for key in keys)
-            survey.refuse(keys[0], f"the shapes {found} do not fit together", "two products of one size", "the module is left out")
+            found = f"the shapes {', '.join(str(survey.file[key].shape) for key in keys)} do not fit together"
+            survey.refuse(keys[0], found, f"two products of one size, rank {LARGEST_RANK} at most", "the module is left out")
             survey.drop(name, keys)
             continue
         outputs, columns, ranks, kernel = sizes
@@ -62,7 +62,8 @@ def _sizes(file: TensorFile, keys: list[str]) -> tuple[int, int, tuple[int, int]
     rank = min(first * second, outputs, columns)
     if not (fits and fits2) or (outputs, columns, kernel) != (outputs2, columns2, kernel2):
         return None
-    return (outputs, columns, (first, second), kernel) if rank * max(outputs, columns) <= LARGEST_CONVERSION else None
+    small = rank <= LARGEST_RANK and rank * max(outputs, columns) <= LARGEST_CONVERSION
+    return (outputs, columns, (first, second), kernel) if small else None
 
 
 def _loader(file: TensorFile, keys: list[str], scale: float, inputs: int, kernel: tuple[int, ...]) -> Callable[[], LowRankUpdate]:

@@ -11,7 +11,7 @@ from .kernels import unflatten
 from .loha import cp_pair
 from .pairs import factor, kohya_writer
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
-from .survey import LARGEST_CONVERSION, Layout, Module, ModuleShape, Survey
+from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
 __all__ = ["LOKR"]
@@ -40,8 +40,8 @@ def _find(survey: Survey) -> None:
             continue
         one, two = _half(survey.file, first), _half(survey.file, second)
         if one is None or two is None or not _fits(one, two):
-            found = ", ".join(str(survey.file[key].shape) for key in (*first, *second))
-            survey.refuse(first[0], f"the shapes {found} do not fit together", "two matrices", "the module is left out")
+            found = f"the shapes {', '.join(str(survey.file[key].shape) for key in (*first, *second))} do not fit together"
+            survey.refuse(first[0], found, f"two matrices, rank {LARGEST_RANK} at most", "the module is left out")
             survey.drop(name, parts)
             continue
         _add(survey, name, one, two, parts)
@@ -75,7 +75,7 @@ def _half(file: TensorFile, keys: tuple[str, ...]) -> _Half | None:
 def _fits(first: _Half, second: _Half) -> bool:
     rank, side = first.rank * second.rank, max(first.rows * second.rows, first.columns * second.columns)
     largest = max(rank * side, first.rank * max(first.rows, first.columns), second.rank * max(second.rows, second.columns))
-    return math.prod(first.kernel) == 1 and largest <= LARGEST_CONVERSION
+    return math.prod(first.kernel) == 1 and largest <= LARGEST_CONVERSION and max(first.rank, second.rank) <= LARGEST_RANK
 
 
 def _add(survey: Survey, name: str, first: _Half, second: _Half, parts: list[str]) -> None:

@@ -68,7 +68,7 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     keys = [down, up, mid] if mid else [down, up]
     if not survey.usable(name, *keys):
         return
-    plan = _plan_pair(survey, down, up, mid)
+    plan = _plan_pair(survey, down, up, mid) if _unscaled(survey, keys) else None
     if plan is None:
         survey.drop(name, keys)
         return
@@ -86,9 +86,19 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     load = _loader(survey.file, down, up, mid, plan, alpha)
     writer = kohya_writer(name) if style.keeps_alpha else folded_writer(name + style.down, name + style.up)
     used = (*keys, *survey.taken(*alphas, name + ".scale"))
-    survey.add(
-        Module(name + style.own, style.layout, shape, used, load, writer, bias_gain=1.0 if style.keeps_alpha else alpha / plan.rank)
-    )
+    gain = 1.0 if style.keeps_alpha else alpha / plan.rank
+    survey.add(Module(name + style.own, style.layout, shape, used, load, writer, bias_gain=gain))
+
+
+def _unscaled(survey: Survey, keys: list[str]) -> bool:
+    """Whether the factors are what they say: some programs store int8 with a scale under a key beside it."""
+    for key in keys:
+        for beside in (key.removesuffix("weight") + "scale_weight", key + "_scale"):
+            if survey.find(beside) is not None:
+                survey.refuse(beside, "scales a quantized factor", "factors that are not quantized", "the module is left out")
+                survey.claim([beside])
+                return False
+    return True
 
 
 def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Plan | None:
@@ -106,7 +116,7 @@ def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Pla
         if mid[1] != down[0]:
             fix = f"both are cut to rank {min(mid[1], down[0])}"
             survey.refuse(mid_key, f"has the shape {mid}", f"rank {down[0]} second, as in {down_key}", fix)
-        kernel, rank, inner = mid[2:], mid[0], min(mid[1], down[0])
+        kernel, rank, inner = mid[2:] or down[2:], mid[0], min(mid[1], down[0])
     if up[1] != rank:
         fix = f"both are cut to rank {min(rank, up[1])}"
         survey.refuse(up_key, f"has the shape {up}", f"rank {rank} second, as in {mid_key or down_key} {down}", fix)
@@ -118,10 +128,10 @@ def _loader(file: TensorFile, down_key: str, up_key: str, mid_key: str, plan: _P
         down = factor(file, down_key)[: plan.inner]
         up = factor(file, up_key)[:, : plan.rank]
         if mid_key:
-            mid = factor(file, mid_key)[: plan.rank, : plan.inner].flatten(2)
+            mid = factor(file, mid_key)[: plan.rank, : plan.inner].reshape(plan.rank, plan.inner, -1)
             # down'[m, i, k] = sum_n mid[m, n, k] down[n, i]; float32 at least, since the product of two fp16 numbers is none
-            kind = torch.promote_types(torch.promote_types(mid.dtype, down.dtype), torch.float32)
-            down = torch.einsum("mnk,ni->mik", mid.to(kind), down.flatten(1).to(kind))
+            wide = _wide(mid, down)
+            down = torch.einsum("mnk,ni->mik", mid.to(wide), down.flatten(1).to(wide))
         down = down.reshape(plan.rank, plan.inputs, *plan.kernel)
         return LowRankUpdate(down, up.reshape(plan.outputs, plan.rank, *([1] * len(plan.kernel))), alpha)
 
@@ -163,5 +173,10 @@ def fold(down: Tensor, up: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     if gain == 1.0:
         return down, up
     root = math.sqrt(abs(gain))
-    wide = torch.promote_types(torch.promote_types(down.dtype, up.dtype), torch.float32)
+    wide = _wide(down, up)
     return (down.to(wide) * root).to(down.dtype), (up.to(wide) * math.copysign(root, gain)).to(up.dtype)
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """float64 where one of the tensors is, float32 otherwise: torch promotes no fp8."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..errors import FormatError
 from .pairs import PairStyle, find_pairs
 from .peft_config import PeftConfig
 from .survey import Layout, Survey
@@ -12,10 +13,14 @@ __all__ = ["PEFT"]
 
 _ADAPTER = re.compile(r"\.lora_[AB]\.(?P<adapter>[^.]+)\.weight$")
 
+_MOST_ADAPTERS = 8  # a module may be in one only; more than one has been seen where each had a part of the model
+
 
 def _find(survey: Survey) -> None:
     config = PeftConfig.of(survey.file)
     adapters = {match["adapter"]: None for match in map(_ADAPTER.search, survey.file) if match}
+    if len(adapters) > _MOST_ADAPTERS:
+        raise FormatError(f"{survey.file.path}: holds {len(adapters)} adapters, allowed: {_MOST_ADAPTERS}: split it")
     endings = [".weight", *(f".{adapter}.weight" for adapter in adapters), ""]
 
     def scale_of(name: str, rank: int) -> float | None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import FormatError
@@ -30,6 +30,7 @@ class PeftConfig:
 
     source: str
     models: Mapping[str, Mapping[str, Any]]
+    _tables: dict[int, dict[tuple[str, bool], list[tuple[int, Any]]]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, file: TensorFile) -> PeftConfig:
@@ -56,9 +57,9 @@ class PeftConfig:
             raise FormatError(f"{source}: no JSON ({error}): without it every alpha is read as the rank") from error
         models: dict[str, dict[str, Any]] = {}
         for key, value in values.items() if isinstance(values, dict) else ():
-            model, _, field = key.rpartition(".")
-            if field in _FIELDS:
-                models.setdefault(model, {})[field] = value
+            model, _, name = key.rpartition(".")
+            if name in _FIELDS:
+                models.setdefault(model, {})[name] = value
         return cls(source, models)
 
     def scale(self, name: str, rank: int) -> float | None:
@@ -93,16 +94,34 @@ class PeftConfig:
         model, _, module = name.partition(".")
         return (model, module) if model in self.models and model else ("", name)
 
-    def _pattern(self, pattern: object, module: str, default: object) -> Any:
-        """The value of the first pattern that is the end of a module's name, as PEFT matches them.
+    def _pattern(self, patterns: object, module: str, default: object) -> Any:
+        """The value of the first pattern that is the end of a module's name, as PEFT matches them."""
+        if not isinstance(patterns, dict):
+            return default
+        endings = {module: True}  # of the name, and whether it is the whole of it
+        for index, character in enumerate(module):
+            if character == ".":
+                endings[module[index + 1 :]] = False
+        found = [(order, value) for ending, whole in endings.items() for order, value in self._written(patterns, ending, whole)]
+        return min(found, key=lambda item: item[0])[1] if found else default
 
-        Patterns are regular expressions to PEFT. Trainers write names; anything else is refused, because an expression from a
-        file can be made to run forever.
+    def _written(self, patterns: dict[str, Any], ending: str, whole: bool) -> list[tuple[int, Any]]:
+        """Position and value of the patterns that say `ending`, however they are written; anchored ones if it is the whole name."""
+        table = self._tables.get(id(patterns))
+        if table is None:
+            table = self._tables[id(patterns)] = self._table(patterns)
+        return [entry for anchored in ((False, True) if whole else (False,)) for entry in table.get((ending, anchored), ())]
+
+    def _table(self, patterns: dict[str, Any]) -> dict[tuple[str, bool], list[tuple[int, Any]]]:
+        """Patterns by the name they stand for.
+
+        They are regular expressions to PEFT. Trainers write names; anything else is refused, because an expression from a file
+        can be made to run forever.
         """
-        for key, value in pattern.items() if isinstance(pattern, dict) else ():
+        table: dict[tuple[str, bool], list[tuple[int, Any]]] = {}
+        for order, (key, value) in enumerate(patterns.items()):
             literal = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
             if _REGEX & set(literal):
                 raise FormatError(f"{self.source}: alpha_pattern {key!r} is a regular expression, allowed: names of modules")
-            if module == literal or (module.endswith("." + literal) and not key.startswith("^")):
-                return value
-        return default
+            table.setdefault((literal, key.startswith("^")), []).append((order, value))
+        return table

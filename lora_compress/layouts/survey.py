@@ -13,9 +13,10 @@ from ..errors import FormatError
 from ..update import LowRankUpdate
 from .tensors import TensorFile, TensorInfo
 
-__all__ = ["LARGEST_CONVERSION", "Layout", "Module", "ModuleShape", "Survey"]
+__all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Survey"]
 
 LARGEST_CONVERSION = 2**28  # elements of one matrix; the widest layers of FLUX.1 and Qwen-Image have a quarter of it
+LARGEST_RANK = 8192  # of a decomposition: minutes; FLUX.2 needs 6144
 _FACTOR_DTYPES = (
     torch.float64,
     torch.float32,

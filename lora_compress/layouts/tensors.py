@@ -98,9 +98,12 @@ class TensorFile(Mapping[str, TensorInfo]):
         """
         try:
             with self._lock:
-                return self._read(key)
+                tensor = self._read(key)
+            if TensorInfo(tuple(tensor.shape), tensor.dtype) != self._infos[key]:
+                raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} instead of {self._infos[key]}")
         except _UNREADABLE as error:
             raise FormatError(f"{self.path}: {key}: cannot be read ({error}): the file is damaged, get it again") from error
+        return tensor
 
     def close(self) -> None:
         """Let go of the file; tensors that were read stay valid."""
@@ -121,24 +124,24 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 
 
 def _open_safetensors(path: Path) -> TensorFile:
+    """The header is read a second time, as JSON: asking safe_open for the shape of one tensor after another takes a second."""
     try:
-        handle = safe_open(path, framework="pt")
-        order = _offsets(path)
-        infos = {}
-        for key in sorted(handle.keys(), key=lambda key: (order.get(key, 0), key)):
-            view = handle.get_slice(key)
-            infos[key] = TensorInfo(tuple(view.get_shape()), _DTYPES[str(view.get_dtype())])
+        handle = safe_open(path, framework="pt")  # checks that the header is sound and fits the file
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
+        infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
         metadata = handle.metadata()
     except _UNREADABLE as error:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error}): get it again") from error
     return TensorFile(path, infos, handle.get_tensor, metadata, lambda: handle.__exit__(None, None, None))
 
 
-def _offsets(path: Path) -> dict[str, int]:
-    """Where each tensor begins; safe_open has checked the header before."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {key: entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+def _dtype(key: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{key} is {name}, which is unknown here")
+    return _DTYPES[name]
 
 
 def _load_torch(path: Path) -> TensorFile:

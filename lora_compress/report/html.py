@@ -115,10 +115,10 @@ def _spectra(modules: tuple[ModuleReport, ...]) -> str:
         return ""
     return (
         "<section><h2>Spectra</h2>"
-        f'<div class="pair">{spectrum_overview(modules)}'
+        f"{spectrum_overview(modules)}"
         '<figure id="spectrum"><figcaption>One module '
         '<span class="unit">singular values; choose it here or in the table</span></figcaption>'
-        '<select aria-label="module"></select><div class="plot"></div></figure></div></section>'
+        '<select aria-label="module"></select><div class="plot"></div></figure></section>'
     )
 
 

@@ -21,6 +21,7 @@ _RULES = (
 )
 _GENERIC = re.compile(r"(?P<stage>[a-z_]*?[a-z])_(?P<a>\d+)_(?P<kind>.+)", re.IGNORECASE)
 _SHORT = {"input": "in", "output": "out", "middle": "mid"}
+_LAST = 1000
 _ORDER = ("in", "down", "mid", "out", "up", "double", "joint", "block", "single", "layer")
 
 
@@ -42,7 +43,7 @@ def place_of(name: str) -> Place:
     plain = plain[match.end() :] if (match := _PREFIX.match(plain)) else plain
     for rule in _RULES:
         if match := rule.fullmatch(plain):
-            return _place(match["stage"], [value for key, value in match.groupdict().items() if key in "ab"], match["kind"])
+            return _place(match["stage"], [value for key, value in match.groupdict().items() if key in ("a", "b")], match["kind"])
     if match := _GENERIC.fullmatch(plain):
         return _place(_stage(match["stage"]), [match["a"]], match["kind"])
     return Place("other", plain, (len(_ORDER) + 1, "", ()))
@@ -51,7 +52,8 @@ def place_of(name: str) -> Place:
 def _place(stage: str, numbers: list[str], kind: str) -> Place:
     stage = _SHORT.get(stage, stage)
     rank = _ORDER.index(stage) if stage in _ORDER else len(_ORDER)
-    return Place(f"{stage} {'.'.join(numbers)}", kind, (rank, stage, tuple(map(int, numbers))))
+    last = (_LAST,) if "samplers_" in kind else ()  # a block ends with its sampler
+    return Place(f"{stage} {'.'.join(numbers)}", kind, (rank, stage, (*map(int, numbers), *last)))
 
 
 def _stage(stem: str) -> str:

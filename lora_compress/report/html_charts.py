@@ -13,36 +13,38 @@ __all__ = ["bytes_chart", "curve_chart", "size_text", "spectrum_overview"]
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 44
 _COLOURS = 5  # .p0 to .p4 in page.css
+_REST = "header and other tensors"
 
 
 def bytes_chart(report: FileReport) -> str:
-    """Two bars, input and output, each divided by the parts of the model; what is no factor is the rest."""
-    parts = list(dict.fromkeys(module.part for module in report.modules))
-    longest = max(*report.bytes, 1)
-    shapes, scale = [], (_WIDTH - 20) / longest
-    for row, side in enumerate((0, 1)):
-        y, x = 34 + row * 84, 10.0
-        sizes = [sum(module.bytes[side] for module in report.modules if module.part == part) for part in parts]
-        rest = max(report.bytes[side] - sum(sizes), 0)
-        title = ("input", "output" if report.status == "written" else "result, not written")[side]
-        shapes.append(
-            f'<text x="10" y="{y - 8}" class="lab">{title}: <tspan class="strong">{size_text(report.bytes[side])}</tspan></text>'
-        )
-        for index, size in enumerate([*sizes, rest]):
-            name = parts[index] if index < len(parts) else "header and other tensors"
-            style = f"p{index % _COLOURS}" if index < len(parts) else "rest"
-            wide = size * scale
-            shapes.append(
-                f'<rect class="{style}" x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="30">'
-                f"<title>{escape(name)}: {size_text(size)}</title></rect>"
-            )
+    """Two bars, input and output, each divided by the parts of the model, and the same in numbers."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for module in report.modules:
+        before, after = sizes.get(module.part, (0, 0))
+        sizes[module.part] = before + module.bytes[0], after + module.bytes[1]
+    styles = {part: f"p{index % _COLOURS}" for index, part in enumerate(sizes)} | {_REST: "rest"}
+    before, after = (max(report.bytes[side] - sum(pair[side] for pair in sizes.values()), 0) for side in (0, 1))
+    sizes[_REST] = before, after
+    titles = "input", "output" if report.status == "written" else "result, not written"
+    shapes, scale = [], (_WIDTH - 20) / max(*report.bytes, 1)
+    for side, title in enumerate(titles):
+        y, x = 26 + side * 66, 10.0
+        total = f'<tspan class="strong">{size_text(report.bytes[side])}</tspan>'
+        shapes.append(f'<text x="10" y="{y - 8}" class="lab">{title}: {total}</text>')
+        for part, pair in sizes.items():
+            wide = pair[side] * scale
+            box = f'x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="28"'
+            shapes.append(f'<rect class="{styles[part]}" {box}><title>{escape(part)}: {size_text(pair[side])}</title></rect>')
             x += wide
-    keys = "".join(
-        f'<span class="key"><i class="p{index % _COLOURS}"></i>{escape(part)}</span>' for index, part in enumerate(parts)
+    rows = "".join(
+        f'<tr><th><span class="key"><i class="{styles[part]}"></i>{escape(part)}</span></th><td>{size_text(before)}</td>'
+        f"<td>{size_text(after)}</td><td>{f'{after / before:.1%}' if before else '–'}</td></tr>"
+        for part, (before, after) in sizes.items()
     )
-    keys += '<span class="key"><i class="rest"></i>header and other tensors</span>'
-    drawing = _svg(f"bytes of input and output: {size_text(report.bytes[0])} and {size_text(report.bytes[1])}", shapes, 164)
-    return f'<figure><figcaption>Bytes before and after</figcaption>{drawing}<div class="legend">{keys}</div></figure>'
+    head = f"<thead><tr><th></th><td>{titles[0]}</td><td>{titles[1]}</td><td>share kept</td></tr></thead>"
+    table = f'<table class="bytes">{head}{rows}</table>'
+    drawing = _svg(f"bytes of input and output: {' and '.join(map(size_text, report.bytes))}", shapes, 126)
+    return f"<figure><figcaption>Bytes before and after</figcaption>{drawing}{table}</figure>"
 
 
 def curve_chart(report: FileReport) -> str:
@@ -100,7 +102,7 @@ def size_text(size: float) -> str:
 
 
 def _overview(part: str, modules: list[ModuleReport]) -> str:
-    width, height, left, bottom, top = 300, 190, 46, 38, 24
+    width, height, left, bottom, top = 300, 190, 58, 38, 24
     length = max(len(module.sigma) for module in modules)
     bands = [_quantiles([m.sigma[i] / m.sigma[0] for m in modules if i < len(m.sigma)]) for i in range(length)]
     floor = max(min(band[0] for band in bands), 1e-6)
@@ -113,7 +115,7 @@ def _overview(part: str, modules: list[ModuleReport]) -> str:
 
     shapes = [f'<text x="{left}" y="12" class="lab">{escape(part)} ({len(modules)} modules)</text>']
     for power in range(0, low - 1, min(-1, -round(-low / 4))):
-        shapes.append(_horizontal(place(1, 10.0**power)[1], f"{10.0**power:g}", left, width - 12))
+        shapes.append(_horizontal(place(1, 10.0**power)[1], f"{10.0**power:g}" if power > -4 else f"1e{power}", left, width - 12))
     edge = [place(i + 1, band[2]) for i, band in enumerate(bands)] + [place(i + 1, band[0]) for i, band in enumerate(bands)][::-1]
     shapes.append(f'<path class="band" d="{_path(edge)}Z"/>')
     shapes.append(f'<path class="line" d="{_path([place(i + 1, band[1]) for i, band in enumerate(bands)])}"/>')
@@ -140,7 +142,8 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def _svg(label: str, shapes: Sequence[str], height: int = _HEIGHT, width: int = _WIDTH) -> str:
-    return f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">{"".join(shapes)}</svg>'
+    style = ' class="wide"' if width == _WIDTH else ""
+    return f'<svg{style} role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">{"".join(shapes)}</svg>'
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

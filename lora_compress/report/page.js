@@ -38,7 +38,7 @@ if (figure) {
     const [width, height, left, bottom, top] = [460, 250, 58, 42, 26];
     const sigma = data.sigma[index].filter((value) => value > 0);
     const kept = data.kept[index];
-    const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `spectrum of ${data.name[index]}` });
+    const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, class: "wide", role: "img", "aria-label": `spectrum of ${data.name[index]}` });
     svg.append(make("text", { x: left, y: 14, class: "lab" }, kept ? `${kept} of ${data.sigma[index].length} components kept` : "module dropped"));
     if (sigma.length) {
       const floor = Math.max(sigma[sigma.length - 1], sigma[0] * 1e-6);

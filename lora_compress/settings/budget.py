@@ -27,7 +27,7 @@ class BudgetSettings:
     @property
     def enabled(self) -> bool:
         """Whether anything is asked for."""
-        return self.size is not None or any(error is not None for error in self._errors.values())
+        return self.target_size is not None or any(error is not None for error in self._errors.values())
 
     @property
     def size(self) -> int | None:

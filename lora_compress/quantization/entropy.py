@@ -1,0 +1,156 @@
+"""The entropy codec of one module: one step for all components, symbols coded at their probability, layers that refine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, SettingsError
+from .ans import AnsReader, AnsWriter, uniform
+from .integers import QuantizedModule, quantize_module, row_units, side_rows
+from .models import LARGEST_SCALE, choose_models
+from .passes import as_symbols, as_values, read_passes, read_symbols, reconstruct, write_passes, write_symbols
+from .refine import refine_module
+from .schedule import row_positions, stage_at
+from .tables import MAX_SCALE, SHAPES
+
+__all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy"]
+
+MAX_LAYERS = 64
+_SIDE_MODELS = 256  # numbers of (scale, shape) pairs
+_MAX_EXPONENT = 4000  # eighths of an octave; sqrt of what float32 holds, twice over
+_WEIGHTS_PER_BYTE = 2**20  # an encoder stays far below; a payload that promises more is not decoded
+
+
+@dataclass(frozen=True)
+class EncodedModule:
+    """A module's payload.
+
+    Args:
+        chunks: one for each layer; the first c of them decode to a smaller LoRA.
+        rank: components that are stored; those that round to zero are not.
+        kept: (rank,), which components of the input these are.
+    """
+
+    chunks: list[bytes]
+    rank: int
+    kept: tuple[int, ...]
+
+
+def encode_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1, refine: bool = True) -> EncodedModule:
+    """Code a module: q = round(row 2^(e/8) / step) with 2^(e/4) = sigma to the next quarter octave, entropy coded.
+
+    Multiplying the balanced rows by sqrt(sigma) makes one step the best for all components (reverse water-filling).
+
+    Args:
+        down: (k, n), rows sqrt(sigma_i) v_i.
+        up: (k, m), rows sqrt(sigma_i) u_i.
+        step: quantization step of sigma_i v_i and sigma_i u_i.
+        layers: number of chunks; each holds what lowers the error half as steeply per bit as the one before.
+        refine: refit each factor to the other as coded, where that lowers the error at equal size.
+
+    Raises:
+        SettingsError: step or layers out of range, or the step so small that a value exceeds 2^28.
+        FormatError: a factor holds NaN or infinity.
+    """
+    if not 1 <= layers <= MAX_LAYERS:
+        raise SettingsError([f"layers = {layers}: 1 to {MAX_LAYERS} are possible"])
+    if refine:
+        return _encode(refine_module(down, up, step), layers)
+    return _encode(quantize_module(down, up, step), layers)
+
+
+def decode_entropy(
+    chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Balanced rows down (rank, inputs) and up (rank, outputs), float32, from the first chunks of a payload of `layers`.
+
+    Components that are told of in later layers only are zero.
+
+    Raises:
+        FormatError: the chunks cannot be those of such a module.
+    """
+    _check_declared(chunks, rank, inputs, outputs, step, layers)
+    down, up = np.zeros((rank, inputs), dtype=np.float32), np.zeros((rank, outputs), dtype=np.float32)
+    if not rank or not chunks:
+        return torch.from_numpy(down), torch.from_numpy(up)
+    reader = _reader(chunks[0])
+    gains, scales, shapes = _read_side(reader, rank)
+    ends = row_positions(*scales, layers)
+    known = [[np.zeros(width, dtype=np.int32)] * rank for width in (inputs, outputs)]
+    for layer in range(len(chunks)):
+        reader = reader if layer == 0 else _reader(chunks[layer])
+        for symbols, end, scale, shape in zip(known, ends, scales, shapes, strict=True):
+            for row in range(rank):
+                before, after = int(end[layer - 1, row]) if layer else 0, int(end[layer, row])
+                symbols[row] = read_passes(reader, symbols[row], int(scale[row]), int(shape[row]), before, after)
+        reader.finish()
+    units = row_units(gains, step)
+    for target, symbols, end, scale, shape in zip((down, up), known, ends, scales, shapes, strict=True):
+        for row in range(rank):
+            position = int(end[len(chunks) - 1, row])
+            if position:
+                stage = stage_at(int(scale[row]), position)
+                target[row] = reconstruct(symbols[row], int(scale[row]), int(shape[row]), stage, float(units[row]))
+    return torch.from_numpy(down), torch.from_numpy(up)
+
+
+def _encode(module: QuantizedModule, layers: int) -> EncodedModule:
+    if not module.rank:
+        return EncodedModule([b""] * layers, 0, ())
+    writer = AnsWriter()
+    for row in side_rows(module):
+        scale, shape, _ = choose_models(row[None], symbols_only=True)
+        writer.write(np.array([SHAPES * scale[0] + shape[0]]), uniform, _SIDE_MODELS)
+        write_symbols(writer, as_symbols(row), int(scale[0]), int(shape[0]))
+    ends = row_positions(*module.scales, layers)
+    known = [[np.zeros_like(row) for row in values] for values in module.values]
+    chunks = []
+    for layer in range(layers):
+        for values, rows, end, scale, shape in zip(module.values, known, ends, module.scales, module.shapes, strict=True):
+            for row in range(module.rank):
+                before, after = int(end[layer - 1, row]) if layer else 0, int(end[layer, row])
+                rows[row] = write_passes(writer, values[row], rows[row], int(scale[row]), int(shape[row]), before, after)
+        chunks.append(writer.to_bytes())
+        writer = AnsWriter()
+    return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()))
+
+
+def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    rows = []
+    for count in (rank, 2 * rank + 2, 2 * rank):
+        scale, shape = divmod(int(reader.read(1, uniform, _SIDE_MODELS)[0]), SHAPES)
+        if not 1 <= scale <= MAX_SCALE:
+            raise FormatError(f"an entropy-coded payload names table {scale}, 1 to {MAX_SCALE} exist: get the file again")
+        rows.append(as_values(read_symbols(reader, count, scale, shape)).astype(np.int64))
+    gains = np.cumsum(rows[0])
+    offsets = rows[1].reshape(2, rank + 1)
+    scales = offsets[:, :1] + offsets[:, 1:] + 2 * gains
+    shapes = as_symbols(rows[2]).reshape(2, rank)
+    if np.abs(gains).max() > _MAX_EXPONENT or scales.min() < 1 or scales.max() > LARGEST_SCALE or shapes.max() >= SHAPES:
+        raise FormatError("an entropy-coded payload describes rows that cannot be: get the file again")
+    return gains, (scales[0], scales[1]), (shapes[0], shapes[1])
+
+
+def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int) -> None:
+    if not (1 <= layers <= MAX_LAYERS and len(chunks) <= layers):
+        raise FormatError(f"an entropy-coded module has {len(chunks)} of {layers} layers: 1 to {MAX_LAYERS} are possible")
+    if not (step > 0 and np.isfinite(step)):
+        raise FormatError(f"an entropy-coded module has step {step}: a positive number is needed")
+    if min(rank, inputs, outputs) < 0:
+        raise FormatError(f"an entropy-coded module has rank {rank}, {inputs} inputs and {outputs} outputs: none can be negative")
+    if chunks and rank * (inputs + outputs) > _WEIGHTS_PER_BYTE * len(chunks[0]):
+        raise FormatError(
+            f"an entropy-coded module of {rank} x ({inputs} + {outputs}) weights has {len(chunks[0])} bytes, too few to be true"
+        )
+
+
+def _reader(chunk: bytes) -> AnsReader:
+    try:
+        return AnsReader(chunk)
+    except ValueError as error:
+        raise FormatError(f"an entropy-coded payload cannot be read: {error}") from error
