@@ -133,7 +133,7 @@ class _Search:
         if size is not None:
             ranks = ranks_for_size(self.kept, costs, fixed, size, **common)
         else:
-            more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
+            more = {"part_errors": parts, "parts": frame.parts}
             ranks = ranks_for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
         return {name: Choice(rank) for name, rank in ranks.items()}
 

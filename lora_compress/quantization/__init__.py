@@ -1,14 +1,12 @@
 """Quantizers: pure grids, packing of codes, the codecs by name, and payloads of fixed-width codes."""
 
 from .codecs import CODECS, Codec, codec_by_id
-from .entropy import LAYERS, decode_entropy, encode_entropy
 from .fixed import MIXED, FixedFormat, component_size, decode_fixed, encode_fixed, fixed_size
 from .packing import WIDTHS, pack_bits, packed_width, unpack_bits
 from .support import QuantizationSupport, check_quantization_support
 
 __all__ = [
     "CODECS",
-    "LAYERS",
     "MIXED",
     "WIDTHS",
     "Codec",
@@ -17,9 +15,7 @@ __all__ = [
     "check_quantization_support",
     "codec_by_id",
     "component_size",
-    "decode_entropy",
     "decode_fixed",
-    "encode_entropy",
     "encode_fixed",
     "fixed_size",
     "pack_bits",
