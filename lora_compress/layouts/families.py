@@ -21,7 +21,7 @@ Shapes = Mapping[str, ModuleShape]  # of the denoiser, names with underscores an
 
 
 def part_of(name: str, family: str) -> str:
-    """ "U-Net" or "DiT", "text encoder", or "text encoder N" where the file numbers them."""
+    """The part of a model: "U-Net" or "DiT", "text encoder", or "text encoder N" where the file numbers them."""
     text = _TEXT.search(name)
     if text:
         number = (text["number"] or "").strip("_.")

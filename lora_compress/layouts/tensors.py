@@ -39,6 +39,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+_LONGEST_KEY = 1000  # what examines names may then take the square of it
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
 
 
@@ -71,6 +72,11 @@ class TensorFile(Mapping[str, TensorInfo]):
         metadata: Mapping[str, str] | None = None,
         close: Callable[[], Any] | None = None,
     ) -> None:
+        longest = max(infos, key=len, default="")
+        if len(longest) > _LONGEST_KEY:
+            raise FormatError(
+                f"{path}: {longest[:40]}...: a key of {len(longest)} characters, allowed: {_LONGEST_KEY}: it is no LoRA"
+            )
         self.path = path
         self.metadata = dict(metadata or {})
         self._infos = dict(infos)

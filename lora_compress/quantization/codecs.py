@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,6 +53,11 @@ class Codec:
     choose_scale: Callable[[Tensor, torch.dtype], Tensor]
     quantize: Callable[[Tensor, Tensor], Tensor]
 
+    @functools.cached_property
+    def reach(self) -> float:
+        """The largest magnitude of a level."""
+        return max(abs(level) for level in self.levels if not math.isnan(level))
+
     def encode(
         self,
         rows: Tensor,
@@ -100,9 +106,12 @@ class Codec:
 
 def _scale_into(levels: Tensor, scales: Tensor, block_size: int | None, out: Tensor) -> None:
     """out = levels * the scale of their block; blocks in full length first, then the short one at the end."""
-    count = out.shape[1]
+    rows, count = out.shape
     block = min(block_size or count, count)
     full = count // block
+    if full * block == count and levels.is_contiguous():
+        torch.mul(levels.view(rows, full, block), scales.unsqueeze(2), out=out.view(rows, full, block))
+        return
     blocks, target = levels[:, : full * block].unflatten(1, (full, block)), out[:, : full * block].unflatten(1, (full, block))
     torch.mul(blocks, scales[:, :full].unsqueeze(2), out=target)
     if full * block < count:

@@ -13,6 +13,7 @@ Shapes, rank, format and bits are not in the payload: whoever stores it stores t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -197,27 +198,29 @@ def decode_fixed(
     for codec, count in _runs(form.codecs(rank, bits)):
         widths = _Widths.of(inputs, outputs, codec, form)
         rows = raw[offset : offset + count * widths.row].reshape(count, widths.row)
-        ends = np.cumsum((*widths.scales, *widths.codes))
-        parts = np.split(rows, ends[:-1], axis=1)
-        for out, scales, codes in zip(factors, parts[:2], parts[2:], strict=True):
-            _decode_rows(out[row : row + count], scales, codes, codec, form, name)
+        _decode_rows(rows, widths, codec, form, [out[row : row + count] for out in factors], name)
         row, offset = row + count, offset + count * widths.row
     return factors
 
 
 def _decode_rows(
-    out: Tensor, scales: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8], codec: Codec, form: FixedFormat, name: str
+    rows: npt.NDArray[np.uint8], widths: _Widths, codec: Codec, form: FixedFormat, outs: Sequence[Tensor], name: str
 ) -> None:
-    if codec.name == "fp8" and ((codes & 127) == 127).any():
+    """Fill `outs`, rows of down and of up, with what rows of one codec stand for."""
+    start = sum(widths.scales)
+    if codec.name == "fp8" and ((rows[:, start:] & 127) == 127).any():
         raise FormatError(f"{name}: holds a code that stands for no number: the file is damaged")
-    values = _scale_values(scales, form.scale_dtype)
-    if not torch.isfinite(values).all():
+    values = _scale_values(rows[:, :start], form.scale_dtype)
+    largest = float(values.abs().amax())
+    if not math.isfinite(largest):
         raise FormatError(f"{name}: holds a scale that is not finite: the file is damaged")
-    codec.decode_packed(codes, values, form.block_size, out)
-    reach = max(abs(level) for level in codec.levels if level == level)
-    if float(values.abs().amax()) * reach > torch.finfo(out.dtype).max and not torch.isfinite(out).all():
-        largest = torch.finfo(out.dtype).max
-        raise FormatError(f"{name}: holds weights above {largest:g}, where {out.dtype} ends: decode to bfloat16 or float32")
+    scales = values.split([width // form.scale_dtype.itemsize for width in widths.scales], dim=1)
+    for out, scale, width in zip(outs, scales, widths.codes, strict=True):
+        codec.decode_packed(rows[:, start : start + width], scale, form.block_size, out)
+        start += width
+        limit = torch.finfo(out.dtype).max
+        if largest * codec.reach > limit and not torch.isfinite(out).all():
+            raise FormatError(f"{name}: holds weights above {limit:g}, where {out.dtype} ends: decode to bfloat16 or float32")
 
 
 def _scale_bytes(scales: Tensor) -> npt.NDArray[np.uint8]:

@@ -88,10 +88,10 @@ def choose_mse_scale(blocks: Tensor, bits: int, dtype: torch.dtype = torch.bfloa
     weight, so that squares neither vanish nor overflow.
     """
     search = _ScaleSearch(blocks, bits, dtype)
-    for reach in _reaches(bits, blocks.shape[2]):
-        search.consider(search.extreme / reach)
+    reaches = torch.tensor(_reaches(bits, blocks.shape[2]), device=blocks.device)
+    search.consider(search.extreme / reaches[:, None, None])
     for _ in range(_REFINEMENTS):
-        search.consider(search.refitted())
+        search.consider(search.refitted().unsqueeze(0))
     return search.best
 
 
@@ -146,43 +146,47 @@ class _ScaleSearch:
         self.best = torch.zeros_like(self.extreme)
         self._least = torch.full_like(self.extreme, float("inf"))
 
-    def consider(self, scale: Tensor) -> None:
-        """Take `scale: (r, b)` where it is better."""
-        scale = _as_stored(scale, self.dtype)
-        ratio = scale * self._inverse.squeeze(2)
-        steps, codes = self._codes(ratio)
-        error = torch.linalg.vector_norm(steps.sub_(codes), dim=2).mul_(ratio.abs())
-        better = error < self._least
-        self.best = torch.where(better, scale, self.best)
-        self._least = torch.where(better, error, self._least)
+    def consider(self, scales: Tensor) -> None:
+        """Take the best of `scales: (k, r, b)` where it is better than the best so far."""
+        scales = _as_stored(scales, self.dtype)
+        ratios = scales * self._inverse.squeeze(2)
+        errors = torch.empty_like(scales)
+        for inverse, error in zip(_reciprocal(ratios), errors, strict=True):
+            steps, codes = self._codes(inverse)
+            torch.linalg.vector_norm(steps.sub_(codes), dim=2, out=error)
+        least, place = errors.mul_(ratios.abs()).min(dim=0)
+        better = least < self._least
+        self.best = torch.where(better, scales.gather(0, place.unsqueeze(0)).squeeze(0), self.best)
+        self._least = torch.where(better, least, self._least)
 
     def refitted(self) -> Tensor:
         """The scale of least squares for the codes of the best scale; that scale again where the grid would be left unused."""
-        steps, codes = self._codes(self.best * self._inverse.squeeze(2))
+        steps, codes = self._codes(_reciprocal(self.best * self._inverse.squeeze(2)))
         product = torch.mul(codes, self._unit, out=steps).sum(dim=2)
         ratio = product / codes.square_().sum(dim=2)
         usable = ratio.abs() * (_LEAST_REACH[self.bits] - 0.5) <= 1.0  # False for the NaN of 0 / 0
         return torch.where(usable, ratio * self.extreme, self.best)
 
-    def _codes(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes(self, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in steps and the nearest codes, both (r, b, g); `inverse: (r, b, 1)` is the reciprocal of the scale."""
         half = 2 ** (self.bits - 1)
-        steps = torch.mul(self._unit, _reciprocal(ratio), out=self._scratch)
+        steps = torch.mul(self._unit, inverse, out=self._scratch)
         return steps, steps.round().clamp_(-half, half - 1)
 
 
 def _reaches(bits: int, block_size: int) -> list[float]:
     """Candidates for the number of steps at which the largest weight lies; negative for the scale of the other sign."""
     half, least, growth = 2 ** (bits - 1), _LEAST_REACH[bits], _GROWTH[bits]
-    near = [half * growth**power for power in range(-4, 10)]
+    near = [half * growth**power for power in range(-2, 10)]
     whole = [float(steps) for steps in range(least, half + 1)]
-    other_sign = [-reach for reach in near[2:]] if bits <= 4 else []
-    far = [near[-1] * 1.15**power for power in range(1, 15)] if block_size > _LARGE_BLOCK else []
+    other_sign = [-reach for reach in near[::2]] if bits <= 4 else []
+    far = [near[-1] * 1.2**power for power in range(1, 12)] if block_size > _LARGE_BLOCK else []
     return [*whole, *(reach for reach in near if reach >= least), *other_sign, *far]
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    """1 / scale for blocks, (r, b, 1); 0 where the block holds nothing."""
-    return torch.where(scale.abs() >= _TINY, 1.0 / scale, 0.0).unsqueeze(2)
+    """1 / scale for blocks, (..., r, b, 1); 0 where the block holds nothing."""
+    return torch.where(scale.abs() >= _TINY, 1.0 / scale, 0.0).unsqueeze(-1)
 
 
 def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:

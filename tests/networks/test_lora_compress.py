@@ -109,9 +109,9 @@ def test_host_arguments_are_those_the_host_reads(ours: ModuleType, theirs: Modul
 
 def test_unknown_and_contradictory_arguments_come_in_one_error(ours: ModuleType, unet: Any, text_encoder: Any) -> None:
     with pytest.raises(SettingsError) as caught:
-        create(ours, text_encoder, unet, rank_ration="0.5", bits="5", iterative_pruning="True", group_size="7")
+        create(ours, text_encoder, unet, rank_ration="0.5", bits="7", iterative_pruning="True", group_size="7")
     message = str(caught.value)
-    for part in ("rank_ration", "did you mean rank_ratio", "bits=5", "nf4: 4", "iterative_pruning", "group_size=7"):
+    for part in ("rank_ration", "did you mean rank_ratio", "bits=7", "nf4: 4", "iterative_pruning", "group_size=7"):
         assert part in message
 
 

@@ -211,6 +211,12 @@ def test_many_patterns_adapters_and_endings_take_no_time(tmp_path: Path) -> None
         open_lora(path)
 
 
+def test_endless_keys_are_refused(tmp_path: Path) -> None:
+    path = save({f"{'_qwen.' * 50_000}lora_A.weight": torch.zeros(1, 1)}, tmp_path)
+    with pytest.raises(FormatError, match="a key of 300013 characters, allowed: 1000"):
+        open_lora(path)
+
+
 def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(tmp_path: Path) -> None:
     path, bomb = tmp_path / "lora.pt", tmp_path / "bomb.pt"
     torch.save({"m.lora_down.weight": torch.zeros(64, 2**16), "m.lora_up.weight": torch.zeros(3, 64)}, path)
