@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .container import PackedFile
+from .errors import FormatError
 from .layouts import open_lora
 from .update import LowRankUpdate
 
@@ -35,10 +36,12 @@ def load_lora(path: str | os.PathLike[str]) -> LoraFile:
     """Read a LoRA file of any layout as a whole.
 
     Raises:
-        FormatError: as `open_lora`, or a module does not decode.
+        FormatError: as `open_lora`; a module does not decode; a packed file was cut so early that modules are missing.
     """
     source = open_lora(path)
     try:
+        if isinstance(source, PackedFile) and source.missing:
+            raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
         others = dict(source.others)
         for name in source:
             others |= source.extras(name)
