@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .layouts import LoraSource, open_lora
 from .parallel import each_module
 from .update import LowRankUpdate, relative_error
 
@@ -21,13 +22,6 @@ _PREFIX = re.compile(
     r"^(?:base_model[._]model[._])?(?:(?P<te>lora_te(?P<te_number>\d*)|text_encoders?[._]?(?P<encoder>\d*)(?:[._]transformer)?|te(?P<short>\d*))"
     r"|lora_unet|lora_transformer|unet|transformer|diffusion_model|model[._]diffusion_model)[._]"
 )
-
-
-class _Source(Mapping[str, LowRankUpdate], Protocol):  # type: ignore[misc]
-    """What is needed of `layouts.LoraSource`."""
-
-    def factor_bytes(self, name: str) -> int: ...
-    def part(self, name: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class FileComparison:
         bytes: of the files.
         modules: those of the first file, then those that only the second has.
         missing: modules that the other file lacks; they count as zero there.
-        others: tensors outside of updates that only one file has, or that differ.
+        others: tensors outside of updates (norms, dora_scale, ...) that only one file has, or that differ.
     """
 
     paths: tuple[str, str]
@@ -105,8 +99,6 @@ def compare_files(first: str, second: str) -> FileComparison:
     Raises:
         FormatError: no module is in both files, or one has other dimensions in the second.
     """
-    from .layouts import open_lora
-
     sources = open_lora(first), open_lora(second)
     modules, missing = compare_updates(*sources)
     return FileComparison(
@@ -119,7 +111,7 @@ def compare_files(first: str, second: str) -> FileComparison:
 
 
 def compare_updates(
-    first: _Source, second: _Source
+    first: LoraSource, second: LoraSource
 ) -> tuple[tuple[ModuleComparison, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
     """A comparison of each module, and the names of those that the first and the second lack."""
     pairs = match_names(first, second)

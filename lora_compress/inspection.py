@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from .allocation import ranks_for_error
 from .errors import FormatError
+from .layouts import open_lora
 from .parallel import each_module
 from .spectrum import thin_svd
 from .update import relative_error
@@ -111,8 +113,6 @@ def inspect_file(path: str) -> FileInspection:
     Raises:
         FormatError: it is no LoRA file, or a module holds NaN.
     """
-    from .layouts import open_lora
-
     source = open_lora(path)
 
     def look(name: str, _: object) -> ModuleInspection:
@@ -162,29 +162,20 @@ def mean_effective_rank(modules: Sequence[ModuleInspection]) -> float:
 def truncation_curve(
     modules: Sequence[ModuleInspection], bytes_per_weight: int, overhead: int, errors: Sequence[float] = _ERRORS
 ) -> tuple[tuple[int, float], ...]:
-    """(bytes, relative error) of the smallest plain files that lose at most `errors`.
+    """(bytes, relative error) of the smallest plain files that lose at most `errors`, every module keeping a component.
 
-    Components go in the order of sigma^2 / (out + in * kernel), the squared error for a weight saved; every module keeps its
-    strongest. What is lost is known exactly, the size but for a few bytes of header.
+    What is lost is known exactly, the size but for a few bytes of header.
 
     Args:
         bytes_per_weight: of the file's precision.
         overhead: bytes of the file that are no factors.
     """
-    weights = torch.tensor([m.component_weights for m in modules for _ in m.sigma], dtype=torch.float64)
-    energy = torch.tensor([value for m in modules for value in m.sigma], dtype=torch.float64).square()
-    first = torch.tensor([index == 0 for m in modules for index in range(len(m.sigma))], dtype=torch.bool)
-    total = float(energy.sum())
-    if not total > 0.0:
-        return ()
-    order = torch.argsort((energy / weights).masked_fill(first, math.inf))
-    lost, saved = energy[order].cumsum(0), weights[order].cumsum(0)
-    droppable = int((~first).sum())
-    kept = float(weights.sum())
-    points = []
-    for error in errors:
-        count = min(int((lost <= error * error * total).sum()), droppable)
-        if count:
-            size = overhead + round((kept - float(saved[count - 1])) * bytes_per_weight)
-            points.append((size, relative_error(float(lost[count - 1]), total)))
-    return tuple(dict.fromkeys(points))
+    sigmas = {m.name: torch.tensor(m.sigma, dtype=torch.float64) for m in modules if m.norm > 0.0}
+    costs = {m.name: m.component_weights * bytes_per_weight for m in modules}
+    total = math.fsum(m.norm**2 for m in modules)
+    points = {}
+    for error in errors if sigmas else ():
+        ranks = ranks_for_error(sigmas, costs, dict.fromkeys(sigmas, 0), error, min_rank=1)
+        lost = math.fsum(float(sigma[ranks[name] :].square().sum()) for name, sigma in sigmas.items())
+        points[overhead + sum(costs[name] * rank for name, rank in ranks.items())] = relative_error(lost, total)
+    return tuple(points.items())

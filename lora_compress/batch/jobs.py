@@ -11,7 +11,7 @@ import torch
 
 from ..errors import SettingsError
 from ..settings import CompressionSettings
-from .storage import glob_files, has_magic, is_folder, is_remote, join
+from .storage import files_under, glob_files, has_magic, is_folder, is_remote, join
 
 __all__ = ["CompressOptions", "Job", "is_batch", "plan_jobs"]
 
@@ -68,7 +68,7 @@ def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = Fal
         SettingsError: nothing matches, two inputs have one output, or an output is an input.
     """
     root = model if is_folder(model) else _fixed_part(model)
-    found = glob_files(join(model, "**") if is_folder(model) else model)
+    found = files_under(model) if is_folder(model) else glob_files(model)
     inside = _inside(save_to, root)
     sources = [path for path in found if _is_input(path) and not (inside and _inside(path, save_to))]
     if not sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ def run_on_ray(jobs: Sequence[Job], options: CompressOptions, compress: Compress
         LoraCompressError: ray is not installed, or there is no cluster at RAY_ADDRESS.
     """
     try:
-        import ray
+        ray = importlib.import_module("ray")
     except ImportError:
         raise LoraCompressError("--executor ray: ray is not installed: pip install ray, or use --executor local") from None
     started_here = not ray.is_initialized()

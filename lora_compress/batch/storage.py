@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib
 import os
 import re
 import shutil
@@ -56,13 +57,21 @@ def exists(path: str) -> bool:
     return _system(path).isfile(path) if is_remote(path) else os.path.isfile(path)
 
 
+def files_under(folder: str) -> list[str]:
+    """All files in a folder and the folders in it, sorted."""
+    if is_remote(folder):
+        system = _system(folder)
+        return sorted(_with_protocol(name, folder) for name in system.find(folder))
+    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+
+
 def glob_files(pattern: str) -> list[str]:
     """The files that match, sorted; ** goes through folders."""
     if not is_remote(pattern):
         return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     system = _system(pattern)
     found = system.glob(pattern, detail=True)
-    return sorted(_with_protocol(system, name, pattern) for name, info in found.items() if info["type"] == "file")
+    return sorted(_with_protocol(name, pattern) for name, info in found.items() if info["type"] == "file")
 
 
 def open_binary(path: str) -> IO[bytes]:
@@ -114,7 +123,7 @@ def _upload(local: str, url: str) -> None:
 
 def _system(url: str) -> Any:
     try:
-        import fsspec
+        fsspec: Any = importlib.import_module("fsspec")
     except ImportError:
         raise LoraCompressError(f"{url}: URLs are opened by fsspec, which is not installed: pip install fsspec") from None
     try:
@@ -123,6 +132,7 @@ def _system(url: str) -> Any:
         raise LoraCompressError(f"{url}: fsspec cannot open it ({error}): install what it names, or use a local path") from None
 
 
-def _with_protocol(system: Any, name: str, pattern: str) -> str:
-    protocol = pattern.partition("://")[0]
-    return f"{protocol}://{name.lstrip('/')}" if protocol != "file" else f"file://{name}"
+def _with_protocol(name: str, like: str) -> str:
+    """A name as fsspec lists it, written as a URL; the path of file:// is absolute."""
+    protocol = like.partition("://")[0]
+    return f"{protocol}://{name if protocol == 'file' else name.lstrip('/')}"

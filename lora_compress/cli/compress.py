@@ -41,6 +41,7 @@ _NOTHING_ASKED = """nothing is asked for: say what to do with the file, for exam
   --target_error 0.05                                 as small as it gets at 5 % error
   --target_size 20MB --quantize strategy=entropy      the best file of 20 MB, packed
 (--help lists everything)"""
+_PROGRAMS = (*CONSUMERS, "all")
 _PLACES = {"min_rank", "quantization_device"}  # ask for nothing by themselves
 
 
@@ -135,7 +136,7 @@ def _parser() -> Parser:
     group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file to read, or a folder or a pattern for many")
     group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file to write (.safetensors), or a folder for many")
     group.add_argument("--save_precision", choices=PRECISIONS, help="precision of plain files; default that of the input")
-    group.add_argument("--for", dest="consumers", nargs="+", choices=CONSUMERS, metavar="PROGRAM", help=_consumers_help())
+    group.add_argument("--for", dest="consumers", nargs="+", choices=_PROGRAMS, metavar="PROGRAM", help=_consumers_help())
     group.add_argument("--truncate", metavar="SIZE", help="cut a progressive packed file to this size, such as 8MB")
     group.add_argument("--force", action="store_true", help="allow OUT to be IN, and a batch to overwrite files of others")
     group.add_argument(
@@ -161,4 +162,4 @@ def _parser() -> Parser:
 
 
 def _consumers_help() -> str:
-    return f"keep to the rules of these programs: {', '.join(CONSUMERS)}"
+    return f"keep to the rules of these programs: {', '.join(_PROGRAMS)}"

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import FormatError, LoraCompressError
 from .tables import PRECISION, normalise
 
-__all__ = ["AnsReader", "AnsWriter", "coder_model", "uniform"]
+__all__ = ["AnsReader", "AnsWriter", "MissingPackageError", "coder_model", "uniform"]
 
 _INTEGER_BYTES = 4
 

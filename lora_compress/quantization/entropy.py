@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,8 +85,7 @@ def decode_entropy(
     for layer in range(len(chunks)):
         reader = reader if layer == 0 else _reader(chunks[layer])
         for symbols, end, scale, shape in zip(known, ends, scales, shapes, strict=True):
-            for row in range(rank):
-                before, after = int(end[layer - 1, row]) if layer else 0, int(end[layer, row])
+            for row, before, after in _turns(end, layer):
                 symbols[row] = read_passes(reader, symbols[row], int(scale[row]), int(shape[row]), before, after)
         reader.finish()
     units = row_units(gains, step)
@@ -103,21 +102,27 @@ def _encode(module: QuantizedModule, layers: int) -> EncodedModule:
     if not module.rank:
         return EncodedModule([b""] * layers, 0, ())
     writer = AnsWriter()
-    for row in side_rows(module):
-        scale, shape, _ = choose_models(row[None], symbols_only=True)
+    for side in side_rows(module):
+        scale, shape, _ = choose_models(side[None], symbols_only=True)
         writer.write(np.array([SHAPES * scale[0] + shape[0]]), uniform, _SIDE_MODELS)
-        write_symbols(writer, as_symbols(row), int(scale[0]), int(shape[0]))
+        write_symbols(writer, as_symbols(side), int(scale[0]), int(shape[0]))
     ends = row_positions(*module.scales, layers)
     known = [[np.zeros_like(row) for row in values] for values in module.values]
     chunks = []
     for layer in range(layers):
-        for values, rows, end, scale, shape in zip(module.values, known, ends, module.scales, module.shapes, strict=True):
-            for row in range(module.rank):
-                before, after = int(end[layer - 1, row]) if layer else 0, int(end[layer, row])
-                rows[row] = write_passes(writer, values[row], rows[row], int(scale[row]), int(shape[row]), before, after)
+        for values, symbols, end, scales, shapes in zip(module.values, known, ends, module.scales, module.shapes, strict=True):
+            for row, before, after in _turns(end, layer):
+                symbols[row] = write_passes(writer, values[row], symbols[row], int(scales[row]), int(shapes[row]), before, after)
         chunks.append(writer.to_bytes())
         writer = AnsWriter()
     return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()))
+
+
+def _turns(end: np.ndarray, layer: int) -> Iterator[tuple[int, int, int]]:
+    """Rows that a layer tells of, with the passes made before and after it, given those of all layers, (layers, r)."""
+    after = end[layer].tolist()
+    before = end[layer - 1].tolist() if layer else [0] * len(after)
+    return ((row, old, new) for row, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
 
 
 def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

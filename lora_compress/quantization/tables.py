@@ -28,6 +28,7 @@ _CELLS = 1024
 _STEEP = 40  # scale up to which the density falls much within a cell of two steps
 _ONE = 1 << 96  # fixed point of the recurrences
 _MASS = 48  # bits of a distribution's whole mass
+_LEAST_MASS = 1 << 24  # of a cell whose centre is taken from its table: below, what was rounded off is felt
 _CENTRE = 12  # fractional bits of a centre
 
 # Shapes are mixtures of Gaussians of different scale, (eighths of an octave, weight / 256): a Gaussian, and Student's t with 10,
@@ -104,7 +105,8 @@ def cell_centres(scale: int, shape: int, plane: int, width: int) -> np.ndarray:
     count = min(len(mass) >> wide, 2 * _LARGEST_SYMBOL)
     masses = mass[: count << wide].reshape(count, -1).sum(axis=1)
     moments = moment[: count << wide].reshape(count, -1).sum(axis=1)
-    known = int(np.argmax(masses < 1 << 12)) or count if (masses < 1 << 12).any() else count
+    rare = np.flatnonzero(masses < _LEAST_MASS)
+    known = int(rare[0]) if len(rare) else count
     centres = (moments[:known] // masses[:known]) >> fine
     centres[0] = 0
     return centres

@@ -53,8 +53,8 @@ def curve_chart(report: FileReport) -> str:
     points = sorted((size, error) for size, error in report.curve if size > 0 and math.isfinite(error))
     if not points:
         return f"<figure>{caption}<p>No other sizes were computed for this file.</p></figure>"
-    chosen = (report.bytes[1], report.relative_error)
-    sizes, errors = zip(*points, *([chosen] if chosen[0] > 0 and math.isfinite(chosen[1]) else []), strict=True)
+    chosen = [(report.bytes[1], report.relative_error)] if report.bytes[1] and math.isfinite(report.relative_error) else []
+    sizes, errors = zip(*points, *chosen, strict=True)
     low, high = min(sizes) / 1.15, max(sizes) * 1.15
     top = max(*errors, 1e-6) * 1.08
 
@@ -68,14 +68,13 @@ def curve_chart(report: FileReport) -> str:
     for size, error in points:
         x, y = place(size, error)
         shapes.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{size_text(size)}: {error:.2%}</title></circle>')
-    x, y = place(*chosen)
-    anchor, shift = ("end", -11) if x > _WIDTH * 0.6 else ("start", 11)
-    above = y - 10 if y > _TOP + 24 else y + 22
-    shapes.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
-    shapes.append(
-        f'<text class="strong halo" text-anchor="{anchor}" x="{x + shift:.1f}" y="{above:.1f}">'
-        f"{size_text(chosen[0])}, {chosen[1]:.2%}</text>"
-    )
+    for size, error in chosen:
+        x, y = place(size, error)
+        anchor, shift = ("end", -11) if x > _WIDTH * 0.6 else ("start", 11)
+        above = y - 10 if y > _TOP + 24 else y + 22
+        shapes.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
+        label = f'class="strong halo" text-anchor="{anchor}" x="{x + shift:.1f}" y="{above:.1f}"'
+        shapes.append(f"<text {label}>{size_text(size)}, {error:.2%}</text>")
     shapes += _axis_titles("size of the file (logarithmic)", "relative error")
     return f"<figure>{caption}{_svg('relative error against size of the file', shapes)}</figure>"
 
