@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import consumers
 from .assembly import Assembly
 from .encoding import decode_module
 from .errors import SettingsError
@@ -29,12 +30,6 @@ from .update import LowRankUpdate
 __all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "opened_by", "partner_metadata", "plain_partner", "save"]
 
 _HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
-
-_OPENED_BY = {
-    "kohya": "every program that loads kohya LoRA (ComfyUI, A1111, Forge, diffusers, InvokeAI, stable-diffusion.cpp, sd-scripts)",
-    "fp8": "ComfyUI, A1111, Forge, SD.Next, InvokeAI, stable-diffusion.cpp, sd-scripts; diffusers for SD and SDXL",
-    "packed": "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, or lora_compress.load_lora in Python",
-}
 
 
 @dataclass(frozen=True)
@@ -123,11 +118,11 @@ def partner_metadata(metadata: Mapping[str, str], partner: Mapping[str, LowRankU
     return finish_metadata(metadata, ranks, alphas, {**told, "save_format": "kohya"})
 
 
-def opened_by(path: str | os.PathLike[str], save_format: str) -> str:
-    """Which programs open what `save` wrote to `path`, a line for each file."""
-    lines = {str(path): _OPENED_BY["packed" if save_format == "both" else save_format]}
+def opened_by(path: str | os.PathLike[str], save_format: str, family: str = "unknown") -> str:
+    """Which programs open what was written to `path`, a line for each file."""
+    lines = {str(path): consumers.opened_by("packed" if save_format == "both" else save_format, family)}
     if save_format == "both":
-        lines[str(kohya_partner(path))] = _OPENED_BY["kohya"]
+        lines[str(kohya_partner(path))] = consumers.opened_by("kohya", family)
     return "\n".join(f"{name} opens in: {programs}" for name, programs in lines.items())
 
 

@@ -66,6 +66,6 @@ def test_the_document_lists_every_metadata_key_that_is_written(tmp_path: Path) -
     text = DOCUMENT.read_text(encoding="utf-8")
     for values in ({"bits": 4}, {"bits": 8, "strategy": "static"}):
         path = tmp_path / "lora.safetensors"
-        save(compress(mixed_updates(), CompressionSettings.parse(values)), path, metadata={"ss_network_dim": "8"})
+        save(compress(mixed_updates(), CompressionSettings.parse(values), metadata={"ss_network_dim": "8"}), path)
         for key in load_lora(path).metadata:
             assert f"`{key}`" in text, key
