@@ -42,7 +42,7 @@ class Assembly:
         if self.job.packed:
             return specs | {key: TensorSpec.of(tensor) for key, tensor in self.packed(stored).items()}
         for name, module in stored.items():
-            shape, rank = self.job.analyses[name].shape, max(module.rank, self.job.least_rank)
+            shape, rank = self.job.analyses[name].shape, module.padded
             ones = (1,) * len(shape.kernel)
             down, up = (rank, shape.inputs, *shape.kernel), (shape.outputs, rank, *ones)
             specs |= shape.keys.specs(name, down, up, self.job.dtype)
@@ -61,7 +61,7 @@ class Assembly:
         settings = self.job.settings
         form = save_format or settings.save_format
         packed = form in ("packed", "both")
-        ranks = [module.rank if packed else max(module.rank, self.job.least_rank) for module in stored.values()]
+        ranks = [module.rank if packed else module.padded for module in stored.values()]
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
         details = {**settings.as_dict(), **self.details(stored), "save_format": form, "quantization_device": None}
         return finish_metadata(self.metadata, ranks, alphas, details) | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
@@ -91,5 +91,5 @@ class Assembly:
         if self.job.packed:
             return sum(map(len, stored.chunks))
         shape = self.job.analyses[name].shape
-        weights = max(stored.rank, self.job.least_rank) * (shape.outputs + shape.inputs * math.prod(shape.kernel))
+        weights = stored.padded * (shape.outputs + shape.inputs * math.prod(shape.kernel))
         return weights * self.job.dtype.itemsize + (4 if shape.keys.alpha is not None else 0)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .assembly import Assembly
+from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
-from .job import Job, Stored
+from .job import Job, Stored, pad_to_two
 from .layouts import LoraSource, open_lora
 from .pipeline import kohya_partner, partner_metadata, plain_partner
 from .plain import FP8, PlainKeys
@@ -72,7 +73,8 @@ def compress_file(
     begun = time.monotonic()
     check_target(source, target, force)
     with _opened(source, repair) as lora:
-        job, assembly = _prepare(lora, settings, save_dtype)
+        rules = ConsumerRules.named(consumers)
+        job, assembly = _prepare(lora, settings, save_dtype, rules)
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
         )
@@ -83,6 +85,9 @@ def compress_file(
                 stored[name] = module
         else:
             stored = job.outline(chosen.choices)
+        planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
+        if problems := rules.problems(planned):
+            raise SettingsError(problems, str(source))
         before, after = os.path.getsize(source), assembly.size(stored)
         by_name = save_dtype is not None or settings.save_format == "fp8"  # a precision that was asked for is written
         written = after < before or by_name
@@ -100,7 +105,7 @@ def compress_file(
         (before, os.path.getsize(target) if written else after),
         time.monotonic() - begun,
         modules,
-        tuple(lora.notes),
+        (*lora.notes, *(rules.notes(planned) if written and not job.packed else ())),
         settings.as_dict(),
     )
 
@@ -203,7 +208,9 @@ def _opened(path: str | os.PathLike[str], repair: bool) -> Iterator[Source]:
         source.close()
 
 
-def _prepare(lora: Source, settings: CompressionSettings, save_dtype: torch.dtype | None) -> tuple[Job, Assembly]:
+def _prepare(
+    lora: Source, settings: CompressionSettings, save_dtype: torch.dtype | None, rules: ConsumerRules
+) -> tuple[Job, Assembly]:
     """First pass over the file."""
 
     def keys(name: str) -> PlainKeys:
@@ -217,10 +224,20 @@ def _prepare(lora: Source, settings: CompressionSettings, save_dtype: torch.dtyp
         dtype = FP8
         if any(keys(name).alpha is None for name in lora):
             raise SettingsError([f"save_format=fp8 needs an alpha beside its factors, {lora.layout} files have none: use packed"])
-    job = Job(lora, settings, dtype, keys)
+
+    def pad(ranks: Mapping[str, int]) -> dict[str, int]:
+        return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
+
+    job = Job(lora, settings, dtype, [name for name in lora if lora.is_balanced(name)], keys, pad)
     metadata = lora.plain_metadata({name: shape.rank for name, shape in lora.shapes.items()})
     extras = {name: _specs(lora.extras(name)) for name in lora}
     return job, Assembly(job, lora.layout, metadata, _specs(lora.others), extras)
+
+
+def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
+    """The file about to be written, as the rules of consumers look at it."""
+    modules = {name: PlannedModule(rank, 1.0, lora.part(name), tuple(lora.extras(name))) for name, rank in ranks.items()}
+    return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.others))
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

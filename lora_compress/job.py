@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +15,10 @@ from .parallel import each_module, stream_modules
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_update
 from .pruning import select_channels
 from .settings import CompressionSettings
-from .spectrum import Spectrum, thin_svd
+from .spectrum import Spectrum, known_svd, thin_svd
 from .update import LowRankUpdate, difference
 
-__all__ = ["Analysis", "Job", "Stored"]
+__all__ = ["Analysis", "Job", "Stored", "pad_to_two"]
 
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 
@@ -56,6 +56,7 @@ class Stored:
         entry: of the index of a packed file; None in a plain one.
         chunks: of its payload.
         alpha: of a plain file.
+        padded: its rank there, zeros included.
     """
 
     rank: int
@@ -64,10 +65,16 @@ class Stored:
     entry: Entry | None = None
     chunks: tuple[bytes, ...] = ()
     alpha: float = 1.0
+    padded: int = 0
 
     def without_factors(self) -> Stored:
         """The same without the factors of a plain file, which can be made again."""
         return replace(self, plain=None)
+
+
+def pad_to_two(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Rank 2 at least: stable-diffusion.cpp misreads the scale of rank 1."""
+    return {name: max(rank, 2) for name, rank in ranks.items()}
 
 
 class Job:
@@ -77,8 +84,9 @@ class Job:
         updates: by module name; read twice, a module at a time, if it is lazy.
         settings: what to remove and how to store the rest.
         dtype: of plain factors.
+        balanced: modules whose factors are their singular value decomposition already.
         keys: of a module in a plain file.
-        least_rank: of plain modules, padded with zeros.
+        pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
 
     Raises:
         FormatError: an update holds NaN or infinity.
@@ -89,11 +97,12 @@ class Job:
         updates: Mapping[str, LowRankUpdate],
         settings: CompressionSettings,
         dtype: torch.dtype = torch.float32,
+        balanced: Collection[str] = (),
         keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
-        least_rank: int = 2,
+        pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
-        self.keys, self.least_rank = keys, least_rank
+        self.balanced, self.keys, self.pad = frozenset(balanced), keys, pad
         self.analyses = each_module(self._analyse, updates)
 
     @property
@@ -104,32 +113,34 @@ class Job:
     def run(self, choices: Mapping[str, Choice]) -> Iterator[tuple[str, Stored]]:
         """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too."""
         kept = {name: choice for name, choice in choices.items() if choice.rank}
-        alpha = self._file_alpha(kept)
-        for name, stored in stream_modules(lambda name, choice: self._store(name, choice, alpha), kept):
+        padded = self.pad({name: choice.rank for name, choice in kept.items()})
+        alpha = self._file_alpha(kept, padded)
+        for name, stored in stream_modules(lambda name, choice: self._store(name, choice, padded[name], alpha), kept):
             if stored.rank:
                 yield name, stored
 
     def outline(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
-        """As much of plain modules as the size of their file depends on, without making them."""
-        return {n: Stored(c.rank, 0.0, alpha=self._expected_alpha(n, c.rank)) for n, c in choices.items() if c.rank}
+        """As much of plain modules as the size of their file depends on, without making them.
 
-    def _expected_alpha(self, name: str, rank: int) -> float:
-        """What a module's alpha will be in a plain file; of fp8, where it is still to be found, one that takes as much room."""
-        if self.analyses[name].shape.keys.alpha is None:
-            return float(max(rank, self.least_rank))
-        return 0.123456789 if self.dtype == FP8 else 1.0
+        The alpha of fp8 is still to be found: one that takes as much room stands for it.
+        """
+        padded = self.pad({name: choice.rank for name, choice in choices.items() if choice.rank})
+        alpha = 0.123456789 if self.dtype == FP8 else 1.0
+        own = {name: self.analyses[name].shape.keys.alpha is None for name in padded}
+        return {n: Stored(choices[n].rank, 0.0, alpha=float(k) if own[n] else alpha, padded=k) for n, k in padded.items()}
 
-    def _file_alpha(self, choices: Mapping[str, Choice]) -> float:
+    def _file_alpha(self, choices: Mapping[str, Choice], padded: Mapping[str, int]) -> float:
         """The one alpha of a plain file."""
         if self.packed or self.dtype != FP8:
             return 1.0
-        products = each_module(lambda name, choice: self._product(name, choice.rank), choices)
+        products = each_module(lambda name, choice: padded[name] * self._product(name, choice.rank), choices)
         return fp8_alpha(list(products.values()))
 
     def _analyse(self, name: str, update: LowRankUpdate) -> Analysis:
         try:
             kept, lost = self._channels(update)
-            spectrum = thin_svd(self._part(update, kept))
+            part = self._part(update, kept)
+            spectrum = known_svd(part) if name in self.balanced and kept == (None, None) else thin_svd(part)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
         norm = lost + float(spectrum.sigma.square().sum())
@@ -166,11 +177,11 @@ class Job:
         return down.cpu(), up.cpu()
 
     def _product(self, name: str, rank: int) -> float:
-        """rank max|down| max|up|, what a plain file's alpha is chosen for."""
+        """max|down| max|up|."""
         down, up = self._rows(name, rank)
-        return max(rank, self.least_rank) * float(down.abs().amax() * up.abs().amax())
+        return float(down.abs().amax() * up.abs().amax())
 
-    def _store(self, name: str, choice: Choice, alpha: float) -> Stored:
+    def _store(self, name: str, choice: Choice, padded: int, alpha: float) -> Stored:
         analysis = self.analyses[name]
         sigma, shape = analysis.spectrum.sigma, analysis.shape
         quantized = self.settings.quantization.enabled
@@ -186,8 +197,8 @@ class Job:
         if self.packed:
             return Stored(len(found[0]), analysis.lost + tail + difference(down, up, *found), None, entry, tuple(chunks))
         own_alpha = None if shape.keys.alpha is None else alpha
-        plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, self.least_rank)
+        plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, padded)
         written = self._part(plain, shape.kept)
         rank = len(found[0])  # without the padding
         rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()
-        return Stored(rank, analysis.lost + tail + difference(down, up, *rows), plain, alpha=plain.alpha)
+        return Stored(rank, analysis.lost + tail + difference(down, up, *rows), plain, alpha=plain.alpha, padded=padded)

@@ -129,7 +129,7 @@ class _Search:
             return {name: Choice(len(b), b) for name, b in bits.items()}
         costs = {name: self._bytes(name) for name in self.kept}
         fixed = {name: _INDEX_BYTES if self.job.packed else _plain_overhead(self.job.analyses[name].shape) for name in self.kept}
-        common |= {"min_rank_stored": 1 if self.job.packed else self.job.least_rank}
+        common |= {"min_rank_stored": 1 if self.job.packed else 2}
         common |= {"min_rank": self.job.settings.pruning.min_rank or 0}
         if size is not None:
             ranks = ranks_for_size(self.kept, costs, fixed, size, **common)

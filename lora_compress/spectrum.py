@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import FormatError
 from .update import LowRankUpdate
 
-__all__ = ["Spectrum", "thin_svd"]
+__all__ = ["Spectrum", "known_svd", "thin_svd"]
 
 _LEAST_PIVOT = 1e-5  # of a Cholesky factor of a Gram matrix with unit diagonal; below, its square root has lost too many digits
 _FLOAT32_RANGE = 1e15  # coefficients beyond it, or under its inverse, are applied in float64
@@ -89,6 +89,16 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
     if not abs(float(sigma.square().sum()) - norm) <= 1e-9 * bound**2:
         raise FormatError("its singular value decomposition failed: try --device cpu")
     return _spectrum(update, u.T[:count], sigma[:count], vh[:count], root_up, root_down)
+
+
+def known_svd(update: LowRankUpdate) -> Spectrum:
+    """The spectrum of an update whose factors are its decomposition: rows sqrt(sigma_i) v_i, columns sqrt(sigma_i) u_i, falling."""
+    scale = update.scale
+    sigma = update.down_matrix.double().square().sum(dim=1) * abs(scale)
+    if not torch.isfinite(sigma).all():
+        raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
+    mix = torch.eye(len(sigma), dtype=torch.float64, device=sigma.device) * abs(scale) ** 0.5
+    return Spectrum(sigma, mix, mix * math.copysign(1.0, scale), update)
 
 
 def _triangle(gram: Tensor, rows: Tensor) -> Tensor:
