@@ -10,7 +10,7 @@ from ..errors import SettingsError
 
 __all__ = ["StepFit", "fit_step"]
 
-_FARTHEST = math.log(64.0)  # a jump beyond what is known: at most a factor of 64
+_FARTHEST = math.log(64.0)  # a jump beyond what is known, unless an estimate says where to: at most a factor of 64
 _NARROWEST = 1e-9  # a bracket of log steps that is as good as a point
 
 
@@ -111,7 +111,7 @@ class _Search:
         self._width = self.width
 
     def propose(self) -> float:
-        """The next x: inside the bracket where it is closed, at most a factor of 64 beyond what is known where it is open."""
+        """The next x: inside the bracket where it is closed, not too far beyond what is known where it is open."""
         least = self._low if self.best is None else self.best[0]
         most = self._high if self._misses is None else self._misses[0]
         if self.best is not None and self._misses is not None and self._slow >= 2:
@@ -123,7 +123,7 @@ class _Search:
             return min(max(x, least + margin), most - margin)
         known, direction = (most, -1.0) if self.best is None else (least, 1.0)
         shortest = min(0.01 * 2.0**self.count, _FARTHEST)  # so that a flat stretch is left behind
-        jump = min(max(direction * (x - known), shortest), _FARTHEST)
+        jump = min(max(direction * (x - known), shortest), _FARTHEST if self._estimate is None else math.inf)
         return min(max(known + direction * jump, self._low), self._high)
 
     def _guess(self) -> float:
@@ -150,7 +150,7 @@ class _Search:
         guessed = self._estimate(last)
         factor = value / guessed if 0.0 < guessed < math.inf and 0.0 < value < math.inf else 1.0
         low, high = self._low, self._high
-        for _ in range(60):
+        for _ in range(48):
             middle = (low + high) / 2
             low, high = (middle, high) if self._estimate(middle) * factor <= self._target else (low, middle)
         return low

@@ -65,7 +65,9 @@ def _modules(comparison: FileComparison, every: bool) -> Table:
 
 
 def _table(*headings: str, title: str) -> Table:
-    table = Table(*headings, title=title)
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # names are there to be copied
     for heading in ("components (rank)", "size", "relative error"):
         table.add_column(heading, justify="right")
     return table

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..batch import CompressOptions, is_batch
 from ..consumers import CONSUMERS
-from ..settings import CompressionSettings, setting_names
+from ..settings import CompressionSettings
 from . import paths
 from .arguments import (
     PRECISIONS,
@@ -156,8 +156,6 @@ def _parser() -> Parser:
     group.add_argument("--report", metavar="F.html", help="write a page with spectra, ranks, bits and errors")
     group.add_argument("--verbose", action="store_true", help="a line for every module")
     group.add_argument("--svd_lowrank_niter", type=int, metavar="N", help="accepted for sd-scripts' sake: the SVD is always exact")
-    if missing := {"new_rank", "new_conv_rank", "dynamic_method", "dynamic_param"} - set(setting_names()):
-        raise AssertionError(f"sd-scripts' flags without a setting: {missing}")
     return parser
 
 

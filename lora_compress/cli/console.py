@@ -51,8 +51,8 @@ def print_json(value: Any) -> None:
 
 
 def show(*parts: Any) -> None:
-    """Tables and lines on stdout, as wide as the terminal; 110 columns where there is none."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False)
+    """Tables and lines on stdout, as wide as the terminal; 140 columns where there is none."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
     for part in parts:
         console.print(part, markup=not isinstance(part, str))
 

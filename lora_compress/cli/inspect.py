@@ -15,7 +15,7 @@ from .console import megabytes, print_json, print_notes, quiet_stdout, show
 __all__ = ["run"]
 
 _BARS = "▁▂▃▄▅▆▇█"
-_BAR_COUNT = 24
+_BAR_COUNT = 20
 
 
 def run(argv: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def _parts(found: FileInspection) -> Table:
     table = Table("part", title="by part")
     for heading in ("modules", "rank", "effective rank", "size", "norm of the update"):
         table.add_column(heading, justify="right")
-    table.add_column("mean spectrum, sigma / sigma 1")
+    table.add_column("mean of sigma / sigma 1", min_width=_BAR_COUNT)
     for name, modules in parts.items():
         ranks = [module.rank for module in modules]
         table.add_row(
@@ -74,10 +74,12 @@ def _parts(found: FileInspection) -> Table:
 
 
 def _modules(found: FileInspection) -> Table:
-    table = Table("module", "weight", title="modules")
+    table = Table(title="modules")
+    table.add_column("module", overflow="fold")
+    table.add_column("weight")
     for heading in ("rank", "effective rank", "size", "norm", "sigma 1"):
         table.add_column(heading, justify="right")
-    table.add_column("spectrum")
+    table.add_column("spectrum", min_width=_BAR_COUNT)
     for module in found.modules:
         first = module.sigma[0] if module.sigma else 0.0
         table.add_row(
@@ -110,7 +112,7 @@ def _mean_spectrum(modules: Sequence[ModuleInspection]) -> list[float]:
 
 
 def _sparkline(values: Sequence[float]) -> str:
-    """Values in [0, 1] as a row of bars, at most 24 of them."""
+    """Values in [0, 1] as a row of bars, at most 20 of them."""
     if len(values) > _BAR_COUNT:
         values = [values[index * len(values) // _BAR_COUNT] for index in range(_BAR_COUNT)]
     return "".join(_BARS[min(int(value * len(_BARS)), len(_BARS) - 1)] for value in values)

@@ -23,10 +23,10 @@ _HEADINGS = (
     ("weight", "shape of the layer's weight: out x in x kernel", "n"),
     ("rank", "components kept, of those the input has", "n"),
     ("bits", "bits per stored weight, side information included", "n"),
-    ("size", "bytes after compression, kB", "n"),
-    ("was", "bytes in the input, kB", "n"),
-    ("error", "relative error of the update, %", "n"),
-    ("share", "of the file's squared error, %", "n"),
+    ("size, kB", "bytes after compression", "n"),
+    ("was, kB", "bytes in the input", "n"),
+    ("error, %", "relative error of the update", "n"),
+    ("share, %", "of the file's squared error", "n"),
 )
 
 
