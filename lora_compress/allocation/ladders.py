@@ -9,8 +9,10 @@ https://doi.org/10.1287/opre.11.3.399); between two such sizes less than one ste
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,26 +79,26 @@ def climb_to_size(ladders: Mapping[str, Ladder], budget: int) -> dict[str, int]:
             [f"target_size: {budget} bytes are too few, the least that this format can do is {budget - left} bytes"]
         )
     names, steps = list(ladders), _hull(ladders)
-    closed = np.zeros(len(names), dtype=bool)
     start = int(np.searchsorted(np.cumsum(steps.cost), left, side="right"))
     for name, count in zip(names, np.bincount(steps.owner[:start], steps.count[:start], len(names)), strict=True):
         taken[name] += int(count)
     left -= int(steps.cost[:start].sum())
-    cheapest = np.minimum.accumulate(steps.cost[start:][::-1])[::-1]  # of the steps from here on
+    waiting: dict[int, deque[int]] = {}  # by owner; only the first of each can be taken
+    for index, owner in enumerate(steps.owner[start:].tolist(), start):
+        waiting.setdefault(owner, deque()).append(index)
+    first = [queue.popleft() for queue in waiting.values()]
+    heapify(first)
     passed: list[int] = []
-    for index, least in enumerate(cheapest.tolist(), start):
-        if least > left:
-            passed.extend(range(index, len(steps.owner)))
-            break
+    while first:
+        index = heappop(first)
         owner, cost = int(steps.owner[index]), int(steps.cost[index])
-        if closed[owner]:
-            continue
         if cost > left:
-            closed[owner] = True
             passed.append(index)
             continue
         taken[names[owner]] += int(steps.count[index])
         left -= cost
+        if waiting[owner]:
+            heappush(first, waiting[owner].popleft())
     for index in passed:
         name = names[int(steps.owner[index])]
         if taken[name] == 0:

@@ -42,7 +42,8 @@ def weighted_spectrum(update: LowRankUpdate, gram: Tensor, floor: float = _FLOOR
     https://arxiv.org/abs/2501.18475, and QERA, https://arxiv.org/abs/2410.06040, weigh the errors of a quantized base so.)
 
     G is singular where calibration never reached a direction of `down`; its eigenvalues are lifted to `floor` times the largest,
-    so that such directions rank last and all components together still make dW. Neither dW nor C is formed.
+    so that such directions rank last and all components together still make dW; that adds at most floor ||G||_2 ||s up||_F^2 to
+    the squared error of any k. Neither dW nor C is formed.
 
     Args:
         update: the module.

@@ -40,7 +40,7 @@ def rows(update: LowRankUpdate, spectrum: object, rank: int) -> tuple[Tensor, Te
     return spectrum.mix_down[:rank] @ update.down_matrix, spectrum.mix_up[:rank] @ update.up_matrix.T
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 24),
@@ -51,17 +51,19 @@ def rows(update: LowRankUpdate, spectrum: object, rank: int) -> tuple[Tensor, Te
 )
 def test_every_prefix_is_the_best_of_its_rank(seed: int, inputs: int, outputs: int, rank: int, samples: int, alpha: float) -> None:
     update, c = module(seed, inputs, outputs, rank, alpha), second_moment(seed, inputs, samples)
-    spectrum = weighted_spectrum(update, update.down @ c @ update.down.T)
+    gram = update.down @ c @ update.down.T
+    spectrum = weighted_spectrum(update, gram)
     dense, half = update.dense(), root(c)
     expected = torch.linalg.svdvals(dense @ half)
     whole = float(expected.square().sum())
+    lifted = 2e-10 * float(torch.linalg.matrix_norm(gram, 2) * update.up.square().sum()) * update.scale**2  # by the floor, at most
     count = len(spectrum.sigma)
     assert (spectrum.sigma.diff() <= 0).all()
     for k in range(count + 1):
         down, up = rows(update, spectrum, k)
         reached = float(((dense - up.T @ down) @ half).square().sum())
-        assert reached <= float(expected[k:].square().sum()) + 1e-8 * whole
-        assert reached == pytest.approx(float(spectrum.sigma[k:].square().sum()), abs=1e-8 * whole)
+        assert reached <= float(expected[k:].square().sum()) + lifted + 1e-9 * whole
+        assert reached == pytest.approx(float(spectrum.sigma[k:].square().sum()), abs=lifted + 1e-9 * whole)
         plain = float((dense - up.T @ down).square().sum())
         assert plain == pytest.approx(float(spectrum.norms[k:].square().sum()), abs=1e-8 * float(dense.square().sum()))
     down, up = rows(update, spectrum, count)
