@@ -28,6 +28,7 @@ class Assembly:
         metadata: of the input.
         carried: tensors of the input that belong to no module.
         extras: and those that go with a module, by its name.
+        more: to tell in the metadata, as ss_compress_* keys.
     """
 
     job: Job
@@ -35,6 +36,7 @@ class Assembly:
     metadata: Mapping[str, str] = field(default_factory=dict)
     carried: Mapping[str, TensorSpec] = field(default_factory=dict)
     extras: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)
 
     def specs(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
         """What the header of the file says."""
@@ -63,7 +65,7 @@ class Assembly:
         packed = form in ("packed", "both")
         ranks = [module.rank if packed else module.padded for module in stored.values()]
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
-        details = {**settings.as_dict(), **self.details(stored), "save_format": form, "quantization_device": None}
+        details = {**settings.as_dict(), **self.details(stored), "save_format": form, "quantization_device": None, **self.more}
         return finish_metadata(self.metadata, ranks, alphas, details) | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
 
     def details(self, stored: Mapping[str, Stored]) -> dict[str, Any]:

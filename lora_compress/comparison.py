@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .container import PackedFile
 from .errors import FormatError
 from .layouts import LoraSource, open_lora
 from .parallel import each_module
@@ -111,7 +112,7 @@ def compare_files(first: str, second: str) -> FileComparison:
 
 
 def compare_updates(
-    first: LoraSource, second: LoraSource
+    first: LoraSource | PackedFile, second: LoraSource | PackedFile
 ) -> tuple[tuple[ModuleComparison, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
     """A comparison of each module, and the names of those that the first and the second lack."""
     pairs = match_names(first, second)

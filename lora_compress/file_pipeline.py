@@ -17,7 +17,7 @@ from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
-from .job import Job, Stored, pad_to_two
+from .job import Components, Job, Stored, pad_to_two
 from .layouts import LoraSource, open_lora
 from .pipeline import kohya_partner, partner_metadata, plain_partner
 from .plain import FP8, PlainKeys
@@ -25,7 +25,9 @@ from .planning import plan
 from .pruning import consumer_minimum
 from .report.file_report import FileReport, ModuleReport
 from .settings import CompressionSettings
+from .spectrum import Spectrum, known_svd, thin_svd
 from .update import LowRankUpdate, squared_error
+from .weighting import Calibration, base_norms, relative_weights, weighted_spectrum
 
 __all__ = ["compress_file", "expand_file", "truncate_file"]
 
@@ -47,6 +49,7 @@ def compress_file(
     force: bool = False,
     repair: bool = False,
     progress: Progress | None = None,
+    details: Mapping[str, str] | None = None,
 ) -> FileReport:
     """Compress the LoRA in `source` into `target`.
 
@@ -61,6 +64,7 @@ def compress_file(
         force: `target` may be `source`.
         repair: mend a broken input where that is possible.
         progress: called with (modules done, modules in all).
+        details: more to tell in the metadata, as ss_compress_* keys.
 
     Returns:
         The report. Its status is not_smaller, and nothing has been written, if the result would be no smaller than the input.
@@ -74,11 +78,13 @@ def compress_file(
     check_target(source, target, force)
     with _opened(source, repair) as lora:
         rules = ConsumerRules.named(consumers)
-        job, assembly = _prepare(lora, settings, save_dtype, rules)
+        decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
+        job, assembly = _prepare(lora, settings, save_dtype, rules, decompose, details or {})
+        weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
         )
-        chosen = plan(job, Frame(assembly.size, {name: lora.part(name) for name in lora}, protected=protected))
+        chosen = plan(job, Frame(assembly.size, {name: lora.part(name) for name in lora}, weights, protected))
         if job.packed:
             stored = chosen.stored or {}
             for name, module in _watched(job, chosen, progress) if chosen.stored is None else ():
@@ -209,7 +215,12 @@ def _opened(path: str | os.PathLike[str], repair: bool) -> Iterator[Source]:
 
 
 def _prepare(
-    lora: Source, settings: CompressionSettings, save_dtype: torch.dtype | None, rules: ConsumerRules
+    lora: Source,
+    settings: CompressionSettings,
+    save_dtype: torch.dtype | None,
+    rules: ConsumerRules,
+    decompose: Callable[[str, LowRankUpdate], Components],
+    details: Mapping[str, str],
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
 
@@ -228,10 +239,28 @@ def _prepare(
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
         return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
 
-    job = Job(lora, settings, dtype, [name for name in lora if lora.is_balanced(name)], keys, pad)
+    job = Job(lora, settings, dtype, decompose, keys, pad)
     metadata = lora.plain_metadata({name: shape.rank for name, shape in lora.shapes.items()})
     extras = {name: _specs(lora.extras(name)) for name in lora}
-    return job, Assembly(job, lora.layout, metadata, _specs(lora.others), extras)
+    return job, Assembly(job, lora.layout, metadata, _specs(lora.others), extras, details)
+
+
+def _components(
+    lora: Source, settings: CompressionSettings, calibration: Calibration | None
+) -> Callable[[str, LowRankUpdate], Components]:
+    """What takes a module apart: by activations where they are known, as it came where it came taken apart."""
+    whole = not settings.pruning.channel_threshold
+    if calibration is not None and not whole:
+        raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
+
+    def decompose(name: str, update: LowRankUpdate) -> Components:
+        if calibration is not None:
+            found = weighted_spectrum(update, calibration.gram(name, update))
+            return Spectrum(found.norms, found.mix_down, found.mix_up, update), found.sigma
+        spectrum = known_svd(update) if whole and lora.is_balanced(name) else thin_svd(update)
+        return spectrum, spectrum.sigma
+
+    return decompose
 
 
 def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:

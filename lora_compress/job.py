@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,11 +15,12 @@ from .parallel import each_module, stream_modules
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_update
 from .pruning import select_channels
 from .settings import CompressionSettings
-from .spectrum import Spectrum, known_svd, thin_svd
+from .spectrum import Spectrum, thin_svd
 from .update import LowRankUpdate, difference
 
-__all__ = ["Analysis", "Job", "Stored", "pad_to_two"]
+__all__ = ["Analysis", "Components", "Job", "Stored", "pad_to_two"]
 
+Components = tuple[Spectrum, Tensor]  # of a module, best first, and the falling scores by which they are so
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 
 
@@ -29,20 +30,17 @@ class Analysis:
 
     Args:
         spectrum: of the channels that survive, without the factors.
+        scores: (k,), falling: what its components are chosen by.
         shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
         lost: ||dW||_F^2 of the channels that do not.
         norm: ||dW||_F^2 of the whole module.
     """
 
     spectrum: Spectrum
+    scores: Tensor
     shape: Entry
     lost: float
     norm: float
-
-    @property
-    def scores(self) -> Tensor:
-        """(k,), falling: what components are chosen by."""
-        return self.spectrum.sigma
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,11 @@ class Stored:
         return replace(self, plain=None)
 
 
+def _svd(name: str, update: LowRankUpdate) -> Components:
+    spectrum = thin_svd(update)
+    return spectrum, spectrum.sigma
+
+
 def pad_to_two(ranks: Mapping[str, int]) -> dict[str, int]:
     """Rank 2 at least: stable-diffusion.cpp misreads the scale of rank 1."""
     return {name: max(rank, 2) for name, rank in ranks.items()}
@@ -84,7 +87,7 @@ class Job:
         updates: by module name; read twice, a module at a time, if it is lazy.
         settings: what to remove and how to store the rest.
         dtype: of plain factors.
-        balanced: modules whose factors are their singular value decomposition already.
+        decompose: (name, update) to its components; the singular value decomposition unless something else is to be kept.
         keys: of a module in a plain file.
         pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
 
@@ -97,12 +100,12 @@ class Job:
         updates: Mapping[str, LowRankUpdate],
         settings: CompressionSettings,
         dtype: torch.dtype = torch.float32,
-        balanced: Collection[str] = (),
+        decompose: Callable[[str, LowRankUpdate], Components] = _svd,
         keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
         pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
-        self.balanced, self.keys, self.pad = frozenset(balanced), keys, pad
+        self.decompose, self.keys, self.pad = decompose, keys, pad
         self.analyses = each_module(self._analyse, updates)
 
     @property
@@ -139,14 +142,13 @@ class Job:
     def _analyse(self, name: str, update: LowRankUpdate) -> Analysis:
         try:
             kept, lost = self._channels(update)
-            part = self._part(update, kept)
-            spectrum = known_svd(part) if name in self.balanced and kept == (None, None) else thin_svd(part)
+            spectrum, scores = self.decompose(name, self._part(update, kept))
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
         norm = lost + float(spectrum.sigma.square().sum())
         kernel, sizes = update.kernel, (update.up.shape[0], update.down.shape[1])
         shape = Entry(name, sizes[0], sizes[1], kernel, update.rank, "", {}, kept, self.keys(name))
-        return Analysis(spectrum.to("cpu").without_factors(), shape, lost, norm)
+        return Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm)
 
     def _channels(self, update: LowRankUpdate) -> tuple[Channels, float]:
         """Output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""

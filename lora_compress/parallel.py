@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,19 +16,18 @@ Result = TypeVar("Result")
 
 
 def each_module(function: Callable[[str, Item], Result], items: Mapping[str, Item]) -> dict[str, Result]:
-    """{name: function(name, item)} in the order of `items`, computed on all cores; the first error is raised."""
+    """{name: function(name, item)} in the order of `items`, computed on all of torch's threads; the first error is raised."""
     return dict(stream_modules(function, items))
 
 
 def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, Item]) -> Iterator[tuple[str, Result]]:
-    """(name, function(name, item)) one after the other in the order of `items`, computed on all cores a few modules ahead.
+    """(name, function(name, item)) one after the other in the order of `items`, a few modules ahead on all of torch's threads.
 
     Items are fetched as their turn comes, so a lazy mapping is never in memory as a whole. Each worker runs torch on one
     thread of its own and without gradients: a LoRA has hundreds of matrices too small to share, and threads that wait for
     each other over them cost up to twenty times the work.
     """
-    workers = os.cpu_count() or 1
-    threads = torch.get_num_threads()
+    workers = threads = torch.get_num_threads()
     pending: deque[tuple[str, Future[Result]]] = deque()
     work = torch.no_grad()(lambda name: function(name, items[name]))
     try:

@@ -40,8 +40,9 @@ def plan(job: Job, frame: Frame) -> Plan:
     """
     settings = job.settings
     scores = {name: analysis.scores for name, analysis in job.analyses.items()}
+    relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
     kernels = {name: analysis.shape.kernel for name, analysis in job.analyses.items()}
-    ranks = select_ranks(scores, settings.pruning, kernels, frame.protected)
+    ranks = select_ranks(relative, settings.pruning, kernels, frame.protected)
     if scores and not any(ranks.values()):
         raise SettingsError(["pruning removes every module: choose smaller thresholds"])
     if not settings.budget.enabled and not settings.quantization.averages:

@@ -19,13 +19,14 @@ _FLOAT32_RANGE = 1e15  # coefficients beyond it, or under its inverse, are appli
 
 @dataclass(frozen=True)
 class Spectrum:
-    """dW = sum_i sigma_i u_i v_i^T, strongest component first; alpha / r is part of sigma.
+    """dW = sum_i sigma_i u_i v_i^T, best component first; alpha / r is part of sigma. The u_i are orthogonal.
 
-    The singular vectors are kept as mixtures of the factors' own rows, which is r numbers each instead of a layer's width:
+    In a singular value decomposition the v_i are too, and best is strongest; weighted by activations they need not be. The
+    vectors are kept as mixtures of the factors' own rows, which is r numbers each instead of a layer's width:
     sqrt(sigma_i) v_i^T = mix_down[i] @ down and sqrt(sigma_i) u_i = up @ mix_up[i].
 
     Args:
-        sigma: (k,), float64, effective singular values, falling.
+        sigma: (k,), float64, ||dW_i||_F of the components: effective singular values.
         mix_down: (k, r), float64.
         mix_up: (k, r), float64.
         update: the update itself.

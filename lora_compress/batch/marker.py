@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 from typing import IO
 
-from .. import files
 from .jobs import CompressOptions
 from .storage import exists, is_remote, open_binary
 
-__all__ = ["MARKER_BYTES", "MARKER_KEY", "fingerprint", "is_done", "is_ours", "make_marker", "write_marker"]
+__all__ = ["MARKER_KEY", "MARKER_NAME", "fingerprint", "is_done", "is_ours", "make_marker"]
 
-MARKER_KEY = "ss_compress_made_from"
-MARKER_BYTES = len(MARKER_KEY) + 32 + len(',"":""') + 7  # at most, by which a header grows with it
+MARKER_NAME = "made_from"
+MARKER_KEY = f"ss_compress_{MARKER_NAME}"
 _BLOCKS, _BLOCK_BYTES = 16, 16384
 _LARGEST_HEADER = 100_000_000  # the reader of safetensors allows no more
 
@@ -56,19 +55,6 @@ def is_done(source: str, target: str, marker: str) -> bool:
 def is_ours(target: str) -> bool:
     """Whether `target` was written by this program."""
     return any(key.startswith(("ss_compress_", "lora_compress")) for key in _metadata(target))
-
-
-def write_marker(path: str, marker: str) -> None:
-    """Add the marker to the metadata of a safetensors file: its header is written anew, its data copied, whole or not at all."""
-    with open(path, "rb") as file, files.atomic_path(path) as temporary:
-        header = _header(file)
-        header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), MARKER_KEY: marker}.items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        padded = text.ljust(-(-len(text) // 8) * 8)
-        with open(temporary, "wb") as copy:
-            copy.write(len(padded).to_bytes(8, "little") + padded)
-            while chunk := file.read(1 << 22):
-                copy.write(chunk)
 
 
 def _metadata(path: str) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from ..errors import LoraCompressError
 from ..report.file_report import FileReport
 from .jobs import CompressOptions, Job
-from .marker import MARKER_BYTES, fingerprint, is_done, is_ours, make_marker, write_marker
+from .marker import MARKER_NAME, fingerprint, is_done, is_ours, make_marker
 from .storage import copy_file, exists, readable, writable
 
 __all__ = ["Compress", "run_job"]
@@ -53,31 +51,20 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
         report = compress(
             source,
             target,
-            _with_room(options, MARKER_BYTES).settings,
+            options.settings,
             save_dtype=options.save_dtype,
             consumers=options.consumers,
             base_model=options.base_model,
             calibration=options.calibration,
             force=options.force,
             repair=options.repair,
+            details={MARKER_NAME: marker},
         )
-        if report.status == "written":
-            write_marker(target, marker)
-            report = dataclasses.replace(report, bytes=(report.bytes[0], os.path.getsize(target)))
     outcome = {**report.as_json(), "input": job.source, "output": job.target if report.status == "written" else None}
     if report.status == "not_smaller" and options.copy_uncompressible:
         copy_file(job.source, copy)
         outcome |= {"status": "copied", "output": copy, "bytes_out": outcome["bytes_in"]}
     return outcome
-
-
-def _with_room(options: CompressOptions, room: int) -> CompressOptions:
-    """The same with a size budget that leaves `room` bytes: the marker counts too."""
-    size = options.settings.budget.size
-    if size is None:
-        return options
-    budget = dataclasses.replace(options.settings.budget, target_size=str(max(size - room, 1)))
-    return dataclasses.replace(options, settings=dataclasses.replace(options.settings, budget=budget))
 
 
 def _is_copy(source: str, target: str, options: CompressOptions) -> bool:

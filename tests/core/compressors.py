@@ -17,7 +17,7 @@ from lora_compress.report.file_report import FileReport
 LOG = "COMPRESSORS_LOG"  # names a file that gets a line for every call
 
 
-def to_half(source: str, target: str, settings: CompressionSettings, *, force: bool = False, **_: Any) -> FileReport:
+def to_half(source: str, target: str, settings: CompressionSettings, *, details: dict[str, str], **_: Any) -> FileReport:
     """Casts every tensor to float16. A file with a tensor named `bad` is refused, one named `deadly` ends the process."""
     if os.environ.get(LOG):
         with open(os.environ[LOG], "a", encoding="utf-8") as log:
@@ -34,8 +34,12 @@ def to_half(source: str, target: str, settings: CompressionSettings, *, force: b
         return FileReport(source, None, "not_smaller", "kohya", "sd1", sizes, 0.0, ())
     half = {name: tensor.half() for name, tensor in tensors.items()}
     with atomic_path(target) as temporary:
-        write_safetensors(half, temporary, {"ss_compress_by": "a test"})
+        write_safetensors(half, temporary, _told(details))
     return FileReport(source, str(target), "written", "kohya", "sd1", (sizes[0], os.path.getsize(target)), 0.0, (), ("halved",))
+
+
+def _told(details: dict[str, str]) -> dict[str, str]:
+    return {f"ss_compress_{name}": value for name, value in details.items()}
 
 
 def slowly_to_half(source: str, target: str, settings: CompressionSettings, **options: Any) -> FileReport:
@@ -43,9 +47,8 @@ def slowly_to_half(source: str, target: str, settings: CompressionSettings, **op
     with atomic_path(Path(target)) as temporary:
         temporary.write_bytes(Path(source).read_bytes()[:1000])
         time.sleep(0.15)
-        write_safetensors(
-            {name: tensor.half() for name, tensor in load_file(source).items()}, temporary, {"ss_compress_by": "a test"}
-        )
+        half = {name: tensor.half() for name, tensor in load_file(source).items()}
+        write_safetensors(half, temporary, _told(options["details"]))
         time.sleep(0.05)
     return FileReport(source, str(target), "written", "kohya", "sd1", (os.path.getsize(source), os.path.getsize(target)), 0.0, ())
 

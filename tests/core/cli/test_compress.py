@@ -13,7 +13,7 @@ import torch
 from core.compressors import lora_file, to_half
 from safetensors.torch import load_file
 
-from lora_compress import CompressionSettings, FormatError, pipeline
+from lora_compress import CompressionSettings, FormatError, file_pipeline
 from lora_compress.cli import main
 from lora_compress.report.file_report import FileReport, ModuleReport
 
@@ -30,7 +30,7 @@ def _report(source: str, target: str | None, status: str = "written") -> FileRep
 
 
 class _Recorder:
-    """Stands for `pipeline.compress_file`, notes what it was given and talks where a library would."""
+    """Stands for `file_pipeline.compress_file`, notes what it was given and talks where a library would."""
 
     def __init__(self, status: str = "written") -> None:
         self.status = status
@@ -48,7 +48,7 @@ class _Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
     made = _Recorder()
-    monkeypatch.setattr(pipeline, "compress_file", made, raising=False)
+    monkeypatch.setattr(file_pipeline, "compress_file", made, raising=False)
     return made
 
 
@@ -121,7 +121,7 @@ def test_refused_inputs_end_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: Any, **__: Any) -> FileReport:
         raise FormatError("a.safetensors: lora_unet_a: holds NaN")
 
-    monkeypatch.setattr(pipeline, "compress_file", refuse, raising=False)
+    monkeypatch.setattr(file_pipeline, "compress_file", refuse, raising=False)
     source = lora_file(tmp_path / "a.safetensors")
     assert _run("--model", source, "--save_to", tmp_path / "b.safetensors", "--new_rank", "2") == 1
     assert capsys.readouterr().err == "error: a.safetensors: lora_unet_a: holds NaN\n"
@@ -136,8 +136,8 @@ def test_truncate_and_expand_hand_on_what_they_were_given(
         calls.append((source, target, rest, options))
         return _report(source, target)
 
-    monkeypatch.setattr(pipeline, "truncate_file", record, raising=False)
-    monkeypatch.setattr(pipeline, "expand_file", record, raising=False)
+    monkeypatch.setattr(file_pipeline, "truncate_file", record, raising=False)
+    monkeypatch.setattr(file_pipeline, "expand_file", record, raising=False)
     source, target = lora_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     assert _run("--model", source, "--save_to", target, "--truncate", "8kB", "--json") == 0
     assert json.loads(capsys.readouterr().out).keys() >= NUMBERS
