@@ -3,13 +3,24 @@
 The core: it knows no trainer and no host program. `compress` and `save` make a file, `load_lora` opens any.
 """
 
+from .api import (
+    apply_quantization,
+    combined_compression,
+    load_compressed_lora,
+    prune_lora_rank,
+    quantize_lora_weights,
+    save_compressed_lora,
+)
 from .container import is_packed
 from .errors import FormatError, LoraCompressError, SaveError, SettingsError
+from .file_pipeline import compress_file, expand_file, truncate_file
 from .files import atomic_path
 from .layouts import LoraSource, as_kohya, open_lora
 from .loading import LoraFile, load_lora
 from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
+from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table
+from .report.file_report import FileReport, ModuleReport
 from .settings import (
     BudgetSettings,
     CompressionSettings,
@@ -29,29 +40,41 @@ __all__ = [
     "CompressedLora",
     "CompressionReport",
     "CompressionSettings",
+    "FileReport",
     "FormatError",
     "LoraCompressError",
     "LoraFile",
     "LoraSource",
     "LowRankUpdate",
+    "ModuleReport",
     "PruningSettings",
     "QuantizationSettings",
     "SaveError",
     "SettingsError",
     "Spectrum",
+    "apply_quantization",
     "as_kohya",
     "atomic_path",
+    "check_quantization_support",
+    "combined_compression",
     "compress",
+    "compress_file",
     "estimate_size",
+    "expand_file",
     "is_packed",
     "kohya_partner",
+    "load_compressed_lora",
     "load_lora",
     "open_lora",
     "opened_by",
+    "prune_lora_rank",
+    "quantize_lora_weights",
     "refuse_setting",
     "save",
+    "save_compressed_lora",
     "setting_names",
     "settings_table",
     "split_settings",
     "thin_svd",
+    "truncate_file",
 ]
