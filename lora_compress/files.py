@@ -172,7 +172,10 @@ def safetensors_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str
 
 
 def _in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    return dict(sorted(specs.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])))
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for key, spec in specs.items():
+        by_dtype.setdefault(spec.dtype, []).append(key)
+    return {key: specs[key] for dtype in sorted(by_dtype, key=_ORDER.__getitem__) for key in sorted(by_dtype[dtype])}
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None, least: int = 0) -> bytes:

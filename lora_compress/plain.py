@@ -82,8 +82,9 @@ def plain_update(
     for rows, scale in ((down, gain * balance), (up, gain / balance)):
         scaled = torch.nn.functional.pad(rows * scale, (0, 0, 0, rank - len(rows)))
         factors.append(scaled.to(dtype))
-        if not torch.isfinite(factors[-1].float()).all():
-            raise FormatError(f"weights up to {float(scaled.abs().amax()):.3g} do not fit {dtype}: save as float32")
+        largest = scaled.abs().amax() if scaled.numel() else scaled.new_zeros(())  # rounding keeps order, and NaN
+        if not torch.isfinite(largest.to(dtype).float()):
+            raise FormatError(f"weights up to {float(largest):.3g} do not fit {dtype}: save as float32")
     return LowRankUpdate.from_matrices(factors[0], factors[1].T.contiguous(), float(rank) if alpha is None else alpha, kernel)
 
 

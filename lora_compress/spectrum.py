@@ -77,7 +77,7 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
     Raises:
         FormatError: a factor or alpha holds NaN or infinity, or the decomposition failed.
     """
-    up, down = update.up_matrix.T.double(), update.down_matrix.double()  # (r, out), (r, in * kernel)
+    up, down = _double(update.up_matrix.T), _double(update.down_matrix)  # (r, out), (r, in * kernel)
     gram_up, gram_down = up @ up.T, down @ down.T
     norm = float((gram_up * gram_down).sum()) * update.scale**2  # ||dW||_F^2
     bound = math.sqrt(float(gram_up.trace() * gram_down.trace())) * abs(update.scale)
@@ -100,6 +100,11 @@ def known_svd(update: LowRankUpdate) -> Spectrum:
         raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
     mix = torch.eye(len(sigma), dtype=torch.float64, device=sigma.device) * abs(scale) ** 0.5
     return Spectrum(sigma, mix, mix * math.copysign(1.0, scale), update)
+
+
+def _double(rows: Tensor) -> Tensor:
+    """In float64; half the time of one conversion for float16, which torch does not vectorize."""
+    return rows.float().double() if rows.dtype in (torch.float16, torch.bfloat16) else rows.double()
 
 
 def _triangle(gram: Tensor, rows: Tensor) -> Tensor:
