@@ -226,8 +226,8 @@ def _prepare(
 
     def keys(name: str) -> PlainKeys:
         shape = lora.shapes[name]
-        down = torch.empty(1, shape.inputs, *shape.kernel, device="meta")
-        up = torch.empty(shape.outputs, 1, *(1,) * len(shape.kernel), device="meta")
+        down = torch.zeros(1, shape.inputs, *shape.kernel)
+        up = torch.zeros(shape.outputs, 1, *(1,) * len(shape.kernel))
         return PlainKeys.of(name, list(lora.plain(name, down, up, 1.0)))
 
     dtype = save_dtype or (lora.dtype if lora.dtype in _STORABLE else torch.float16)
