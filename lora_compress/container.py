@@ -57,6 +57,10 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         if sum(length for _, length, _ in index.chunks) != end - first:
             raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
         self.index, self.available = index.cut(max(min(end, self._size) - first, 0))
+        try:
+            self.index.check_declared()
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}: the file is damaged") from None
         self._chunks: dict[int, list[tuple[int, int, int]]] = {}  # of each module: begin, bytes, crc32
         for module, length, crc in self.index.chunks:
             self._chunks.setdefault(module, []).append((first, length, crc))

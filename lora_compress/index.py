@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import zlib
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +18,11 @@ from .plain import KOHYA_KEYS, PlainKeys
 
 __all__ = ["Chunk", "Entry", "PackedIndex", "read_index"]
 
-_LARGEST_INDEX = 1 << 23  # bytes of JSON; a thousand modules take a hundredth of it
+_LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
+_MOST_MODULES = 1 << 16
 _LARGEST_LAYER = 1 << 31  # weights of a layer
+_LARGEST_FACTORS = 1 << 28  # weights of all factors that any file may hold, and for each byte of payload:
+_WEIGHTS_PER_BYTE = 1 << 10  # far above what a useful LoRA has, far below what would exhaust memory
 _COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict, "keys": int}
 _CHUNK_COLUMNS = ("module", "bytes", "crc32")
 
@@ -49,6 +52,11 @@ class Entry:
     parameters: Mapping[str, Any]
     kept: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
     keys: PlainKeys = KOHYA_KEYS
+
+    @property
+    def weights(self) -> int:
+        """Of both factors, zeros of channels that were dropped included: what it takes to decode them."""
+        return self.rank * (self.outputs + self.inputs * math.prod(self.kernel))
 
     @property
     def stored(self) -> tuple[int, int]:
@@ -95,8 +103,23 @@ class PackedIndex:
             end, count = end + length, count + 1
         return PackedIndex(self.layout, self.entries, self.chunks[:count]), end
 
+    def check_declared(self) -> None:
+        """Compare what the modules that have chunks decode to with the bytes of their chunks.
+
+        Raises:
+            FormatError: the file promises more weights than its bytes can stand for.
+        """
+        weights = sum(self.entries[module].weights for module in {module for module, _, _ in self.chunks})
+        size = sum(length for _, length, _ in self.chunks)
+        if weights > _LARGEST_FACTORS + _WEIGHTS_PER_BYTE * size:
+            raise FormatError(f"{weights} weights in {size} bytes are too many to be true")
+
     def encode(self) -> Tensor:
-        """As bytes, uint8 (n,): JSON by columns, compressed with zlib."""
+        """As bytes, uint8 (n,): JSON by columns, compressed with zlib.
+
+        Raises:
+            FormatError: more than a reader accepts.
+        """
         styles = list(dict.fromkeys(entry.keys for entry in self.entries))
         columns = {
             "name": [entry.name for entry in self.entries],
@@ -108,12 +131,15 @@ class PackedIndex:
             "parameters": [entry.parameters for entry in self.entries],
             "keys": [styles.index(entry.keys) for entry in self.entries],
         }
-        kept = {str(i): entry.kept for i, entry in enumerate(self.entries) if entry.kept != (None, None)}
+        kept = {str(i): _bitmaps(entry) for i, entry in enumerate(self.entries) if entry.kept != (None, None)}
         chunks = dict(zip(_CHUNK_COLUMNS, zip(*self.chunks, strict=True) if self.chunks else ((), (), ()), strict=True))
         keys = [[style.down, style.up, style.alpha] for style in styles]
         content = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
-        text = json.dumps(content, separators=(",", ":"))
-        return torch.frombuffer(bytearray(zlib.compress(text.encode(), 9)), dtype=torch.uint8)
+        text = json.dumps(content, separators=(",", ":")).encode()
+        if len(text) > _LARGEST_INDEX or len(self.entries) > _MOST_MODULES:
+            raise FormatError(f"an index of {len(self.entries)} modules in {len(text)} bytes is more than a packed file can have")
+        self.check_declared()
+        return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
 
 
 def read_index(data: bytes, where: str) -> PackedIndex:
@@ -147,6 +173,8 @@ def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[
     lists = [columns[name] for name in names]
     if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
         raise ValueError("its columns differ in length")
+    if names[0] == "name" and len(lists[0]) > _MOST_MODULES:
+        raise ValueError(f"it has {len(lists[0])} modules, allowed: {_MOST_MODULES}")
     return zip(*lists, strict=True)
 
 
@@ -176,9 +204,19 @@ def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Ent
     return entry
 
 
-def _channels(kept: Any, count: int) -> tuple[int, ...]:
-    if not (isinstance(kept, list) and kept and all(type(k) is int for k in kept)):
-        raise ValueError("kept channels are no list of numbers")
-    if kept[0] < 0 or kept[-1] >= count or any(a >= b for a, b in itertools.pairwise(kept)):
-        raise ValueError("kept channels are not in order")
-    return tuple(kept)
+def _bitmaps(entry: Entry) -> list[str | None]:
+    """Kept channels in hexadecimal, the first channel in the highest bit of the first byte."""
+    return [
+        None if kept is None else np.packbits(np.isin(np.arange(count), kept)).tobytes().hex()
+        for kept, count in zip(entry.kept, (entry.outputs, entry.inputs), strict=True)
+    ]
+
+
+def _channels(bitmap: Any, count: int) -> tuple[int, ...]:
+    """Undo `_bitmaps`; nothing is allocated before the length is known to be right."""
+    if not isinstance(bitmap, str) or len(bitmap) != 2 * (-(-count // 8)):
+        raise ValueError(f"kept channels are no bitmap of {count}")
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(bitmap), np.uint8))
+    if bits[count:].any() or not bits.any():
+        raise ValueError(f"kept channels are none, or more than {count}")
+    return tuple(np.flatnonzero(bits).tolist())
