@@ -11,9 +11,10 @@ import numpy as np
 from ..errors import FormatError, LoraCompressError
 from .tables import PRECISION, normalise
 
-__all__ = ["AnsReader", "AnsWriter", "MissingPackageError", "coder_model", "uniform"]
+__all__ = ["AnsReader", "AnsWriter", "MissingPackageError", "coder_model", "joint_counts", "uniform"]
 
 _INTEGER_BYTES = 4
+_TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
 
 
 class MissingPackageError(LoraCompressError, ImportError):
@@ -29,7 +30,7 @@ def _constriction() -> Any:
 
 
 @lru_cache(maxsize=4096)
-def coder_model(counts_of: Callable[..., np.ndarray], *key: int) -> Any:
+def coder_model(counts_of: Callable[..., np.ndarray], *key: Any) -> Any:
     """constriction's model with exactly the counts of `counts_of(*key)`: each is a float32, and their sum is 1."""
     probabilities = (counts_of(*key) / (1 << PRECISION)).astype(np.float32)
     return _constriction().stream.model.Categorical(probabilities, perfect=True)
@@ -41,16 +42,46 @@ def uniform(count: int) -> np.ndarray:
     return normalise([1] * count)
 
 
+@cache
+def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
+    """Counts of groups of symbols that counts_of(*key) codes one by one: of 8 bits, or of 5 of three kinds, the first highest."""
+    counts = counts_of(*key).tolist()
+    masses = [1]
+    for _ in range(_TOGETHER[len(counts)]):
+        masses = [mass * count for mass in masses for count in counts]
+    return normalise(masses)
+
+
+@cache
+def _digits(kinds: int) -> np.ndarray:
+    """The symbols of each group, (groups, symbols of a group), int32."""
+    width = _TOGETHER[kinds]
+    return np.arange(kinds**width, dtype=np.int32)[:, None] // kinds ** np.arange(width - 1, -1, -1, dtype=np.int32) % kinds
+
+
 class AnsWriter:
     """Symbols in the order in which they will be read; `to_bytes` codes them backwards."""
 
     def __init__(self) -> None:
         self._symbols: list[tuple[np.ndarray, Any]] = []
 
-    def write(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: int) -> None:
+    def write(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: Any) -> None:
         """Append symbols (n,) coded by the table counts_of(*key)."""
         if len(symbols):
             self._symbols.append((np.ascontiguousarray(symbols, dtype=np.int32), coder_model(counts_of, *key)))
+
+    def write_grouped(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: Any) -> None:
+        """Append symbols (n,) of two or three kinds: groups of them as one symbol, then, one by one, those that fill none."""
+        kinds = len(counts_of(*key))
+        width = _TOGETHER[kinds]
+        whole = len(symbols) // width * width
+        grouped = symbols[:whole].reshape(-1, width)
+        if kinds == 2:
+            self.write(np.packbits(grouped.astype(np.uint8), axis=1)[:, 0], joint_counts, counts_of, *key)
+        else:
+            powers = (kinds ** np.arange(width - 1, -1, -1)).astype(np.float32)
+            self.write(grouped.astype(np.float32) @ powers, joint_counts, counts_of, *key)
+        self.write(symbols[whole:], counts_of, *key)
 
     def write_integers(self, values: np.ndarray) -> None:
         """Append integers (n,) from 0 to 2^32 - 1: the number of bytes of each, less one, then all the bytes."""
@@ -77,9 +108,17 @@ class AnsReader:
             raise FormatError("an entropy-coded payload ends in a zero byte, which no encoder writes: get the file again")
         self._coder = _constriction().stream.stack.AnsCoder(words)
 
-    def read(self, count: int, counts_of: Callable[..., np.ndarray], *key: int) -> np.ndarray:
+    def read(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols, int32."""
         return self._coder.decode(coder_model(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
+
+    def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
+        """The next `count` symbols of `write_grouped`, int32."""
+        kinds = len(counts_of(*key))
+        groups, rest = divmod(count, _TOGETHER[kinds])
+        grouped = self.read(groups, joint_counts, counts_of, *key)
+        symbols = _digits(kinds).take(grouped, axis=0).reshape(-1)
+        return np.concatenate([symbols, self.read(rest, counts_of, *key)]) if rest else symbols
 
     def read_integers(self, count: int) -> np.ndarray:
         """The next `count` integers of `write_integers`, int64."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..errors import FormatError, SettingsError
 from .ans import AnsReader, AnsWriter, uniform
-from .integers import QuantizedModule, quantize_module, row_units, side_rows
-from .models import LARGEST_SCALE, choose_models
+from .integers import QuantizedModule, quantize_module, row_units
+from .models import LARGEST_SCALE
 from .passes import as_symbols, as_values, read_passes, read_symbols, reconstruct, write_passes, write_symbols
 from .refine import refine_module
-from .schedule import row_positions, stage_at
+from .schedule import Run, Stage, row_runs, stage_at
 from .tables import MAX_SCALE, SHAPES
 
 __all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy"]
@@ -75,26 +75,47 @@ def decode_entropy(
         FormatError: the chunks cannot be those of such a module.
     """
     _check_declared(chunks, rank, inputs, outputs, step, layers)
-    down, up = np.zeros((rank, inputs), dtype=np.float32), np.zeros((rank, outputs), dtype=np.float32)
     if not rank or not chunks:
-        return torch.from_numpy(down), torch.from_numpy(up)
+        return torch.zeros(rank, inputs), torch.zeros(rank, outputs)
     reader = _reader(chunks[0])
     gains, scales, shapes = _read_side(reader, rank)
-    ends = row_positions(*scales, layers)
-    known = [[np.zeros(width, dtype=np.int32)] * rank for width in (inputs, outputs)]
+    runs = row_runs(scales, shapes, layers)
+    widths = np.repeat([inputs, outputs], rank)
+    known = [np.zeros(int(widths[run.rows].sum()), dtype=np.int32) for run in runs]
     for layer in range(len(chunks)):
         reader = reader if layer == 0 else _reader(chunks[layer])
-        for symbols, end, scale, shape in zip(known, ends, scales, shapes, strict=True):
-            for row, before, after in _turns(end, layer):
-                symbols[row] = read_passes(reader, symbols[row], int(scale[row]), int(shape[row]), before, after)
+        for number, run, before, after in _turns(runs, layer):
+            known[number] = read_passes(reader, known[number], run.scale, run.shape, before, after)
         reader.finish()
-    units = row_units(gains, step)
-    for target, symbols, end, scale, shape in zip((down, up), known, ends, scales, shapes, strict=True):
-        for row in range(rank):
-            position = int(end[len(chunks) - 1, row])
-            if position:
-                stage = stage_at(int(scale[row]), position)
-                target[row] = reconstruct(symbols[row], int(scale[row]), int(shape[row]), stage, float(units[row]))
+    return _weights(runs, known, scales, shapes, row_units(gains, step), (inputs, outputs), len(chunks))
+
+
+def _weights(
+    runs: Sequence[Run],
+    known: Sequence[np.ndarray],
+    scales: np.ndarray,
+    shapes: np.ndarray,
+    units: np.ndarray,
+    widths: tuple[int, int],
+    depth: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows of both factors from what `depth` layers tell of the runs."""
+    rank = len(units)
+    symbols = [np.zeros((rank, width), dtype=np.int32) for width in widths]
+    stages = [Stage(0)] * (2 * rank)  # a row of which nothing is known is zero at any stage
+    for run, line in zip(runs, known, strict=True):
+        position = run.ends[depth - 1]
+        if position:
+            middle = int(np.searchsorted(run.rows, rank))
+            cut = middle * widths[0]
+            symbols[0][run.rows[:middle]] = line[:cut].reshape(-1, widths[0])
+            symbols[1][run.rows[middle:] - rank] = line[cut:].reshape(-1, widths[1])
+            for row in run.rows.tolist():
+                stages[row] = stage_at(run.scale, position)
+    down, up = (
+        reconstruct(part, scales[here].tolist(), shapes[here].tolist(), stages[here], units)
+        for part, here in zip(symbols, (slice(None, rank), slice(rank, None)), strict=True)
+    )
     return torch.from_numpy(down), torch.from_numpy(up)
 
 
@@ -102,30 +123,32 @@ def _encode(module: QuantizedModule, layers: int) -> EncodedModule:
     if not module.rank:
         return EncodedModule([b""] * layers, 0, ())
     writer = AnsWriter()
-    for side in side_rows(module):
-        scale, shape, _ = choose_models(side[None], symbols_only=True)
-        writer.write(np.array([SHAPES * scale[0] + shape[0]]), uniform, _SIDE_MODELS)
-        write_symbols(writer, as_symbols(side), int(scale[0]), int(shape[0]))
-    ends = row_positions(*module.scales, layers)
-    known = [[np.zeros_like(row) for row in values] for values in module.values]
+    for side, scale, shape in zip(*module.side, strict=True):
+        writer.write(np.array([SHAPES * scale + shape]), uniform, _SIDE_MODELS)
+        write_symbols(writer, as_symbols(side), scale, shape)
+    runs = row_runs(np.concatenate(module.scales), np.concatenate(module.shapes), layers)
+    rows = [*module.values[0], *module.values[1]]
+    values = [np.concatenate([rows[row] for row in run.rows]) for run in runs]
+    known = [np.empty(0, dtype=np.int32)] * len(runs)
     chunks = []
     for layer in range(layers):
-        for values, symbols, end, scales, shapes in zip(module.values, known, ends, module.scales, module.shapes, strict=True):
-            for row, before, after in _turns(end, layer):
-                symbols[row] = write_passes(writer, values[row], symbols[row], int(scales[row]), int(shapes[row]), before, after)
+        for number, run, before, after in _turns(runs, layer):
+            known[number] = write_passes(writer, values[number], known[number], run.scale, run.shape, before, after)
         chunks.append(writer.to_bytes())
         writer = AnsWriter()
     return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()))
 
 
-def _turns(end: np.ndarray, layer: int) -> Iterator[tuple[int, int, int]]:
-    """Rows that a layer tells of, with the passes made before and after it, given those of all layers, (layers, r)."""
-    after = end[layer].tolist()
-    before = end[layer - 1].tolist() if layer else [0] * len(after)
-    return ((row, old, new) for row, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
+def _turns(runs: Sequence[Run], layer: int) -> Iterator[tuple[int, Run, int, int]]:
+    """Runs that a layer tells of: number, run, and passes made before and after it."""
+    for number, run in enumerate(runs):
+        before, after = run.ends[layer - 1] if layer else 0, run.ends[layer]
+        if after > before:
+            yield number, run, before, after
 
 
-def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gains (rank,), scales (2 rank,) and shapes (2 rank,)."""
     rows = []
     for count in (rank, 2 * rank + 2, 2 * rank):
         scale, shape = divmod(int(reader.read(1, uniform, _SIDE_MODELS)[0]), SHAPES)
@@ -134,11 +157,11 @@ def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, tuple[np.ndarr
         rows.append(as_values(read_symbols(reader, count, scale, shape)).astype(np.int64))
     gains = np.cumsum(rows[0])
     offsets = rows[1].reshape(2, rank + 1)
-    scales = offsets[:, :1] + offsets[:, 1:] + 2 * gains
-    shapes = as_symbols(rows[2]).reshape(2, rank)
+    scales = (offsets[:, :1] + offsets[:, 1:] + 2 * gains).ravel()
+    shapes = as_symbols(rows[2])
     if np.abs(gains).max() > _MAX_EXPONENT or scales.min() < 1 or scales.max() > LARGEST_SCALE or shapes.max() >= SHAPES:
         raise FormatError("an entropy-coded payload describes rows that cannot be: get the file again")
-    return gains, (scales[0], scales[1]), (shapes[0], shapes[1])
+    return gains, scales, shapes
 
 
 def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int) -> None:

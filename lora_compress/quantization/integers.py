@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import FormatError, SettingsError
-from .models import choose_models
+from .models import choose_models, row_bits
 from .passes import MAX_VALUE, as_symbols, as_values, reconstruct
 from .schedule import Stage
 
@@ -20,6 +21,8 @@ __all__ = [
     "quantize_module",
     "quantize_rows",
     "restore_module",
+    "restore_rows",
+    "row_units",
     "side_rows",
     "with_models",
 ]
@@ -65,12 +68,19 @@ class QuantizedModule:
         """Number of components."""
         return len(self.gains)
 
-    @property
+    @cached_property
+    def side(self) -> tuple[list[np.ndarray], list[int], list[int]]:
+        """What is told of the rows, as three rows of integers, and the scales and shapes of the tables that code them."""
+        rows = side_rows(self)
+        models = [choose_models(row[None], symbols_only=True) for row in rows]
+        return rows, [int(model[0][0]) for model in models], [int(model[1][0]) for model in models]
+
+    @cached_property
     def payload_bits(self) -> float:
         """Bits that its payload of one layer takes."""
         if not self.rank:
             return 0.0
-        side = sum(8.0 + float(choose_models(row[None], symbols_only=True)[2][0]) for row in side_rows(self))
+        side = sum(8.0 + row_bits(*described) for described in zip(*self.side, strict=True))
         return float(self.bits[0].sum() + self.bits[1].sum()) + side + _END_BITS
 
 
@@ -138,13 +148,13 @@ def row_units(gains: np.ndarray, step: float) -> np.ndarray:
 def restore_module(module: QuantizedModule, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows down (rank, n) and up (rank, m), float32, as the decoder makes them of a whole payload."""
     units = row_units(module.gains, step)
-    factors = []
-    for values, scales, shapes in zip(module.values, module.scales, module.shapes, strict=True):
-        rows = np.empty(values.shape, dtype=np.float32)
-        for row, symbols in enumerate(as_symbols(values)):
-            rows[row] = reconstruct(symbols, int(scales[row]), int(shapes[row]), Stage(0), float(units[row]))
-        factors.append(rows)
-    return factors[0], factors[1]
+    down, up = (restore_rows(*part, units) for part in zip(module.values, module.scales, module.shapes, strict=True))
+    return down, up
+
+
+def restore_rows(values: np.ndarray, scales: np.ndarray, shapes: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Weights (k, n), float32, of integers (k, n) with the models and units of their rows, each (k,)."""
+    return reconstruct(as_symbols(values), scales.tolist(), shapes.tolist(), [Stage(0)] * len(values), units)
 
 
 def as_array(rows: Tensor) -> np.ndarray:

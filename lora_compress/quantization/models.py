@@ -6,10 +6,9 @@ from functools import cache
 
 import numpy as np
 
-from .schedule import lowest_symbol_plane
 from .tables import MAX_SCALE, PRECISION, SHAPES, base_counts, fine_planes
 
-__all__ = ["LARGEST_SCALE", "choose_models"]
+__all__ = ["LARGEST_SCALE", "choose_models", "row_bits"]
 
 LARGEST_SCALE = MAX_SCALE + 8 * 14  # of a row: 2^15 points of a uniform table, sigma of 240,000 steps
 _COLUMNS = 258  # magnitudes 0 .. 256, and all above
@@ -24,38 +23,56 @@ def choose_models(values: np.ndarray, *, symbols_only: bool = False) -> tuple[np
     """
     rows, width = values.shape
     magnitudes = np.abs(values)
-    spread = magnitudes.mean(axis=1, dtype=np.float64) * 1.2533  # sigma, if Gaussian and wider than a step
+    spread = magnitudes.sum(axis=1, dtype=np.int64) * (1.2533 / max(width, 1))  # sigma, if Gaussian and wider than a step
     guess = 25 + 8 * np.log2(np.maximum(spread, 1e-3))
     highest = 0 if symbols_only else (LARGEST_SCALE - MAX_SCALE) // 8
     planes = np.clip(np.ceil((guess - MAX_SCALE + 1) / 8), 0, highest).astype(np.int64)
     scale, shape, bits = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64), np.zeros(rows)
-    for plane in np.unique(planes).tolist():
-        chosen = np.flatnonzero(planes == plane)
-        candidates = _candidates(guess[chosen], plane)
-        costs = _lengths(magnitudes[chosen] >> plane, [(s - 8 * plane, h, plane) for s, h in candidates])
+    for plane in sorted(set(planes.tolist())):
+        chosen = planes == plane
+        scales = _candidates(guess[chosen], plane)
+        counts = _histogram(magnitudes[chosen] >> plane if plane else magnitudes[chosen])
+        columns = slice((scales.start - 8 * plane - 1) * SHAPES, (scales.stop - 8 * plane - 1) * SHAPES)
+        costs = counts @ _all_costs(plane)[: counts.shape[1], columns]
         best = costs.argmin(axis=1)
-        scale[chosen] = [candidates[index][0] for index in best]
-        shape[chosen] = [candidates[index][1] for index in best]
-        bits[chosen] = costs[np.arange(len(chosen)), best] + plane * width
+        scale[chosen] = scales.start + best // SHAPES
+        shape[chosen] = best % SHAPES
+        bits[chosen] = costs[np.arange(len(best)), best] + plane * width
     return scale, shape, bits
 
 
-def _candidates(guess: np.ndarray, plane: int) -> list[tuple[int, int]]:
+def row_bits(values: np.ndarray, scale: int, shape: int) -> float:
+    """Length of the code of integers (n,) by a table without low bits split off."""
+    return float(_costs(scale, shape, 0)[np.minimum(np.abs(values), _COLUMNS - 1)].sum())
+
+
+def _candidates(guess: np.ndarray, plane: int) -> range:
+    """Scales that may be the best for a row."""
     if plane:
-        scales = range(MAX_SCALE - 7 + 8 * plane, MAX_SCALE + 1 + 8 * plane)
-    else:
-        low = 1 if guess.min() < 30 else min(int(guess.min()), MAX_SCALE) - 20
-        scales = range(low, min(int(max(guess.max(), 17)) + 10, MAX_SCALE) + 1)
-    return [(scale, shape) for scale in scales for shape in range(SHAPES) if lowest_symbol_plane(scale) == plane]
+        return range(MAX_SCALE - 7 + 8 * plane, MAX_SCALE + 1 + 8 * plane)
+    low = 1 if guess.min() < 30 else min(int(guess.min()), MAX_SCALE) - 20
+    return range(low, min(int(max(guess.max(), 17)) + 10, MAX_SCALE) + 1)
 
 
-def _lengths(magnitudes: np.ndarray, models: list[tuple[int, int, int]]) -> np.ndarray:
-    """Bits (r, models) of rows (r, n) of magnitudes by each model."""
+def _histogram(magnitudes: np.ndarray) -> np.ndarray:
+    """How often each row of magnitudes (r, n) holds 0, 1, ..., float64 (r, at most _COLUMNS)."""
     rows = len(magnitudes)
     width = min(int(magnitudes.max(initial=0)) + 1, _COLUMNS)
     flat = np.minimum(magnitudes, width - 1) + np.arange(rows)[:, None] * width
-    histogram = np.bincount(flat.ravel(), minlength=rows * width).reshape(rows, width)
-    return histogram.astype(np.float64) @ np.stack([_costs(*model)[:width] for model in models], axis=1)
+    return np.bincount(flat.ravel(), minlength=rows * width).reshape(rows, width).astype(np.float64)
+
+
+@cache
+def _all_costs(plane: int) -> np.ndarray:
+    """Bits of each magnitude, (_COLUMNS, models), by the tables of scale 1 (at `plane`) with each shape, of scale 2, ...
+
+    Those of which no row makes use at that plane are left at zero.
+    """
+    costs = np.zeros((_COLUMNS, MAX_SCALE, SHAPES))
+    for scale in range(1 if plane == 0 else MAX_SCALE - 7, MAX_SCALE + 1):
+        for shape in range(SHAPES):
+            costs[:, scale - 1, shape] = _costs(scale, shape, plane)
+    return costs.reshape(_COLUMNS, -1)
 
 
 @cache

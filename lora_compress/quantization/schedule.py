@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from .tables import MAX_SCALE
+from .tables import MAX_SCALE, SHAPES
 
-__all__ = ["Stage", "lowest_symbol_plane", "row_positions", "stage_at"]
+__all__ = ["Run", "Stage", "lowest_symbol_plane", "row_runs", "stage_at"]
 
 _START = 13  # least scale (sigma = 0.35 steps of its plane) at which a row is coded at all, unless it is the last plane
 
@@ -40,30 +40,49 @@ def lowest_symbol_plane(scale: int) -> int:
     return max(0, -((MAX_SCALE - scale) // 8))
 
 
-def row_positions(down: np.ndarray, up: np.ndarray, layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Passes of each row that layers 0, 1, ... have made, (layers, r), for the rows of both factors.
+@dataclass(frozen=True)
+class Run:
+    """Rows of one scale and shape that start in one layer: they share tables and passes, and are coded as one long row.
+
+    Args:
+        scale: of the rows.
+        shape: of the rows.
+        ends: passes that layers 0, 1, ... have made, one number a layer.
+        rows: (q,), their numbers, rising; up's follow down's.
+    """
+
+    scale: int
+    shape: int
+    ends: tuple[int, ...]
+    rows: np.ndarray
+
+
+def row_runs(scales: np.ndarray, shapes: np.ndarray, layers: int) -> list[Run]:
+    """The runs of a module: by scale, then by shape, then by the layer in which they start.
 
     A component's two rows start in the same layer, as one without the other is worth nothing.
 
     Args:
-        down: (r,), scales of the rows of down.
-        up: (r,), likewise.
+        scales: (2 r,), of the rows of down, then of up.
+        shapes: (2 r,), likewise.
         layers: number of layers.
     """
-    starts = np.array(
-        [max(_pass_layers(a, layers)[0], _pass_layers(b, layers)[0]) for a, b in zip(down.tolist(), up.tolist(), strict=True)],
-        dtype=np.int64,
-    )
-    return _positions(down, starts, layers), _positions(up, starts, layers)
+    first = np.array([_pass_layers(scale, layers)[0] for scale in scales.tolist()], dtype=np.int64).reshape(2, -1)
+    starts = np.tile(first.max(axis=0), 2)
+    keys = (scales * SHAPES + shapes) * layers + starts
+    order = np.argsort(keys, kind="stable")
+    changes = np.flatnonzero(np.diff(keys[order])) + 1
+    runs = []
+    for rows in np.split(order, changes):
+        scale, shape, start = int(scales[rows[0]]), int(shapes[rows[0]]), int(starts[rows[0]])
+        runs.append(Run(scale, shape, _ends(scale, start, layers), rows))
+    return runs
 
 
-def _positions(scales: np.ndarray, starts: np.ndarray, layers: int) -> np.ndarray:
-    table = np.zeros((layers, len(scales)), dtype=np.int64)
-    for row, scale in enumerate(scales.tolist()):
-        passes = _pass_layers(scale, layers)
-        for layer in range(int(starts[row]), layers):
-            table[layer, row] = sum(each <= layer for each in passes)
-    return table
+@lru_cache(maxsize=4096)
+def _ends(scale: int, start: int, layers: int) -> tuple[int, ...]:
+    passes = _pass_layers(scale, layers)
+    return tuple(sum(each <= layer for each in passes) if layer >= start else 0 for layer in range(layers))
 
 
 @lru_cache(maxsize=4096)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.core.quantization.reference_tables import base, bit, centre, split, uniform
+from tests.core.quantization.reference_tables import base, bit, centre, normalise, split, uniform
 
 _MAX = 56
 
@@ -68,37 +68,61 @@ def decode(chunks: list[bytes], rank: int, inputs: int, outputs: int, step: floa
         scale, shape = divmod(stack.read(uniform(256)), 4)
         side.append([value(symbol) for symbol in read_symbols(stack, count, scale, shape, 0)])
     gains = [sum(side[0][: i + 1]) for i in range(rank)]
-    rows = []
-    for factor, width in enumerate((inputs, outputs)):
+    scales, shapes = [], []
+    for factor in range(2):
         for i in range(rank):
-            offset = side[1][factor * (rank + 1)] + side[1][factor * (rank + 1) + 1 + i]
+            scales.append(side[1][factor * (rank + 1)] + side[1][factor * (rank + 1) + 1 + i] + 2 * gains[i])
             shape = side[2][factor * rank + i]
-            rows.append(Row(offset + 2 * gains[i], 2 * shape - 1 if shape > 0 else -2 * shape, width))
-    for i in range(rank):
-        start = max(rows[i].layers(layers)[0], rows[rank + i].layers(layers)[0])
-        rows[i].start = rows[rank + i].start = start
+            shapes.append(2 * shape - 1 if shape > 0 else -2 * shape)
+    firsts = [layers_of(scale, layers)[0] for scale in scales]
+    starts = [max(firsts[i % rank], firsts[rank + i % rank]) for i in range(2 * rank)]
+    keys = list(zip(scales, shapes, starts, strict=True))
+    runs = []
+    for key in sorted(set(keys)):
+        members = [i for i in range(2 * rank) if keys[i] == key]
+        runs.append(Run(*key, members, [inputs if i < rank else outputs for i in members]))
     for layer, chunk in enumerate(chunks):
         stack = stack if layer == 0 else Stack(chunk)
-        for row in rows:
-            row.read(stack, layer, layers)
+        for run in runs:
+            run.read(stack, layer, layers)
         assert stack.empty
-    decoded = [[step * 2 ** (-gains[i % rank] / 8) * x for x in row.expected()] for i, row in enumerate(rows)]
-    return [decoded[:rank], decoded[rank:]]
+    decoded = {i: [step * 2 ** (-gains[i % rank] / 8) * x for x in row] for run in runs for i, row in run.expected()}
+    return [[decoded[i] for i in range(rank)], [decoded[rank + i] for i in range(rank)]]
 
 
-class Row:
-    """One row of a factor: values as (magnitude, sign), whose unit is 2^plane; `pending`: magnitudes above 1 lack a bit."""
+def layers_of(scale: int, layers: int) -> list[int]:
+    return [min(max(layers - 3 - level, 0), layers - 1) for level in passes_of(scale)]
 
-    def __init__(self, scale: int, shape: int, width: int) -> None:
-        self.scale, self.shape, self.width = scale, shape, width
-        self.done, self.start, self.plane, self.pending = 0, 0, -1, False
-        self.values = [0] * width
 
-    def layers(self, layers: int) -> list[int]:
-        return [min(max(layers - 3 - level, 0), layers - 1) for level in passes_of(self.scale)]
+def read_grouped(stack: Stack, count: int, counts: list[int]) -> list[int]:
+    """Section 2, groups."""
+    kinds = len(counts)
+    width = {2: 8, 3: 5}[kinds]
+    masses = []
+    for group in range(kinds**width):
+        mass = 1
+        for digit in range(width):
+            mass *= counts[group // kinds**digit % kinds]
+        masses.append(mass)
+    table = normalise(masses)
+    symbols = []
+    for _ in range(count // width):
+        group = stack.read(table)
+        symbols += [group // kinds ** (width - 1 - place) % kinds for place in range(width)]
+    return symbols + [stack.read(counts) for _ in range(count % width)]
+
+
+class Run:
+    """Rows that share tables, one after the other: their values in units of 2^plane; `pending`: magnitudes above 1 lack a bit."""
+
+    def __init__(self, scale: int, shape: int, start: int, members: list[int], widths: list[int]) -> None:
+        self.scale, self.shape, self.start, self.members, self.widths = scale, shape, start, members, widths
+        self.done, self.plane, self.pending = 0, -1, False
+        self.width = sum(widths)
+        self.values = [0] * self.width
 
     def read(self, stack: Stack, layer: int, layers: int) -> None:
-        end = sum(each <= layer for each in self.layers(layers)) if layer >= self.start else 0
+        end = sum(each <= layer for each in layers_of(self.scale, layers)) if layer >= self.start else 0
         first = max(0, (self.scale - 13) // 8)
         if self.done == 0 and end:
             self.done = end if end % 2 else end - 1
@@ -129,22 +153,26 @@ class Row:
     def _split(self, stack: Stack) -> None:
         self.plane, self.pending = self.plane - 1, True
         counts = split(self.scale - 8 * self.plane, self.shape, self.plane)
-        self.values = [2 * v if v else value(stack.read(counts)) for v in self.values]
+        fresh = iter(read_grouped(stack, self.values.count(0), counts))
+        self.values = [2 * v if v else value(next(fresh)) for v in self.values]
 
     def _bits(self, stack: Stack) -> None:
         scale = self.scale - 8 * self.plane
         contexts = 3 if scale <= 40 else 1
         for context in range(1, contexts + 1):
-            for i, v in enumerate(self.values):
-                parent = abs(v) // 2
-                if parent and min(parent, contexts) == context:
-                    low = stack.read(bit(scale, self.shape, self.plane, context))
-                    self.values[i] += low if v > 0 else -low
+            places = [i for i, v in enumerate(self.values) if abs(v) > 1 and min(abs(v) // 2, contexts) == context]
+            lows = read_grouped(stack, len(places), bit(scale, self.shape, self.plane, context))
+            for i, low in zip(places, lows, strict=True):
+                self.values[i] += low if self.values[i] > 0 else -low
         self.pending = False
 
-    def expected(self) -> list[float]:
-        if not self.done:
-            return [0.0] * self.width
+    def expected(self) -> list[tuple[int, list[float]]]:
+        """Rows by their numbers."""
+        found = self._expected() if self.done else [0.0] * self.width
+        ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths))]
+        return [(i, found[end - width : end]) for i, end, width in zip(self.members, ends, self.widths, strict=True)]
+
+    def _expected(self) -> list[float]:
         result = []
         for v in self.values:
             wide = int(self.pending and abs(v) > 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_compress.quantization.entropy import decode_entropy, encode_entropy
-from lora_compress.quantization.schedule import row_positions
+from lora_compress.quantization.schedule import row_runs
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module
 
 SPECTRA = {"root": lambda i: i**-0.5, "inverse": lambda i: 1 / i, "exponential": lambda i: 0.85**i}
@@ -74,11 +74,13 @@ def test_each_layer_lowers_the_error() -> None:
 
 
 def test_passes_never_go_back_and_all_are_made_in_the_end() -> None:
-    scales = np.arange(1, 169)
+    scales = np.concatenate([np.arange(1, 169), np.arange(168, 0, -1)])
+    shapes = np.arange(len(scales)) % 3
+    whole = {row: run.ends[-1] for run in row_runs(scales, shapes, 1) for row in run.rows.tolist()}
     for layers in (1, 2, 5, 30):
-        down, up = row_positions(scales, scales[::-1].copy(), layers)
-        for table in (down, up):
-            assert (np.diff(table, axis=0) >= 0).all()
-        assert ((down > 0) == (up > 0)).all()
-        one, _ = row_positions(scales, scales, 1)
-        assert np.array_equal(down[-1], one[0])
+        runs = row_runs(scales, shapes, layers)
+        ends = {row: np.array(run.ends) for run in runs for row in run.rows.tolist()}
+        assert sorted(ends) == list(range(len(scales)))
+        assert all((np.diff(end) >= 0).all() and end[-1] == whole[row] for row, end in ends.items())
+        assert all(((ends[row] > 0) == (ends[row + 168] > 0)).all() for row in range(168))
+        assert all((scales[run.rows] == run.scale).all() and (shapes[run.rows] == run.shape).all() for run in runs)

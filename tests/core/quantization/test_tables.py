@@ -8,10 +8,10 @@ from math import erf, sqrt
 import numpy as np
 import pytest
 
-from lora_compress.quantization.ans import AnsReader, AnsWriter, uniform
+from lora_compress.quantization.ans import AnsReader, AnsWriter, joint_counts, uniform
 from lora_compress.quantization.tables import MAX_SCALE, SHAPES, base_counts, bit_contexts, bit_counts, cell_centres, split_counts
 from tests.core.quantization import reference_tables
-from tests.core.quantization.reference_decoder import Stack
+from tests.core.quantization.reference_decoder import Stack, read_grouped
 
 
 def gaussian_cells(scale: int, edges: np.ndarray) -> np.ndarray:
@@ -91,6 +91,17 @@ def test_constriction_uses_exactly_the_integer_tables(shape: int) -> None:
         assert stack.empty
 
 
+@pytest.mark.parametrize(("counts_of", "key"), [(split_counts, (1, 3, 0)), (bit_counts, (1, 0, 0, 3)), (bit_counts, (20, 0, 0, 1))])
+def test_constriction_uses_exactly_the_joint_tables(counts_of, key) -> None:  # type: ignore[no-untyped-def]
+    counts = joint_counts(counts_of, *key)
+    assert counts.sum() == 1 << 24 and counts.min() > 0
+    writer = AnsWriter()
+    writer.write(np.arange(len(counts)), joint_counts, counts_of, *key)
+    stack = Stack(writer.to_bytes())
+    assert [stack.read(counts.tolist()) for _ in counts] == list(range(len(counts)))
+    assert stack.empty
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 256, 1023, 32767])
 def test_uniform_tables_round_trip(count: int) -> None:
     symbols = np.random.default_rng(count).integers(0, count, 500)
@@ -101,6 +112,24 @@ def test_uniform_tables_round_trip(count: int) -> None:
     assert reader.read(500, uniform, count).tolist() == symbols.tolist()
     reader.finish()
     assert len(chunk) <= 500 * np.log2(count) / 8 + 8
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 7, 8, 39, 500])
+@pytest.mark.parametrize(
+    ("counts_of", "key"), [(split_counts, (20, 1, 0)), (split_counts, (1, 0, 0)), (bit_counts, (30, 2, 1, 1)), (uniform, (2,))]
+)
+def test_grouped_symbols_are_read_as_the_specification_says(counts_of, key, count: int) -> None:  # type: ignore[no-untyped-def]
+    counts = counts_of(*key)
+    symbols = np.random.default_rng(count).choice(len(counts), count, p=counts / 2**24).astype(np.int32)
+    writer = AnsWriter()
+    writer.write_grouped(symbols, counts_of, *key)
+    chunk = writer.to_bytes()
+    reader = AnsReader(chunk)
+    assert np.array_equal(reader.read_grouped(count, counts_of, *key), symbols)
+    reader.finish()
+    stack = Stack(chunk)
+    assert read_grouped(stack, count, counts.tolist()) == symbols.tolist()
+    assert stack.empty
 
 
 def test_integers_of_any_length_round_trip() -> None:
