@@ -10,6 +10,7 @@ from torch import Tensor
 from .container import PackedFile
 from .errors import FormatError
 from .layouts import open_lora
+from .parallel import each_module
 from .update import LowRankUpdate
 
 __all__ = ["LoraFile", "load_lora"]
@@ -45,6 +46,7 @@ def load_lora(path: str | os.PathLike[str]) -> LoraFile:
         others = dict(source.others)
         for name in source:
             others |= source.extras(name)
-        return LoraFile(dict(source), others, source.metadata, isinstance(source, PackedFile))
+        updates = each_module(lambda name, update: update, source)  # decoded on all cores
+        return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
     finally:
         source.close()
