@@ -14,6 +14,7 @@ from torch import Tensor
 from .assembly import Assembly
 from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
+from .curve import size_curve
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
@@ -102,6 +103,7 @@ def compress_file(
         elif written:
             stored = _write_plain(assembly, lora, stored, _watched(job, chosen, progress), target)
         modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
+        curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
     return FileReport(
         str(source),
         str(target) if written else None,
@@ -113,6 +115,7 @@ def compress_file(
         modules,
         (*lora.notes, *(rules.notes(planned) if written and not job.packed else ())),
         settings.as_dict(),
+        curve,
     )
 
 

@@ -52,7 +52,7 @@ def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int |
             found = Plan(found.choices | finer.choices, stored)
     order = {name: i for i, name in enumerate(kept)}
     stored = dict(sorted((found.stored or {}).items(), key=lambda item: order[item[0]]))
-    return Plan({name: found.choices[name] for name in kept}, stored)
+    return Plan({name: found.choices.get(name, Choice(0)) for name in kept}, stored)
 
 
 class _Part:
