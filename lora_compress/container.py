@@ -45,7 +45,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         header, self._begin, self._size = _read_header(self.path)
-        self.metadata: dict[str, str] = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise FormatError(f"{path}: packed format {version}, this program reads {FORMAT_VERSION}: update LoRA Compress")
@@ -53,6 +53,8 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         if INDEX_KEY not in self._places or PAYLOAD_KEY not in self._places:
             raise FormatError(f"{path}: has no {INDEX_KEY}: it is no packed LoRA")
         index = read_index(self._read(INDEX_KEY), str(path))
+        if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
+            raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
         first, end = self._places[PAYLOAD_KEY][1]
         if sum(length for _, length, _ in index.chunks) != end - first:
             raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
@@ -217,6 +219,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
     if len(text) != length or not isinstance(header, dict):
         raise FormatError(f"{path}: no safetensors file, or cut short")
+    metadata = header.get("__metadata__") or {}
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
     return header, 8 + length, size - 8 - length
 
 

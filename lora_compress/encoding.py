@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,8 @@ def encode_module(
     """
     if choice.step is not None:
         layers = _LAYERS if settings.progressive else 1
-        coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
+        with np.errstate(over="ignore"):  # what is too large for the step is refused
+            coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
         parameters: dict[str, object] = {"step": choice.step, "layers": layers}
         return replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), list(coded.chunks)
     form = FixedFormat.of_settings(settings)
@@ -80,7 +82,12 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:
     parameters = entry.parameters
     try:
         if entry.codec == "entropy":
-            return decode_entropy(chunks, entry.rank, inputs, outputs, float(parameters["step"]), int(parameters["layers"]))
+            step, layers = float(parameters["step"]), int(parameters["layers"])
+            with np.errstate(over="ignore"):
+                rows = decode_entropy(chunks, entry.rank, inputs, outputs, step, layers)
+            if not all(torch.isfinite(row).all() for row in rows):
+                raise FormatError(f"step {step} makes weights that are no numbers: the file is damaged")
+            return rows
         form = FixedFormat(entry.codec, int(parameters["block"]) or None, scale_dtype=_DTYPES[parameters["scales"]])
         if len(chunks) != 1:
             raise FormatError(f"{len(chunks)} layers, {entry.codec} has one: the file is damaged")

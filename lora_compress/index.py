@@ -20,6 +20,7 @@ __all__ = ["Chunk", "Entry", "PackedIndex", "read_index"]
 
 _LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
 _MOST_MODULES = 1 << 16
+_LONGEST_NAME = 1000  # characters of a module's name or of a key
 _LARGEST_LAYER = 1 << 31  # weights of a layer
 _LARGEST_FACTORS = 1 << 28  # weights of all factors that any file may hold, and for each byte of payload:
 _WEIGHTS_PER_BYTE = 1 << 10  # far above what a useful LoRA has, far below what would exhaust memory
@@ -164,6 +165,9 @@ def read_index(data: bytes, where: str) -> PackedIndex:
                 raise ValueError(f"chunk {chunk} is none")
         if len({entry.name for entry in entries}) != len(entries):
             raise ValueError("a module is named twice")
+        keys = [key for entry in entries for key in entry.keys.of_module(entry.name)]
+        if len(set(keys)) != len(keys):
+            raise ValueError("two modules have the same keys")
         return PackedIndex(str(content["layout"]), entries, chunks)
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where}: its index cannot be read ({error}): the file is damaged") from None
@@ -180,8 +184,9 @@ def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[
 
 def _keys(style: Any) -> PlainKeys:
     down, up, alpha = style
-    if not (isinstance(down, str) and isinstance(up, str) and isinstance(alpha, str | None)):
-        raise ValueError(f"{style} are no keys")
+    given = [down, up] if alpha is None else [down, up, alpha]
+    if not all(isinstance(key, str) and len(key) <= _LONGEST_NAME for key in given) or len(set(given)) < len(given):
+        raise ValueError("a style of keys is none")
     return PlainKeys(down, up, alpha)
 
 
@@ -190,6 +195,8 @@ def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Ent
         if type(value) is not kind:
             raise ValueError(f"{column}={value!r} is no {kind.__name__}")
     name, outputs, inputs, kernel, rank, codec, parameters, style = values
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name has {len(name)} characters")
     sizes = [outputs, inputs, *kernel]
     if len(kernel) > 3 or not all(type(size) is int and 1 <= size <= _LARGEST_LAYER for size in sizes):
         raise ValueError(f"{name} has the sizes {sizes}")

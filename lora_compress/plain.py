@@ -39,6 +39,10 @@ class PlainKeys:
         down, up, *alpha = (key.replace(name, "{}", 1) if key.startswith(name) else key for key in keys)
         return cls(down, up, alpha[0] if alpha else None)
 
+    def of_module(self, name: str) -> list[str]:
+        """The keys themselves: down, up and perhaps alpha."""
+        return [key.replace("{}", name, 1) for key in (self.down, self.up, self.alpha) if key is not None]
+
     def tensors(self, name: str, update: LowRankUpdate) -> dict[str, Tensor]:
         """The tensors of a plain file; without an alpha of its own the update's must be its rank."""
         pairs = {self.down: update.down, self.up: update.up}
