@@ -6,45 +6,67 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import SettingsError
-from .integers import QuantizedModule, as_array, quantize_module, quantize_rows, restore_module, with_models
+from .integers import (
+    QuantizedModule,
+    as_array,
+    quantize_module,
+    quantize_rows,
+    restore_module,
+    restore_rows,
+    row_units,
+    with_models,
+)
 
 __all__ = ["refine_module", "rows_squared_error"]
 
-_ROUNDS = 2
+_MOST_TURNS = 6
+_TURNS = 400  # for each component beside a weight of both factors: a turn gains 4e-5 to 6e-5 bits per weight times that share
+_SQUARABLE = 24  # octaves from 1 within which they do
+_LEAST_BITS = 0.75  # per weight; below, what a refit finds is finer than the step
 
 
 def refine_module(down: Tensor, up: Tensor, step: float) -> QuantizedModule:
-    """Quantize a module, then alternately refit up to the coded down and down to the coded up by least squares.
+    """Quantize a module, then refit up to the coded down, down to the coded up, and so on, by least squares.
 
-    With coded rows D', the best up is (D' D'^T)^-1 D' D^T U. What is kept minimises 1/2 log2 ||dW - dW'||_F^2 + bits per weight,
-    along which a better quantizer lies: error alone could be bought with bits.
+    A product of factors leaves r^2 numbers free, up' = A up and down' = A^-T down: the turns move towards integers that many
+    such pairs lie close to. The result is kept if it lowers 1/2 log2 ||dW - dW'||_F^2 + bits per weight, along which a better
+    quantizer lies: error alone could be bought with bits.
     """
+    plain = quantize_module(down, up, step)
+    weights = plain.rank * (down.shape[1] + up.shape[1])
+    turns = min(plain.rank * plain.rank * _TURNS // max(weights, 1), _MOST_TURNS)
+    if not turns or plain.payload_bits < _LEAST_BITS * weights:
+        return plain
     factors = as_array(down), as_array(up)
-    module = best = quantize_module(down, up, step)
-    if not module.rank:
-        return module
-    weights = module.rank * (down.shape[1] + up.shape[1])
-    restored = restore_module(module, step)
-    least = _cost(module, factors, restored, weights)
-    for turn in range(2 * _ROUNDS):
-        side = 1 - turn % 2  # up first
-        fixed = restored[1 - side]
-        fitted = _refit(fixed, factors[1 - side], factors[side])
+    refined = _refit(plain, factors, step, turns)
+    if refined is None:
+        return plain
+    return min(plain, refined, key=lambda module: _cost(module, factors, step, weights))
+
+
+def _refit(module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], step: float, turns: int) -> QuantizedModule | None:
+    """The integers after some turns, if there are any: coded rows may come so close to dependent that a fit explodes."""
+    units = row_units(module.gains, step)
+    values = list(module.values)
+    for turn in range(turns):
+        moving, fixed = 1 - turn % 2, turn % 2  # up first
+        coded = restore_rows(values[fixed], module.scales[fixed], module.shapes[fixed], units)
         try:
-            values = quantize_rows(fitted, module.gains, step)
-        except SettingsError:  # the coded rows are so close to dependent that the fit explodes
-            break
-        pair = (values, module.values[1]) if side == 0 else (module.values[0], values)
-        module = with_models(module.gains, *pair, module.kept)
-        if not module.rank:
-            break
-        restored = restore_module(module, step)
-        cost = _cost(module, factors, restored, weights)
-        if cost < least:
-            best, least = module, cost
-        elif turn:
-            break
-    return best
+            values[moving] = quantize_rows(_best_rows(coded, factors[fixed], factors[moving]), module.gains, step)
+        except SettingsError:
+            return None
+    return with_models(module.gains, values[0], values[1], module.kept)
+
+
+def _best_rows(coded: np.ndarray, exact: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Rows (p, m) that, with coded rows F' (p, n), come closest to the product of F (k, n) and O (k, m): (F' F'^T)^-1 F' F^T O."""
+    (exact, coded), _ = _squarable(exact, coded)
+    gram = (coded @ coded.T).astype(np.float64)
+    size = np.sqrt(np.diag(gram))
+    size[size == 0] = 1  # of a row that has come to be zero: the best row beside it is zero too, and both are left out
+    unit = gram / size / size[:, None] + np.eye(len(gram)) * 1e-9
+    mixing = np.linalg.solve(unit, (coded @ exact.T).astype(np.float64) / size[:, None]) / size[:, None]
+    return mixing.astype(np.float32) @ other
 
 
 def rows_squared_error(down: np.ndarray, up: np.ndarray, coded_down: np.ndarray, coded_up: np.ndarray, kept: np.ndarray) -> float:
@@ -52,31 +74,35 @@ def rows_squared_error(down: np.ndarray, up: np.ndarray, coded_down: np.ndarray,
 
     From up^T down - up'^T down' = (up - up')^T down + up'^T (down - down'), so that small errors lose no digits.
     """
-    scales = [float(np.abs(rows).max(initial=0)) or 1.0 for rows in (down, up)]
-    down, up = down / np.float32(scales[0]), up / np.float32(scales[1])
-    coded_down, coded_up = coded_down / np.float32(scales[0]), coded_up / np.float32(scales[1])
-    lost_down, lost_up = down.copy(), up.copy()
-    lost_down[kept] -= coded_down
-    lost_up[kept] -= coded_up
-    error = _trace(lost_up @ lost_up.T, down @ down.T) + _trace(coded_up @ coded_up.T, _gram(lost_down[kept]))
+    (down, coded_down), scale_down = _squarable(down, coded_down)
+    (up, coded_up), scale_up = _squarable(up, coded_up)
+    lost_down, lost_up = _lost(down, coded_down, kept), _lost(up, coded_up, kept)
+    error = _trace(_gram(lost_up), _gram(down)) + _trace(_gram(coded_up), _gram(lost_down[kept]))
     error += 2 * _trace(lost_up @ coded_up.T, down @ lost_down[kept].T)
-    return max(error, 0.0) * scales[0] ** 2 * scales[1] ** 2
+    return max(error, 0.0) * scale_down**2 * scale_up**2
 
 
-def _cost(
-    module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], restored: tuple[np.ndarray, np.ndarray], weights: int
-) -> float:
-    error = rows_squared_error(*factors, *restored, module.kept)
+def _lost(rows: np.ndarray, coded: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Rows (k, n) less the coded rows (p, n) of the components kept (p,)."""
+    if len(coded) == len(rows):
+        return rows - coded
+    lost = rows.copy()
+    lost[kept] -= coded
+    return lost
+
+
+def _squarable(exact: np.ndarray, coded: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    """Rows divided by a power of two, and that power: their squares must fit into float32."""
+    octaves = int(np.frexp(max(float(exact.max(initial=0)), -float(exact.min(initial=0))))[1])
+    if abs(octaves) < _SQUARABLE:
+        return (exact, coded), 1.0
+    scale = np.float32(2.0**-octaves)
+    return (exact * scale, coded * scale), 2.0**octaves
+
+
+def _cost(module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], step: float, weights: int) -> float:
+    error = rows_squared_error(*factors, *restore_module(module, step), module.kept)
     return 0.5 * float(np.log2(max(error, 1e-300))) + module.payload_bits / weights
-
-
-def _refit(coded: np.ndarray, exact: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Rows (p, m) that, with coded rows (p, n), come closest to the product of exact (k, n) and other (k, m)."""
-    gram = _gram(coded).astype(np.float64)
-    size = np.sqrt(np.diag(gram))
-    unit = gram / size / size[:, None] + np.eye(len(gram)) * 1e-9
-    mixing = np.linalg.solve(unit, (coded @ exact.T).astype(np.float64) / size[:, None]) / size[:, None]
-    return mixing.astype(np.float32) @ other
 
 
 def _gram(rows: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from lora_compress.errors import FormatError, LoraCompressError, SettingsError
 from lora_compress.quantization.entropy import decode_entropy, encode_entropy
 from lora_compress.quantization.estimate import EntropySketch, entropy_bits
 from lora_compress.quantization.integers import quantize_module, restore_module
-from lora_compress.quantization.refine import rows_squared_error
+from lora_compress.quantization.refine import refine_module, rows_squared_error
 from tests.core.quantization import reference_decoder
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module, shannon_bits
 
@@ -122,6 +122,36 @@ def test_refinement_lowers_the_error_at_equal_size(width: int) -> None:
     assert errors[1] < 0.97 * errors[0]
     spent = (coded_bits(refined) - coded_bits(plain)) / (32 * width)
     assert 0.5 * math.log2(errors[1] / errors[0]) + spent < -0.02
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5])
+def test_refinement_uses_what_the_factors_leave_free(bits: int) -> None:
+    rows = module(32, 320, 320, lambda i: i**-0.5)
+    step = 0.3 * 4.13 * 2.0**-bits / 320**0.5
+    plain, refined = (encode_entropy(*rows, step, refine=refine) for refine in (False, True))
+    errors = [dense_error(rows, whole(encoded, rows, step)) for encoded in (plain, refined)]
+    spent = (coded_bits(refined) - coded_bits(plain)) / (64 * 320)
+    assert 0.5 * math.log2(errors[1] / errors[0]) + spent < -0.08
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rank=st.integers(1, 12),
+    widths=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    power=st.floats(0, 4),
+    fineness=st.floats(-2, 12),
+    exponent=st.integers(-60, 60),
+    seed=st.integers(0, 2**31),
+)
+def test_refinement_never_costs_more_for_what_it_gains(rank, widths, power, fineness, exponent, seed) -> None:  # type: ignore[no-untyped-def]
+    rows = module(rank, *widths, lambda i: 2.0**exponent * i**-power, seed)
+    step = 2.0 ** (exponent - fineness)
+    plain, refined = quantize_module(*rows, step), refine_module(*rows, step)
+    costs = []
+    for found in (plain, refined):
+        error = rows_squared_error(rows[0].numpy(), rows[1].numpy(), *restore_module(found, step), found.kept)
+        costs.append(0.5 * math.log2(max(error, 1e-300)) + found.payload_bits / max(plain.rank * sum(widths), 1))
+    assert costs[1] <= costs[0]
 
 
 def test_error_from_factors_is_that_of_the_dense_matrices() -> None:
