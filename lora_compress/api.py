@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .file_pipeline import compress_file
-from .layouts import as_kohya
-from .layouts.kohya import from_kohya
+from .layouts import as_kohya, from_kohya
 from .loading import load_lora
 from .pipeline import CompressedLora, compress, save
 from .report import CompressionReport

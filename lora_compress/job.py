@@ -199,7 +199,10 @@ class Job:
         if self.packed:
             return Stored(len(found[0]), analysis.lost + tail + difference(down, up, *found), None, entry, tuple(chunks))
         own_alpha = None if shape.keys.alpha is None else alpha
-        plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, padded)
+        try:
+            plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, padded)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
         written = self._part(plain, shape.kept)
         rank = len(found[0])  # without the padding
         rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()

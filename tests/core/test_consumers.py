@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_compress import LowRankUpdate, SettingsError, to_kohya
 from lora_compress.consumers import CONSUMERS, ConsumerRules, PlannedFile, PlannedModule, opened_by, pad_rank
-from lora_compress.layouts import FP8
+from lora_compress.plain import FP8
 
 UNET, TEXT = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", "lora_te_text_model_encoder_layers_0_mlp_fc1"
 

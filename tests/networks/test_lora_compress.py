@@ -166,7 +166,7 @@ def test_a_saved_network_draws_as_its_report_says(
     report = network.report
     assert 0.0 < report.total.relative_error < 0.6
     assert lost < 3 * report.total.relative_error  # the same order: the U-Net is no linear map of its weights
-    assert load_lora(file).metadata["ss_compress_relative_error"] == f"{report.total.relative_error:.6g}"
+    assert load_lora(file).metadata["ss_compress_relative_error"] == f"{report.total.relative_error:.6e}"
     if network_args.get("save_format") == "both":  # the partner says the same, decoded
         partner = load_lora(tmp_path / "lora.kohya.safetensors").updates
         for name, update in load_lora(file).updates.items():
