@@ -14,6 +14,7 @@ from .update import LowRankUpdate
 __all__ = ["Spectrum", "known_svd", "thin_svd"]
 
 _LEAST_PIVOT = 1e-5  # of a Cholesky factor of a Gram matrix with unit diagonal; below, its square root has lost too many digits
+_TOLERANCE = 1e-9  # of the checks on what a device computed in float64
 _FLOAT32_RANGE = 1e15  # coefficients beyond it, or under its inverse, are applied in float64
 
 
@@ -85,11 +86,23 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
         raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
     root_up, root_down = _triangle(gram_up, up), _triangle(gram_down, down)  # (p, r), (q, r)
     core = root_up @ root_down.T * update.scale  # (p, q)
-    u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
+    u, sigma, vh = _svd(core)
     count = min(up.shape[1], down.shape[1], len(sigma))
-    if not abs(float(sigma.square().sum()) - norm) <= 1e-9 * bound**2:
-        raise FormatError("its singular value decomposition failed: try --device cpu")
+    if not abs(float(sigma.square().sum()) - norm) <= _TOLERANCE * bound**2:
+        raise FormatError("the triangular factors of its weights came out wrong: compute on another device")
     return _spectrum(update, u.T[:count], sigma[:count], vh[:count], root_up, root_down)
+
+
+def _svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD that is compared with what it decomposes; drivers on a GPU have returned garbage, then the CPU is asked."""
+    for candidate in (core, core.cpu()):
+        try:
+            u, sigma, vh = torch.linalg.svd(candidate, full_matrices=False)
+        except torch.linalg.LinAlgError:
+            continue
+        if float((u * sigma @ vh - candidate).norm()) <= _TOLERANCE * float(candidate.norm()):
+            return u.to(core), sigma.to(core), vh.to(core)
+    raise FormatError("its singular value decomposition failed, on the CPU too: the file may be damaged")
 
 
 def known_svd(update: LowRankUpdate) -> Spectrum:

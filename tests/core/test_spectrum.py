@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from core.factories import dense, random_update
@@ -98,3 +100,30 @@ def test_what_is_not_finite_is_refused_by_name(value: float, where: str, setting
         getattr(bad, where)[1, 2] = value
     with pytest.raises(FormatError, match=r"^lora_unet_bad: .*NaN or infinity.*diverged"):
         compress({"lora_unet_good": random_update(), "lora_unet_bad": bad}, CompressionSettings.parse(settings))
+
+
+def _garbage(matrix: torch.Tensor, full_matrices: bool) -> tuple[torch.Tensor, ...]:
+    size = len(matrix)
+    return torch.eye(size, dtype=matrix.dtype), torch.full((size,), 0.1, dtype=matrix.dtype), torch.eye(size, dtype=matrix.dtype)
+
+
+def _gives_up(matrix: torch.Tensor, full_matrices: bool) -> tuple[torch.Tensor, ...]:
+    raise torch.linalg.LinAlgError("failed to converge")
+
+
+@pytest.mark.parametrize("broken", [_garbage, _gives_up])
+def test_a_decomposition_that_went_wrong_is_noticed(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = torch.linalg.svd, []
+
+    def first_broken(matrix: torch.Tensor, full_matrices: bool) -> tuple[torch.Tensor, ...]:
+        calls.append(len(matrix))
+        return broken(matrix, full_matrices) if len(calls) == 1 else real(matrix, full_matrices=full_matrices)
+
+    update = random_update(rank=6)
+    expected = torch.linalg.svdvals(dense(update))[:6]
+    monkeypatch.setattr(torch.linalg, "svd", first_broken)
+    torch.testing.assert_close(thin_svd(update).sigma, expected)  # the second device is asked
+    assert len(calls) == 2
+    monkeypatch.setattr(torch.linalg, "svd", broken)
+    with pytest.raises(FormatError, match="decomposition failed"):
+        thin_svd(update)
