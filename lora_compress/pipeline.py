@@ -29,6 +29,7 @@ from .update import LowRankUpdate
 
 __all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "opened_by", "partner_metadata", "plain_partner", "save"]
 
+_MOST_BITS = 8  # of mixed and entropy, whatever error is asked for
 _HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
 
 
@@ -134,7 +135,8 @@ def kohya_partner(path: str | os.PathLike[str]) -> Path:
 def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSettings, dtype: torch.dtype | None) -> int:
     """Bytes to expect of the main file, metadata apart, if rank_ratio took the same share of every module.
 
-    norm_threshold cannot be foreseen, so it is an upper estimate where one is set. A target_size is taken at its word.
+    What thresholds, dynamic_method or an error leave cannot be foreseen: it is an upper estimate where
+    `CompressionSettings.size_is_open`. A target_size is taken at its word.
     """
     if settings.budget.size is not None:
         return settings.budget.size
@@ -142,7 +144,8 @@ def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSet
     ranks = {}
     for name, update in updates.items():
         most = min(update.rank, update.down_matrix.shape[1], update.up.shape[0]) if settings.enabled else update.rank
-        ranks[name] = min(most, max(round(ratio * most), floor, 1))
+        cap = settings.pruning.rank_cap(update.kernel)
+        ranks[name] = min(most, max(round(ratio * most), floor, 1), most if cap is None else cap)
     if settings.save_format in ("packed", "both"):
         return _packed_estimate({name: (update, ranks[name]) for name, update in updates.items()}, settings.quantization)
     return _plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
@@ -168,7 +171,7 @@ def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings:
     for update, rank in updates.values():
         columns, outputs = update.down_matrix.shape[1], update.up.shape[0]
         if settings.averages:
-            payload += int(rank * (columns + outputs) * float(settings.bits or 0.0) / 8)
+            payload += int(rank * (columns + outputs) * float(settings.bits or _MOST_BITS) / 8)
         else:
             payload += fixed_size(rank, columns, outputs, FixedFormat.of_settings(settings))
     return payload + _INDEX_BYTES * len(updates) + _HEADER_BYTES

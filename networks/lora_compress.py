@@ -129,7 +129,7 @@ class CompressNetwork:
         if not self._announced:
             self._announced = True
             size = estimate_size(self.updates(), self.compression, self._save_dtype)
-            most = "at most " if self.compression.pruning.norm_threshold else ""
+            most = "at most " if self.compression.size_is_open else ""
             values = self.compression.as_dict() | {"expected file size": f"{most}{size / 1e6:.2f} MB"}
             tqdm.write(settings_table(values, "compression"))
 

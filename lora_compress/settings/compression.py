@@ -63,6 +63,13 @@ class CompressionSettings:
         """Whether a saved file differs at all from what the host would have written."""
         return any(part.enabled for part in self._parts) or self.save_format != "kohya"
 
+    @property
+    def size_is_open(self) -> bool:
+        """Whether the size of the file depends on the weights, and not on the settings alone."""
+        pruning, budget = self.pruning, self.budget
+        thresholds = pruning.norm_threshold or pruning.layer_threshold or pruning.channel_threshold
+        return budget.size is None and (bool(thresholds) or pruning.dynamic_method is not None or budget.enabled)
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> CompressionSettings:
         """Build settings from flat `{name: text or number}` pairs such as `{"bits": "4", "rank_ratio": 0.5}`.
