@@ -17,6 +17,7 @@ from .update import relative_error
 __all__ = ["fit_steps"]
 
 _TOLERANCE = 0.005  # share of a budget that may be left
+_BESIDE = 1.0 + 1e-9  # from one step to the next to look at
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
@@ -65,11 +66,20 @@ class _Part:
         self._norm = sum(job.analyses[name].norm for name in names)
         shapes = [job.analyses[name].shape.stored for name in names for _ in range(self._ranks[name])]
         self._widths = np.array(shapes, dtype=np.float64).reshape(-1, 2)  # weights of a component's two rows
-        scaled = [kept[name].double().numpy() * self._finer[name] for name in names]
-        self._sigma = np.concatenate(scaled) if scaled else np.zeros(0)
+        counts = np.array([self._ranks[name] for name in names], dtype=np.int64)
+        self._owner = np.repeat(np.arange(len(names)), counts)  # module of each component, and its place there
+        self._place = np.arange(len(self._owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        sigma = [kept[name].double().numpy() for name in names]
+        self._squares = np.square(np.concatenate(sigma)) if sigma else np.zeros(0)
+        self._weights = np.array([self._finer[name] for name in names])[self._owner] ** 2
+        self._gone = max(self._norm - float(self._squares.sum()), 0.0)
+        least = job.settings.pruning.min_rank or 0
+        self._least = {name: min(max(least, int(name in frame.protected)), self._ranks[name]) for name in names}
+        self._coded = np.ones(len(self._squares), dtype=bool)
 
     def fit(self, budget: float, measure: Callable[[Mapping[str, Stored]], float], rising: bool) -> Plan:
-        """The step at which what `measure` says comes closest to the budget from below."""
+        """The step at which what `measure` says comes closest to the budget from below; what is not worth its bits is left out."""
+        self._trim(budget, rising)
         best: tuple[float, float, dict[str, Stored]] | None = None  # value, step and modules; a run is a whole file, one is kept
 
         def evaluate(step: float) -> float:
@@ -80,7 +90,9 @@ class _Part:
                 best = value, step, stored
             return value
 
-        estimate = self._gaussian_error if rising else self._gaussian_bytes
+        def estimate(step: float) -> float:
+            return self._estimate(step, self._coded, rising)
+
         start = self._invert(estimate, budget, rising)
         fit = fit_step(evaluate, budget, start=start, rising=rising, estimate=estimate, tolerance=_TOLERANCE)
         if best is not None and best[1] == fit.step:
@@ -95,17 +107,56 @@ class _Part:
     def _choices(self, step: float) -> dict[str, Choice]:
         return {n: Choice(self._ranks[n], step=step / self._finer[n]) for n in self.names if self._ranks[n]}
 
-    def _gaussian_bytes(self, step: float) -> float:
-        """Rate of uniformly quantized Gaussian rows of RMS sigma / sqrt(n): log2(RMS sqrt(2 pi e) / step), near zero below."""
-        rms = self._sigma[:, None] / np.sqrt(self._widths)
-        bits = 0.5 * np.log2(1.0 + 2 * math.pi * math.e * np.square(rms / step))
-        return float((bits * self._widths).sum() / 8) + _MODULE_BYTES * len(self.names)
+    def _trim(self, budget: float, rising: bool) -> None:
+        """Leave out components that would cost more than they are worth at the step that the budget comes to."""
+        if not len(self._squares):
+            return
+        step = self._invert(lambda step: self._estimate(step, self._worth(step), rising), budget, rising)
+        coded, finer = self._worth(step * _BESIDE), self._worth(step / _BESIDE)
+        more = np.flatnonzero(finer & ~coded)  # where all are alike the step alone does not divide them
+        more = more[np.argsort(-self._squares[more] * self._weights[more] / self._widths[more].sum(axis=1), kind="stable")]
+        bits, kept = self._gaussian(step)
+        if rising:
+            lost = self._lost(step, coded) - np.concatenate([[0.0], np.cumsum(kept[more])])
+            count = int((lost > budget**2 * self._norm).sum())
+        else:
+            size = self._estimate(step, coded, rising) + np.cumsum(bits[more]) / 8
+            count = int((size <= budget).sum())
+        coded[more[:count]] = True
+        if not coded.any():
+            coded[np.argmax(kept)] = True
+        counts = np.bincount(self._owner[coded], minlength=len(self.names)).tolist()
+        self._ranks = {n: max(k, self._least[n]) for n, k in zip(self.names, counts, strict=True)}
+        self._coded = self._place < np.array([self._ranks[name] for name in self.names])[self._owner]
 
-    def _gaussian_error(self, step: float) -> float:
-        """step^2 / 12 for each weight of both rows, and never more than the component itself; the weights of modules left out."""
-        squares = np.square(self._sigma)
-        lost = np.minimum(self._widths.sum(axis=1) * step**2 / 12, squares).sum()
-        return float(np.sqrt(lost / max(squares.sum(), np.finfo(np.float64).tiny)))
+    def _worth(self, step: float) -> np.ndarray:
+        """Which components lower the error by more than their bits do elsewhere.
+
+        Where a row has many bits, one more for each of its weights takes the error step^2 / 12 of a weight to a quarter: a bit
+        is worth ln 2 / 6 step^2. A component at half a bit per weight is never worth it, because both its rows are wrong.
+        """
+        bits, kept = self._gaussian(step)
+        return kept * self._weights > math.log(2) / 6 * step**2 * bits
+
+    def _estimate(self, step: float, coded: np.ndarray, rising: bool) -> float:
+        """Relative error, or bytes, if the components `coded` are."""
+        if rising:
+            return float(np.sqrt(self._lost(step, coded) / max(self._norm, np.finfo(np.float64).tiny)))
+        return float(self._gaussian(step)[0][coded].sum() / 8) + _MODULE_BYTES * len(self.names)
+
+    def _lost(self, step: float, coded: np.ndarray) -> float:
+        return self._gone + float(self._squares.sum() - self._gaussian(step)[1][coded].sum())
+
+    def _gaussian(self, step: float) -> tuple[np.ndarray, np.ndarray]:
+        """Bits of each component, and by how much it lowers the squared error, if its weights were Gaussian.
+
+        A row of n weights of RMS s = sigma / sqrt(n) takes n log2(s sqrt(2 pi e) / step) bits, near zero below, and loses the share
+        d = step^2 / 12 s^2 of its square; the product of two rows keeps (1 - d)(1 - d').
+        """
+        ratios = (self._squares * self._weights)[:, None] / self._widths / step**2
+        bits = 0.5 * np.log2(1.0 + 2 * math.pi * math.e * ratios) * self._widths
+        kept = 1.0 - np.minimum(1.0 / np.maximum(12 * ratios, 1e-300), 1.0)
+        return bits.sum(axis=1), self._squares * kept.prod(axis=1)
 
     def _invert(self, estimate: Callable[[float], float], target: float, rising: bool) -> float:
         """The step at which an estimate meets the target: bisection in octaves."""
