@@ -168,7 +168,7 @@ WRONG = [
     (
         {"pruning": {"bits": 4}},
         [],
-        ["[pruning]", "bits: unknown", "enabled, min_rank, norm_threshold"],
+        ["[pruning]", "bits: unknown", "min_rank, new_conv_rank"],
     ),
     ({"pruning": {"enabled": "maybe"}}, [], ["enabled = 'maybe'", "true or false"]),
     ({"pruning": {"iterative_pruning": True}}, [], ["iterative_pruning"]),
