@@ -32,11 +32,18 @@ class Choice:
         rank: components to keep, 0 to drop the module.
         bits: per component, falling (strategy mixed).
         step: of the quantizer (strategy entropy).
+        left: components that coding leaves of these, where that is known: a plain file needs room for no more.
     """
 
     rank: int
     bits: tuple[int, ...] | None = None
     step: float | None = None
+    left: int | None = None
+
+    @property
+    def stored(self) -> int:
+        """Components that a file gets."""
+        return self.rank if self.left is None else self.left
 
 
 def encode_module(

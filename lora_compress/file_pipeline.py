@@ -92,6 +92,8 @@ def compress_file(
                 stored[name] = module
         else:
             stored = job.outline(chosen.choices)
+        if not stored:
+            raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"], str(source))
         planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
         if problems := rules.problems(planned):
             raise SettingsError(problems, str(source))

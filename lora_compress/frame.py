@@ -50,5 +50,5 @@ def error_targets(budget: BudgetSettings, parts: Mapping[str, str]) -> dict[str,
 
 
 def payload_size(stored: Mapping[str, Stored]) -> int:
-    """Bytes of all chunks."""
-    return sum(len(chunk) for module in stored.values() for chunk in module.chunks)
+    """Bytes of what coding made of all modules."""
+    return sum(module.payload for module in stored.values())

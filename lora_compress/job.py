@@ -14,6 +14,7 @@ from .index import Entry
 from .parallel import each_module, stream_modules
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_update
 from .pruning import select_channels
+from .quantization import FixedFormat, fixed_size
 from .settings import CompressionSettings
 from .spectrum import Spectrum, thin_svd
 from .update import LowRankUpdate, difference
@@ -55,6 +56,7 @@ class Stored:
         chunks: of its payload.
         alpha: of a plain file.
         padded: its rank there, zeros included.
+        payload: bytes of the chunks that coding made, of a plain module too.
     """
 
     rank: int
@@ -64,6 +66,7 @@ class Stored:
     chunks: tuple[bytes, ...] = ()
     alpha: float = 1.0
     padded: int = 0
+    payload: int = 0
 
     def without_factors(self) -> Stored:
         """The same without the factors of a plain file, which can be made again."""
@@ -116,7 +119,7 @@ class Job:
     def run(self, choices: Mapping[str, Choice]) -> Iterator[tuple[str, Stored]]:
         """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too."""
         kept = {name: choice for name, choice in choices.items() if choice.rank}
-        padded = self.pad({name: choice.rank for name, choice in kept.items()})
+        padded = self.pad({name: choice.stored for name, choice in kept.items()})
         alpha = self._file_alpha(kept, padded)
         for name, stored in stream_modules(lambda name, choice: self._store(name, choice, padded[name], alpha), kept):
             if stored.rank:
@@ -127,10 +130,23 @@ class Job:
 
         The alpha of fp8 is still to be found: one that takes as much room stands for it.
         """
-        padded = self.pad({name: choice.rank for name, choice in choices.items() if choice.rank})
         alpha = 0.123456789 if self.dtype == FP8 else 1.0
-        own = {name: self.analyses[name].shape.keys.alpha is None for name in padded}
-        return {n: Stored(choices[n].rank, 0.0, alpha=float(k) if own[n] else alpha, padded=k) for n, k in padded.items()}
+        kept = {name: choice for name, choice in choices.items() if choice.stored}
+        return self.padded({n: Stored(c.stored, 0.0, alpha=alpha, payload=self._payload(n, c)) for n, c in kept.items()})
+
+    def padded(self, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        """Plain modules, without their factors, with the room that they need for what coding left of them."""
+        ranks = self.pad({name: module.rank for name, module in stored.items()})
+        own = {name: self.analyses[name].shape.keys.alpha is None for name in stored}
+        return {
+            name: replace(module, plain=None, padded=ranks[name], alpha=float(ranks[name]) if own[name] else module.alpha)
+            for name, module in stored.items()
+        }
+
+    def _payload(self, name: str, choice: Choice) -> int:
+        """Bytes of a module in codes of the bits that were chosen for it; 0 where none were."""
+        form = FixedFormat.of_settings(self.settings.quantization) if choice.bits else None
+        return fixed_size(choice.rank, *self.analyses[name].shape.stored, form, choice.bits) if form else 0
 
     def _file_alpha(self, choices: Mapping[str, Choice], padded: Mapping[str, int]) -> float:
         """The one alpha of a plain file."""
@@ -197,7 +213,8 @@ class Job:
                 return Stored(0, analysis.norm)
             found = decode_rows(entry, chunks)
         if self.packed:
-            return Stored(len(found[0]), analysis.lost + tail + difference(down, up, *found), None, entry, tuple(chunks))
+            lost = analysis.lost + tail + difference(down, up, *found)
+            return Stored(len(found[0]), lost, None, entry, tuple(chunks), payload=sum(map(len, chunks)))
         own_alpha = None if shape.keys.alpha is None else alpha
         try:
             plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, padded)
@@ -206,4 +223,5 @@ class Job:
         written = self._part(plain, shape.kept)
         rank = len(found[0])  # without the padding
         rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()
-        return Stored(rank, analysis.lost + tail + difference(down, up, *rows), plain, alpha=plain.alpha, padded=padded)
+        lost = analysis.lost + tail + difference(down, up, *rows)
+        return Stored(rank, lost, plain, alpha=plain.alpha, padded=padded, payload=sum(map(len, chunks)))

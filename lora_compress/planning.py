@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,11 +51,18 @@ def plan(job: Job, frame: Frame) -> Plan:
     kept = {name: score[: ranks[name]] for name, score in scores.items()}
     payload = _payload_budget(job, ranks)
     if settings.quantization.strategy == "entropy":
-        return fit_steps(job, kept, frame, payload)
+        found = fit_steps(job, kept, frame, payload)
+        return found if job.packed else _of_what_is_left(found)
     search = _Search(job, frame, kept)
     if payload is not None:
         return search.for_size(payload, payload_size)
     return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
+
+
+def _of_what_is_left(found: Plan) -> Plan:
+    """The same for a plain file: modules and components that coding made nothing of are left out."""
+    stored = found.stored or {}
+    return Plan({name: replace(found.choices[name], left=module.rank) for name, module in stored.items()})
 
 
 def _payload_budget(job: Job, ranks: Mapping[str, int]) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .allocation import fit_step
 from .encoding import Choice
+from .errors import SettingsError
 from .frame import Frame, Plan, error_targets, payload_size
 from .job import Job, Stored
 from .update import relative_error
@@ -84,7 +85,12 @@ class _Part:
 
         def evaluate(step: float) -> float:
             nonlocal best
-            stored = dict(self.job.run(self._choices(step)))
+            try:
+                stored = self._run(step)
+            except SettingsError:  # finer than any value can be told
+                if rising:
+                    raise
+                return math.inf
             value = measure(stored)
             if value <= budget and (best is None or value > best[0]):
                 best = value, step, stored
@@ -97,7 +103,13 @@ class _Part:
         fit = fit_step(evaluate, budget, start=start, rising=rising, estimate=estimate, tolerance=_TOLERANCE)
         if best is not None and best[1] == fit.step:
             return Plan(self._choices(fit.step), best[2])
-        return Plan(self._choices(fit.step), dict(self.job.run(self._choices(fit.step))))
+        return Plan(self._choices(fit.step), self._run(fit.step))
+
+    def _run(self, step: float) -> dict[str, Stored]:
+        """The modules at a step; those of a plain file without their factors, which are made again when they are written."""
+        if self.job.packed:
+            return dict(self.job.run(self._choices(step)))
+        return self.job.padded({name: stored.without_factors() for name, stored in self.job.run(self._choices(step))})
 
     def error(self, stored: Mapping[str, Stored]) -> float:
         """||dW - dW'|| / ||dW|| over these modules."""

@@ -127,7 +127,7 @@ def test_an_index_that_lies_is_refused(lie: str) -> None:
     tree = content(**LIES[lie])
     if isinstance(LIES[lie].get("keys"), list):
         tree["modules"]["keys"] = [0]
-    with pytest.raises(FormatError, match="^here: its index cannot be read"):
+    with pytest.raises(FormatError, match=r"^here: its index cannot be read"):
         read(tree)
 
 
@@ -146,7 +146,7 @@ MISSHAPEN: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("shape", MISSHAPEN)
 def test_an_index_of_another_shape_is_refused(shape: str) -> None:
-    with pytest.raises(FormatError, match="^here: its index cannot be read"):
+    with pytest.raises(FormatError, match=r"^here: its index cannot be read"):
         read(MISSHAPEN[shape](content()))
 
 
