@@ -12,11 +12,11 @@ from torch import Tensor
 from .errors import FormatError
 from .index import Entry
 from .quantization import MIXED, FixedFormat, decode_fixed, encode_fixed
-from .quantization.entropy import decode_entropy, encode_entropy
+from .quantization.entropy import decode_entropy, encode_entropy, predict_entropy
 from .settings import QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["Choice", "decode_module", "decode_rows", "encode_module", "spread_channels"]
+__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "spread_channels"]
 
 
 _LAYERS = 12  # of a progressive payload: each halves what a further bit is worth
@@ -46,27 +46,50 @@ class Choice:
         return self.rank if self.left is None else self.left
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A module as a packed file gets it.
+
+    Args:
+        entry: of the index; rank 0 may come out of entropy coding.
+        chunks: layers of its payload.
+        rows: what they decode to, down (rank, kept inputs * kernel) and up (rank, kept outputs).
+    """
+
+    entry: Entry
+    chunks: list[bytes]
+    rows: tuple[Tensor, Tensor]
+
+
 def encode_module(
-    shape: Entry, down: Tensor, up: Tensor, choice: Choice, settings: QuantizationSettings
-) -> tuple[Entry, list[bytes]]:
-    """Quantize components and pack them: the module's entry in the index and its layers. Rank 0 may come out of entropy coding.
+    shape: Entry, down: Tensor, up: Tensor, choice: Choice, settings: QuantizationSettings, *, predict: bool = False
+) -> Coded:
+    """Quantize components and pack them.
 
     Args:
         shape: an entry with the module's name, sizes and kept channels.
         down: (rank, kept inputs * kernel), rows of the balanced basis, strongest first.
         up: (rank, kept outputs).
+        choice: what was decided for it.
+        settings: the codec.
+        predict: whether zeros will do for what the entropy coder would say, refinement left out.
     """
     if choice.step is not None:
         layers = _LAYERS if settings.progressive else 1
         with np.errstate(over="ignore"):  # what is too large for the step is refused
-            coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
+            if predict:
+                coded = predict_entropy(down, up, choice.step, layers=layers)
+            else:
+                coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
         parameters: dict[str, object] = {"step": choice.step, "layers": layers}
-        return replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), list(coded.chunks)
+        return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows)
     form = FixedFormat.of_settings(settings)
     parameters = {"block": form.block_size or 0, "scales": _SCALES[form.scale_dtype]}
     if choice.bits is not None:
         parameters["bits"] = _runs(choice.bits)
-    return replace(shape, rank=len(down), codec=form.codec, parameters=parameters), [encode_fixed(down, up, form, choice.bits)]
+    entry = replace(shape, rank=len(down), codec=form.codec, parameters=parameters)
+    chunks = [encode_fixed(down, up, form, choice.bits)]
+    return Coded(entry, chunks, decode_rows(entry, chunks))
 
 
 def decode_module(entry: Entry, chunks: Sequence[bytes]) -> LowRankUpdate:

@@ -17,7 +17,9 @@ from .update import relative_error
 
 __all__ = ["fit_steps"]
 
-_TOLERANCE = 0.005  # share of a budget that may be left
+_TOLERANCE = 0.008  # share of a budget that may be left
+_NEAR = 0.015  # share of a budget by which a prediction may miss it for the estimate to be exact after the correction
+_PREDICTIONS = 3
 _BESIDE = 1.0 + 1e-9  # from one step to the next to look at
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
@@ -99,7 +101,7 @@ class _Part:
         def estimate(step: float) -> float:
             return self._estimate(step, self._coded, rising)
 
-        start = self._invert(estimate, budget, rising)
+        start = self._start(estimate, budget * (1 - _TOLERANCE / 2), measure, rising)
         fit = fit_step(evaluate, budget, start=start, rising=rising, estimate=estimate, tolerance=_TOLERANCE)
         if best is not None and best[1] == fit.step:
             return Plan(self._choices(fit.step), best[2])
@@ -110,6 +112,25 @@ class _Part:
         if self.job.packed:
             return dict(self.job.run(self._choices(step)))
         return self.job.padded({name: stored.without_factors() for name, stored in self.job.run(self._choices(step))})
+
+    def _start(
+        self, estimate: Callable[[float], float], target: float, measure: Callable[[Mapping[str, Stored]], float], rising: bool
+    ) -> float:
+        """The step that should meet the target: predictions correct the estimate by a factor, until that hardly moves."""
+        step, factor = self._invert(estimate, target, rising), 1.0
+        for _ in range(_PREDICTIONS):
+            try:
+                predicted = self.job.predict(self._choices(step))
+            except SettingsError:  # finer than any value can be told
+                break
+            value, guess = measure(predicted if self.job.packed else self.job.padded(predicted)), estimate(step)
+            if not (0 < value < math.inf and 0 < guess < math.inf):
+                break
+            factor = value / guess
+            step = self._invert(estimate, target / factor, rising)
+            if abs(value / target - 1) < _NEAR:
+                break
+        return step
 
     def error(self, stored: Mapping[str, Stored]) -> float:
         """||dW - dW'|| / ||dW|| over these modules."""

@@ -122,7 +122,8 @@ class _Search:
             margin = 0.02 * (most - least)
             return min(max(x, least + margin), most - margin)
         known, direction = (most, -1.0) if self.best is None else (least, 1.0)
-        shortest = min(0.01 * 2.0**self.count, _FARTHEST)  # so that a flat stretch is left behind
+        least_jump = 0.01 if self._estimate is None else 0.001
+        shortest = min(least_jump * 2.0**self.count, _FARTHEST)  # so that a flat stretch is left behind
         jump = min(max(direction * (x - known), shortest), _FARTHEST if self._estimate is None else math.inf)
         return min(max(known + direction * jump, self._low), self._high)
 

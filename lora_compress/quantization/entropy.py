@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from ..errors import FormatError, SettingsError
 from .ans import AnsReader, AnsWriter, uniform
-from .integers import QuantizedModule, quantize_module, row_units
+from .integers import QuantizedModule, quantize_module, restore_module, row_units
 from .models import LARGEST_SCALE
 from .passes import as_symbols, as_values, read_passes, read_symbols, reconstruct, write_passes, write_symbols
 from .refine import refine_module
 from .schedule import Run, Stage, row_runs, stage_at
 from .tables import MAX_SCALE, SHAPES
 
-__all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy"]
+__all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "predict_entropy"]
 
 MAX_LAYERS = 64
 _SIDE_MODELS = 256  # numbers of (scale, shape) pairs
@@ -34,11 +35,13 @@ class EncodedModule:
         chunks: one for each layer; the first c of them decode to a smaller LoRA.
         rank: components that are stored; those that round to zero are not.
         kept: (rank,), which components of the input these are.
+        rows: what the whole payload decodes to, down (rank, n) and up (rank, m).
     """
 
     chunks: list[bytes]
     rank: int
     kept: tuple[int, ...]
+    rows: tuple[Tensor, Tensor]
 
 
 def encode_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1, refine: bool = True) -> EncodedModule:
@@ -57,11 +60,17 @@ def encode_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1, re
         SettingsError: step or layers out of range, or the step so small that a value exceeds 2^28.
         FormatError: a factor holds NaN or infinity.
     """
-    if not 1 <= layers <= MAX_LAYERS:
-        raise SettingsError([f"layers = {layers}: 1 to {MAX_LAYERS} are possible"])
-    if refine:
-        return _encode(refine_module(down, up, step), layers)
-    return _encode(quantize_module(down, up, step), layers)
+    _check_layers(layers)
+    module = refine_module(down, up, step) if refine else quantize_module(down, up, step)
+    return _encoded(module, step, _chunks(module, layers))
+
+
+def predict_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1) -> EncodedModule:
+    """What `encode_entropy` makes without refinement, but for the bytes: of their number, known to a few, there are zeros."""
+    _check_layers(layers)
+    module = quantize_module(down, up, step)
+    size = math.ceil(module.payload_bits / 8)
+    return _encoded(module, step, [bytes(size // layers + (layer < size % layers)) for layer in range(layers)])
 
 
 def decode_entropy(
@@ -119,9 +128,14 @@ def _weights(
     return torch.from_numpy(down), torch.from_numpy(up)
 
 
-def _encode(module: QuantizedModule, layers: int) -> EncodedModule:
+def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EncodedModule:
+    down, up = restore_module(module, step)
+    return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()), (torch.from_numpy(down), torch.from_numpy(up)))
+
+
+def _chunks(module: QuantizedModule, layers: int) -> list[bytes]:
     if not module.rank:
-        return EncodedModule([b""] * layers, 0, ())
+        return [b""] * layers
     writer = AnsWriter()
     for side, scale, shape in zip(*module.side, strict=True):
         writer.write(np.array([SHAPES * scale + shape]), uniform, _SIDE_MODELS)
@@ -136,7 +150,7 @@ def _encode(module: QuantizedModule, layers: int) -> EncodedModule:
             known[number] = write_passes(writer, values[number], known[number], run.scale, run.shape, before, after)
         chunks.append(writer.to_bytes())
         writer = AnsWriter()
-    return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()))
+    return chunks
 
 
 def _turns(runs: Sequence[Run], layer: int) -> Iterator[tuple[int, Run, int, int]]:
@@ -162,6 +176,11 @@ def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, np.ndarray, np
     if np.abs(gains).max() > _MAX_EXPONENT or scales.min() < 1 or scales.max() > LARGEST_SCALE or shapes.max() >= SHAPES:
         raise FormatError("an entropy-coded payload describes rows that cannot be: get the file again")
     return gains, scales, shapes
+
+
+def _check_layers(layers: int) -> None:
+    if not 1 <= layers <= MAX_LAYERS:
+        raise SettingsError([f"layers = {layers}: 1 to {MAX_LAYERS} are possible"])
 
 
 def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress.errors import FormatError, LoraCompressError, SettingsError
-from lora_compress.quantization.entropy import decode_entropy, encode_entropy
+from lora_compress.quantization.entropy import decode_entropy, encode_entropy, predict_entropy
 from lora_compress.quantization.estimate import EntropySketch, entropy_bits
 from lora_compress.quantization.integers import quantize_module, restore_module
 from lora_compress.quantization.refine import refine_module, rows_squared_error
@@ -171,6 +172,18 @@ def test_size_is_estimated_without_coding(step: float) -> None:
     rows = module(16, 1280, 640, lambda i: i**-0.5)
     encoded = encode_entropy(*rows, step, refine=False)
     assert entropy_bits(*rows, step) == pytest.approx(coded_bits(encoded), rel=0.01, abs=40)
+
+
+@pytest.mark.parametrize("step", [1e9, 0.1, 0.03, 0.01, 0.001])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_a_prediction_is_the_module_without_its_bytes(step: float, layers: int) -> None:
+    rows = module(16, 640, 320, lambda i: i**-0.5)
+    coded, predicted = (f(*rows, step, layers=layers) for f in (partial(encode_entropy, refine=False), predict_entropy))
+    assert (predicted.rank, predicted.kept, len(predicted.chunks)) == (coded.rank, coded.kept, len(coded.chunks))
+    assert all(torch.equal(a, b) for a, b in zip(predicted.rows, coded.rows, strict=True))
+    decoded = decode_entropy(coded.chunks, coded.rank, 640, 320, step, layers)
+    assert all(torch.equal(a, b) for a, b in zip(coded.rows, decoded, strict=True))
+    assert coded_bits(predicted) == pytest.approx(coded_bits(coded), rel=0.001 if layers == 1 else 0.02, abs=40 * layers)
 
 
 @pytest.mark.parametrize("step", [0.03, 0.01, 0.001])
