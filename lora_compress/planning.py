@@ -25,6 +25,7 @@ from .update import relative_error
 __all__ = ["plan"]
 
 _ATTEMPTS = 12  # at meeting a budget; two or three are usual
+_TIGHTER = 0.99  # the error to prune to, where a target was missed by less than a component is worth
 _CLOSE = 0.01  # share of a budget that may be left
 # Relative squared error of a factor by bits, Gaussian weights, groups of 64: where the search for a budget begins.
 _DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
@@ -109,7 +110,10 @@ class _Search:
         for _ in range(_ATTEMPTS):
             choices = self._allocate(None, inner)
             if choices == tried:
-                break
+                if best is not None:
+                    break
+                inner = {part: _TIGHTER * error for part, error in inner.items()}  # by less than a component: ask for one more
+                continue
             stored, tried = self._make(choices), choices
             found = Plan(choices, stored if self.job.packed else None)
             reached = {part: self._error(stored, part) for part in wanted}
