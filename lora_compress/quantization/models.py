@@ -77,9 +77,10 @@ def _all_costs(plane: int) -> np.ndarray:
 
 @cache
 def _costs(scale: int, shape: int, plane: int) -> np.ndarray:
-    """Bits of each magnitude with its sign, (_COLUMNS,)."""
+    """Bits of each magnitude with its sign, (_COLUMNS,), but for the `plane` bits below it: zero has twice the values, less one."""
     counts = base_counts(scale, shape, fine_planes(scale, plane))
     last = (len(counts) - 2) // 2
     exact = PRECISION - np.log2(counts)
+    exact[0] += np.log2((2 << plane) - 1) - plane
     escaped = 2 * np.arange(_COLUMNS - last - 1)  # symbols beyond the escape
     return np.concatenate([exact[:-1:2], exact[-1] + _ESCAPE_BITS + 8 * (escaped >= 256)])
