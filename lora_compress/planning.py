@@ -84,7 +84,7 @@ class _Search:
 
     def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
         """The least error in at most `budget` of what `measure` counts."""
-        inner, best, most, tried, size = budget, None, -1, None, 0
+        inner, best, most, tried, size, over = budget, None, -1, None, 0, 0
         for _ in range(_ATTEMPTS):
             choices = self._allocate(inner, {})
             if choices == tried and (best is not None or size > budget + inner // 2):
@@ -96,7 +96,8 @@ class _Search:
                 best, most = found, size
             if budget * (1 - _CLOSE) <= size <= budget:
                 break
-            inner += budget - size
+            over += size > budget
+            inner += budget - size - (min(2**over, 500) * budget // 1000 if size > budget else 0)  # a few bytes change nothing
         if best is None:
             raise SettingsError([f"{budget} bytes are too few: the least that was reached is {size}; take a larger target_size"])
         return best
