@@ -13,13 +13,17 @@ __all__ = ["LARGEST_SCALE", "choose_models", "row_bits"]
 LARGEST_SCALE = MAX_SCALE + 8 * 14  # of a row: 2^15 points of a uniform table, sigma of 240,000 steps
 _COLUMNS = 258  # magnitudes 0 .. 256, and all above
 _ESCAPE_BITS = 2 + 8
+_OTHER_SHAPE = 0.004  # bits per weight that a row's own shape must save
 
 
 def choose_models(values: np.ndarray, *, symbols_only: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The cheapest table for each row of integers (r, n), with `symbols_only` of those without low bits split off.
+    """A cheap table for each row of integers (r, n), with `symbols_only` of those without low bits split off.
+
+    Rows that share a table are coded and decoded together. So scales are even, which takes 0.003 bits per weight more on average,
+    and the shape is the one that suits most rows unless another one saves more than a little.
 
     Returns:
-        scale (r,) from 1 to LARGEST_SCALE, shape (r,), and bits (r,), float64: the length of each row's code.
+        scale (r,) from 2 to LARGEST_SCALE, shape (r,), and bits (r,), float64: the length of each row's code.
     """
     rows, width = values.shape
     magnitudes = np.abs(values)
@@ -32,12 +36,16 @@ def choose_models(values: np.ndarray, *, symbols_only: bool = False) -> tuple[np
         chosen = planes == plane
         scales = _candidates(guess[chosen], plane)
         counts = _histogram(magnitudes[chosen] >> plane if plane else magnitudes[chosen])
-        columns = slice((scales.start - 8 * plane - 1) * SHAPES, (scales.stop - 8 * plane - 1) * SHAPES)
-        costs = counts @ _all_costs(plane)[: counts.shape[1], columns]
-        best = costs.argmin(axis=1)
-        scale[chosen] = scales.start + best // SHAPES
-        shape[chosen] = best % SHAPES
-        bits[chosen] = costs[np.arange(len(best)), best] + plane * width
+        first, last = ((edge - 8 * plane) // 2 - 1 for edge in (scales[0], scales[-1]))
+        tables = _all_costs(plane)[: counts.shape[1], first * SHAPES : (last + 1) * SHAPES]
+        costs = (counts @ tables).reshape(len(counts), len(scales), SHAPES)
+        best = costs.min(axis=1)
+        usual = best.sum(axis=0).argmin()
+        best[:, usual] -= _OTHER_SHAPE * width
+        shape[chosen] = kinds = best.argmin(axis=1)
+        costs = costs[np.arange(len(kinds)), :, kinds]
+        scale[chosen] = scales.start + 2 * costs.argmin(axis=1)
+        bits[chosen] = costs.min(axis=1) + plane * width
     return scale, shape, bits
 
 
@@ -47,11 +55,11 @@ def row_bits(values: np.ndarray, scale: int, shape: int) -> float:
 
 
 def _candidates(guess: np.ndarray, plane: int) -> range:
-    """Scales that may be the best for a row."""
+    """Scales that may be the best for a row, even ones."""
     if plane:
-        return range(MAX_SCALE - 7 + 8 * plane, MAX_SCALE + 1 + 8 * plane)
-    low = 1 if guess.min() < 30 else min(int(guess.min()), MAX_SCALE) - 20
-    return range(low, min(int(max(guess.max(), 17)) + 10, MAX_SCALE) + 1)
+        return range(MAX_SCALE - 6 + 8 * plane, MAX_SCALE + 1 + 8 * plane, 2)
+    low = 2 if guess.min() < 30 else min(int(guess.min()), MAX_SCALE) // 2 * 2 - 20
+    return range(low, min(int(max(guess.max(), 17)) + 10, MAX_SCALE) + 1, 2)
 
 
 def _histogram(magnitudes: np.ndarray) -> np.ndarray:
@@ -64,14 +72,14 @@ def _histogram(magnitudes: np.ndarray) -> np.ndarray:
 
 @cache
 def _all_costs(plane: int) -> np.ndarray:
-    """Bits of each magnitude, (_COLUMNS, models), by the tables of scale 1 (at `plane`) with each shape, of scale 2, ...
+    """Bits of each magnitude, (_COLUMNS, models), by the tables of scale 2 (at `plane`) with each shape, of scale 4, ...
 
     Those of which no row makes use at that plane are left at zero.
     """
-    costs = np.zeros((_COLUMNS, MAX_SCALE, SHAPES))
-    for scale in range(1 if plane == 0 else MAX_SCALE - 7, MAX_SCALE + 1):
+    costs = np.zeros((_COLUMNS, MAX_SCALE // 2, SHAPES))
+    for scale in range(2 if plane == 0 else MAX_SCALE - 6, MAX_SCALE + 1, 2):
         for shape in range(SHAPES):
-            costs[:, scale - 1, shape] = _costs(scale, shape, plane)
+            costs[:, scale // 2 - 1, shape] = _costs(scale, shape, plane)
     return costs.reshape(_COLUMNS, -1)
 
 
