@@ -45,9 +45,8 @@ def write_plot(path: Path, curves: Mapping[str, Mapping[str, Sequence[Point]]], 
         x, y = 6 + index % columns * _PANEL[0], _LEGEND + index // columns * _PANEL[1]
         parts.append(f'<g transform="translate({x} {y})">{"".join(_panel(index, label, lines, sizes[label]))}</g>')
     middle = width / 2
-    parts.append(
-        f'<text class="axis" text-anchor="middle" x="{middle}" y="{height - 8}">relative error of the update against bytes / bytes of the LoRA in fp16, both logarithmic</text>'
-    )
+    caption = "relative error of the update against bytes / bytes of the LoRA in fp16, both logarithmic"
+    parts.append(f'<text class="axis" text-anchor="middle" x="{middle}" y="{height - 8}">{caption}</text>')
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
     text = f"{svg}><title>Relative error against bytes</title><style>{_STYLE_SHEET}</style>{''.join(parts)}</svg>\n"
     path.parent.mkdir(parents=True, exist_ok=True)
