@@ -2,7 +2,7 @@
 
     python benchmarks/resize.py [--all] [--models sdxl flux sd15] [--only resize|decode] [--folder DIR] [--json OUT.json]
 
-Files of real shapes are made first (see models.py). Each measured side works in a fresh process; importing is not counted on
+Files of real shapes are made first (see lora_files.py). Each measured side works in a fresh process; importing is not counted on
 either side. sd-scripts' side takes minutes, so one module of each shape stands for all of that shape, and what it spends on
 reading and writing files is left out; --all runs its script over the whole file instead. What is compared with reading and
 writing is the whole of compress_file, fsync included, against safetensors loading every tensor of the input into memory and
@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
+from lora_files import MODELS, write_lora  # noqa: E402
 from measure import Goal, Run, answer, fresh, goal_table, settled  # noqa: E402
-from models import MODELS, write_lora  # noqa: E402
 
 from networks.sd_scripts_lookup import find_sd_scripts, remedy, sd_scripts_version  # noqa: E402
 
