@@ -13,6 +13,7 @@ CORE = [
     "numpy>=1.26",  # safetensors writes torch tensors through it
     "tqdm>=4.66",  # progress of long runs
     "rich>=13.7",  # tables on the terminal
+    "constriction>=0.5,<0.6",  # the entropy coder of packed files
 ]
 TRAIN = [  # what sd-scripts imports on the way to its first step; without them the core still compresses files
     "accelerate>=0.33",
@@ -29,7 +30,7 @@ TRAIN = [  # what sd-scripts imports on the way to its first step; without them 
     "transformers>=4.44",
     "voluptuous>=0.13.1",
 ]
-DEV = ["mypy", "pytest", "ruff", "setuptools>=77", "types-toml", "wheel"]
+DEV = ["hypothesis", "mypy", "peft", "pytest", "ruff", "setuptools>=77", "types-toml", "wheel"]
 
 # The two scripts of the root, as soon as they exist.
 SCRIPTS = [name for name in ("train_network_ext", "resize_lora_ext") if (ROOT / f"{name}.py").is_file()]

@@ -11,7 +11,15 @@ from typing import Any
 
 import toml
 
-from lora_compress import PruningSettings, QuantizationSettings, SettingsError, refuse_setting, setting_names, split_settings
+from lora_compress import (
+    BudgetSettings,
+    PruningSettings,
+    QuantizationSettings,
+    SettingsError,
+    refuse_setting,
+    setting_names,
+    split_settings,
+)
 
 __all__ = ["add_arguments", "check_host_values", "forget_own_sections", "merge_network_args", "read_toml"]
 
@@ -19,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 NETWORK_MODULE = "networks.lora_compress"
 _SECTIONS = {
-    "pruning": [f.name for f in fields(PruningSettings)],
+    "pruning": [f.name for part in (PruningSettings, BudgetSettings) for f in fields(part)],
     "quantization": [*(f.name for f in fields(QuantizationSettings)), "save_format", "quantization_device"],
 }
 

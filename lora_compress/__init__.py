@@ -3,45 +3,78 @@
 The core: it knows no trainer and no host program. `compress` and `save` make a file, `load_lora` opens any.
 """
 
-from .container import LoraFile, is_packed, load_lora
+from .api import (
+    apply_quantization,
+    combined_compression,
+    load_compressed_lora,
+    prune_lora_rank,
+    quantize_lora_weights,
+    save_compressed_lora,
+)
+from .container import is_packed
 from .errors import FormatError, LoraCompressError, SaveError, SettingsError
+from .file_pipeline import compress_file, expand_file, truncate_file
 from .files import atomic_path
-from .layouts import as_kohya, from_kohya, to_kohya
+from .layouts import LoraSource, as_kohya, open_lora
+from .loading import LoraFile, load_lora
 from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
+from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table
-from .settings import CompressionSettings, PruningSettings, QuantizationSettings, refuse_setting, setting_names, split_settings
+from .report.file_report import FileReport, ModuleReport
+from .settings import (
+    BudgetSettings,
+    CompressionSettings,
+    PruningSettings,
+    QuantizationSettings,
+    refuse_setting,
+    setting_names,
+    split_settings,
+)
 from .spectrum import Spectrum, thin_svd
 from .update import LowRankUpdate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetSettings",
     "CompressedLora",
     "CompressionReport",
     "CompressionSettings",
+    "FileReport",
     "FormatError",
     "LoraCompressError",
     "LoraFile",
+    "LoraSource",
     "LowRankUpdate",
+    "ModuleReport",
     "PruningSettings",
     "QuantizationSettings",
     "SaveError",
     "SettingsError",
     "Spectrum",
+    "apply_quantization",
     "as_kohya",
     "atomic_path",
+    "check_quantization_support",
+    "combined_compression",
     "compress",
+    "compress_file",
     "estimate_size",
-    "from_kohya",
+    "expand_file",
     "is_packed",
     "kohya_partner",
+    "load_compressed_lora",
     "load_lora",
+    "open_lora",
     "opened_by",
+    "prune_lora_rank",
+    "quantize_lora_weights",
     "refuse_setting",
     "save",
+    "save_compressed_lora",
     "setting_names",
     "settings_table",
     "split_settings",
     "thin_svd",
-    "to_kohya",
+    "truncate_file",
 ]

@@ -1,48 +1,194 @@
-"""The packed file: one safetensors with a record per module. docs/format.md is its specification."""
+"""The packed file: one safetensors file with an index of its modules and the bytes of all of them. docs/format.md fixes it."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .encoding import decode_module
 from .errors import FormatError
-from .layouts import from_kohya
-from .records import decode_record
+from .files import DTYPE_NAMES, TensorSpec
+from .index import Chunk, Entry, PackedIndex, read_index
+from .layouts.families import family_of, part_of
+from .layouts.survey import ModuleShape
 from .update import LowRankUpdate
 
-__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "RECORD_SUFFIX", "LoraFile", "is_packed", "load_lora", "to_packed"]
+__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "packed_tensors"]
 
 FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
-RECORD_SUFFIX = ".lora_compress"
+INDEX_KEY = "lora_compress.index"
+PAYLOAD_KEY = "lora_compress.payload"
+_LARGEST_HEADER = 1 << 24
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """What a LoRA file holds.
+class PackedFile(Mapping[str, LowRankUpdate]):
+    """A packed file open for reading, module by module: {name: update}. The first bytes of one, cut anywhere, will do.
 
-    Args:
-        updates: by module name, such as lora_unet_mid_block_attentions_0_proj_in.
-        others: tensors that belong to no low-rank update, under their own keys.
-        metadata: the file's metadata.
-        packed: whether the updates were stored as records.
+    What a cut file lacks is left out: a progressive module comes in less detail, another one not at all. It has all that
+    `layouts.LoraSource` has, and the compressed bytes themselves.
+
+    Raises:
+        FormatError: no such file, no packed file, an unknown version, or damage; on opening or when a module is read.
     """
 
-    updates: dict[str, LowRankUpdate]
-    others: dict[str, Tensor]
-    metadata: dict[str, str]
-    packed: bool
+    dtype = torch.float32  # of the factors that are decoded
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        header, self._begin, self._size = _read_header(self.path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise FormatError(f"{path}: packed format {version}, this program reads {FORMAT_VERSION}: update LoRA Compress")
+        self._places = {key: _place(key, value, str(path)) for key, value in header.items()}
+        if INDEX_KEY not in self._places or PAYLOAD_KEY not in self._places:
+            raise FormatError(f"{path}: has no {INDEX_KEY}: it is no packed LoRA")
+        index = read_index(self._read(INDEX_KEY), str(path))
+        if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
+            raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
+        first, end = self._places[PAYLOAD_KEY][1]
+        if sum(length for _, length, _ in index.chunks) != end - first:
+            raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
+        self.index, self.available = index.cut(max(min(end, self._size) - first, 0))
+        try:
+            self.index.check_declared()
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}: the file is damaged") from None
+        self._chunks: dict[int, list[tuple[int, int, int]]] = {}  # of each module: begin, bytes, crc32
+        for module, length, crc in self.index.chunks:
+            self._chunks.setdefault(module, []).append((first, length, crc))
+            first += length
+        self._entries = {entry.name: (i, entry) for i, entry in enumerate(index.entries) if i in self._chunks}
+        self.missing = tuple(entry.name for i, entry in enumerate(index.entries) if i not in self._chunks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes of the payload are there."""
+        first, end = self._places[PAYLOAD_KEY][1]
+        return self.available == end - first
+
+    @property
+    def layout(self) -> str:
+        """Of the plain file that it stands for."""
+        return self.index.layout
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """What the index says of each module that can be read."""
+        return {name: entry for name, (_, entry) in self._entries.items()}
+
+    @property
+    def shapes(self) -> dict[str, ModuleShape]:
+        """Of the modules that can be read."""
+        return {n: ModuleShape(e.outputs, e.inputs, e.kernel, e.rank) for n, e in self.entries.items()}
+
+    @property
+    def family(self) -> str:
+        """See `layouts.families.family_of`."""
+        return family_of(self.shapes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must be told."""
+        if self.complete:
+            return []
+        left = f"; {len(self.missing)} modules are missing" if self.missing else ""
+        return [f"the file is cut after {self.available} bytes of its payload: it is read as the smaller LoRA that is there{left}"]
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Tensors that are carried through, by key."""
+        return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
+
+    def part(self, name: str) -> str:
+        """See `layouts.LoraSource.part`."""
+        return part_of(name, self.family)
+
+    def is_balanced(self, name: str) -> bool:
+        """Rounding has moved the rows: they are no singular value decomposition."""
+        return False
+
+    def extras(self, name: str) -> dict[str, Tensor]:
+        """None: what belongs to a module is among `others`."""
+        return {}
+
+    def factor_bytes(self, name: str) -> int:
+        """Bytes of a module's chunks."""
+        return sum(length for _, length, _ in self._chunks[self._entries[name][0]])
+
+    def plain(self, name: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
+        """Tensors of a plain file in the layout that the module came in."""
+        return self._entries[name][1].keys.tensors(name, LowRankUpdate(down, up, alpha))
+
+    def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """The metadata for a plain file."""
+        return {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
+
+    def close(self) -> None:
+        """The file is open only while something is read."""
+
+    def _tensor(self, key: str) -> Tensor:
+        spec, _ = self._places[key]
+        data = bytearray(self._read(key))
+        return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape) if data else torch.empty(spec.shape, dtype=spec.dtype)
+
+    def chunks(self, name: str) -> list[bytes]:
+        """The layers of a module's payload that are there, compared with their checksums."""
+        number, _ = self._entries[name]
+        found = []
+        with open(self.path, "rb") as file:
+            for begin, length, crc in self._chunks[number]:
+                file.seek(self._begin + begin)
+                data = file.read(length)
+                if len(data) != length or zlib.crc32(data) != crc:
+                    raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
+                found.append(data)
+        return found
+
+    def payload(self, size: int) -> bytes:
+        """The first bytes of the payload."""
+        return self._read(PAYLOAD_KEY, size)
+
+    def __getitem__(self, name: str) -> LowRankUpdate:
+        entry = self._entries[name][1]
+        try:
+            return decode_module(entry, self.chunks(name))
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {name}: {error}" if str(self.path) not in str(error) else str(error)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _read(self, key: str, size: int | None = None) -> bytes:
+        _, (begin, end) = self._places[key]
+        end = end if size is None else begin + size
+        if end > self._size:
+            raise FormatError(f"{self.path}: ends before {key} does: a packed file can be cut, but not that early")
+        with open(self.path, "rb") as file:
+            file.seek(self._begin + begin)
+            return file.read(end - begin)
 
 
-def to_packed(records: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Records by module name as the tensors of a packed file."""
-    return {name + RECORD_SUFFIX: record for name, record in records.items()}
+def packed_tensors(layout: str, stored: Iterable[tuple[Entry, Sequence[bytes]]]) -> dict[str, Tensor]:
+    """Index and payload, uint8 each, of modules and their layers: first layers first, so that the beginning of a file is a LoRA."""
+    modules = list(stored)
+    depth = max((len(layers) for _, layers in modules), default=0)
+    chunks = [Chunk(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
+    index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks)
+    payload = torch.frombuffer(bytearray(b"".join(chunk.data for chunk in chunks)) or bytearray(1), dtype=torch.uint8)
+    return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload[: sum(len(chunk.data) for chunk in chunks)]}
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -51,53 +197,42 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     Raises:
         FormatError: there is no such file.
     """
-    if Path(path).suffix != ".safetensors":
+    try:
+        return INDEX_KEY in _read_header(Path(path))[0]
+    except FormatError:
+        if not Path(path).exists():
+            raise
         return False
-    with _open(path) as file:
-        keys = list(file.keys())
-        return FORMAT_KEY in (file.metadata() or {}) or any(key.endswith(RECORD_SUFFIX) for key in keys)
 
 
-def load_lora(path: str | os.PathLike[str]) -> LoraFile:
-    """Read a packed file, or a kohya file (.safetensors, .pt, .ckpt).
-
-    Raises:
-        FormatError: no such file, no safetensors file, an unknown version, or a module that does not decode.
-    """
-    tensors, metadata = _read(path)
-    version = metadata.get(FORMAT_KEY)
-    if version not in (None, FORMAT_VERSION):
-        raise FormatError(f"{path}: packed format {version}, this program reads {FORMAT_VERSION}: update LoRA Compress")
-    records = {key: tensors.pop(key) for key in list(tensors) if key.endswith(RECORD_SUFFIX)}
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header of a safetensors file, where its data begin, and how many bytes of data are there."""
     try:
-        updates, others = from_kohya(tensors)
-        for key, record in records.items():
-            updates[key[: -len(RECORD_SUFFIX)]] = decode_record(record, key)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}") from None
-    return LoraFile(updates, others, metadata, bool(records) or version is not None)
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if Path(path).suffix == ".safetensors":
-        with _open(path) as file:
-            keys = list(file.keys())
-            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length) if length <= _LARGEST_HEADER else b""
+            header = json.loads(text)
+            size = file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
-    except Exception as error:
-        raise FormatError(f"{path}: cannot be read as weights alone ({error}): convert it to .safetensors") from error
-    if not isinstance(loaded, Mapping):
-        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not weights by key: it is no LoRA")
-    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}, {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
+    if len(text) != length or not isinstance(header, dict):
+        raise FormatError(f"{path}: no safetensors file, or cut short")
+    metadata = header.get("__metadata__") or {}
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
+    return header, 8 + length, size - 8 - length
 
 
-def _open(path: str | os.PathLike[str]) -> safe_open:
+def _place(key: str, value: Any, path: str) -> tuple[TensorSpec, tuple[int, int]]:
+    """dtype, shape and place of a tensor of the header."""
     try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from error
+        spec = TensorSpec(_DTYPES[value["dtype"]], tuple(value["shape"]))
+        begin, end = value["data_offsets"]
+        whole = all(type(number) is int and 0 <= number < 1 << 48 for number in (*spec.shape, begin, end))
+        if not whole or end - begin != spec.nbytes:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(f"{path}: {key}: its entry in the header is damaged") from None
+    return spec, (begin, end)

@@ -1,30 +1,135 @@
-"""Files appear whole or not at all, and their size is known before they are written."""
+"""Files appear whole or not at all, tensor by tensor, and their size is known before they are written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import SaveError
 
-__all__ = ["atomic_path", "safetensors_size", "write_safetensors"]
+__all__ = ["DTYPE_NAMES", "TensorSpec", "TensorWriter", "atomic_path", "safetensors_size", "write_safetensors"]
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
+# In the order in which safetensors' own writer puts tensors into a file, the last first: hashes of the data depend on it.
+DTYPE_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
 }
+_ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
+_NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+_LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a file's header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorWriter:
+    """A safetensors file of known shapes, written tensor by tensor in any order: bytes as safetensors' own writer gives them.
+
+    On leaving the `with` block it takes the two hashes by which A1111 knows a LoRA, sha256 over the data with the ss_* keys
+    of the metadata, and puts them into the header. Metadata is sorted, so that the same content gives the same bytes.
+
+    Args:
+        path: to write; goes together with `atomic_path`.
+        specs: of all tensors by key.
+        metadata: texts by key.
+
+    Attributes:
+        metadata: may be replaced before the end by texts that take no more room.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.metadata = dict(metadata)
+        self._specs = _in_file_order(specs)
+        self._waiting = set(specs)
+        header = _header(self._specs, self.metadata | _NO_HASHES)
+        self._data = len(header)  # where it begins
+        self._offsets: dict[str, int] = {}
+        offset = self._data
+        for key, spec in self._specs.items():
+            self._offsets[key] = offset
+            offset += spec.nbytes
+        self._file = open(path, "wb+")  # noqa: SIM115 - closed in __exit__
+        self._file.write(header)
+        self._file.truncate(offset)
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Write one tensor, of the dtype and shape that were announced."""
+        if TensorSpec.of(tensor) != self._specs[key]:
+            raise ValueError(f"{key}: announced as {self._specs[key]}, given as {TensorSpec.of(tensor)}")
+        self._waiting.discard(key)
+        self._file.seek(self._offsets[key])
+        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                if self._waiting:
+                    raise ValueError(f"never written: {', '.join(sorted(self._waiting)[:3])}")
+                self._file.flush()
+                self._finish()
+        finally:
+            self._file.close()
+
+    def _finish(self) -> None:
+        """Hash the data and mend the header in place."""
+        self._file.seek(self._data)
+        digest = hashlib.sha256()
+        while block := self._file.read(1 << 22):
+            digest.update(block)
+        hashes = dict(zip(_NO_HASHES, (digest.hexdigest(), self._legacy_hash()), strict=True))
+        header = _header(self._specs, self.metadata | hashes, self._data)
+        if len(header) != self._data:
+            raise ValueError("the final metadata need more room than those that were announced")
+        self._file.seek(0)
+        self._file.write(header)
+
+    def _legacy_hash(self) -> str:
+        """sha256 over 64 KiB of the file that has the ss_* metadata alone."""
+        header = _header(self._specs, {key: value for key, value in self.metadata.items() if key.startswith("ss_")})
+        begin = max(_LEGACY_HASHED.start - len(header), 0)
+        end = max(_LEGACY_HASHED.stop - len(header), 0)
+        self._file.seek(self._data + begin)
+        return hashlib.sha256(header[_LEGACY_HASHED.start : _LEGACY_HASHED.stop] + self._file.read(end - begin)).hexdigest()[:8]
 
 
 @contextmanager
@@ -55,33 +160,35 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; the same content gives the same bytes. Goes together with `atomic_path`."""
-    save_file(dict(tensors), path, dict(metadata))
-    _sort_metadata(path)
+    """Write tensors that are at hand as a safetensors file, hashes included; goes together with `atomic_path`."""
+    with TensorWriter(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, metadata) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
 
 
-def safetensors_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Bytes of the safetensors file of `tensors` (meta tensors will do): 8, a JSON header padded to 8, the data."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+def safetensors_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `TensorWriter` writes: 8, a JSON header padded to 8, the data."""
+    return len(_header(_in_file_order(specs), {**metadata, **_NO_HASHES})) + sum(spec.nbytes for spec in specs.values())
+
+
+def _in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for key, spec in specs.items():
+        by_dtype.setdefault(spec.dtype, []).append(key)
+    return {key: specs[key] for dtype in sorted(by_dtype, key=_ORDER.__getitem__) for key in sorted(by_dtype[dtype])}
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None, least: int = 0) -> bytes:
+    """Length, JSON and padding, up to where the data begin; `least` bytes in all."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
     offset = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        end = offset + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+    for key, spec in specs.items():
+        end = offset + spec.nbytes
+        header[key] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (offset, end)}
         offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + offset
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, in place: its writer has them in another one each time."""
-    with open(path, "rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = max(-(-len(text) // 8) * 8, least - 8)
+    return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,7 @@
-"""Compress updates, estimate what they will weigh, save them: the road from a network to a file."""
+"""Compress updates in memory, estimate what they will weigh, save them: the road from a network to a file."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,26 +10,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .container import FORMAT_KEY, FORMAT_VERSION, to_packed
-from .errors import FormatError, SettingsError
-from .files import atomic_path, safetensors_size, write_safetensors
-from .layouts import FP8, from_kohya, to_kohya
+from . import consumers
+from .assembly import Assembly
+from .encoding import decode_module
+from .errors import SettingsError
+from .files import TensorSpec, atomic_path, safetensors_size, write_safetensors
+from .frame import Frame
+from .job import Job, Stored
+from .layouts import as_kohya
+from .layouts.families import part_of
 from .metadata import finish_metadata
-from .parallel import each_module
-from .pruning import select_ranks
-from .records import decode_record, encode_record, record_size
+from .plain import FP8, KOHYA_KEYS, plain_update
+from .planning import plan
+from .quantization import FixedFormat, fixed_size
 from .report import CompressionReport, PartReport
-from .settings import CompressionSettings
-from .spectrum import Spectrum, thin_svd
-from .update import LowRankUpdate, squared_error
+from .settings import CompressionSettings, QuantizationSettings
+from .update import LowRankUpdate
 
-__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "opened_by", "save"]
+__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "opened_by", "partner_metadata", "plain_partner", "save"]
 
-_OPENED_BY = {
-    "kohya": "every program that loads kohya LoRA (ComfyUI, A1111, Forge, diffusers, InvokeAI, stable-diffusion.cpp, sd-scripts)",
-    "fp8": "ComfyUI, A1111, Forge, SD.Next, InvokeAI, stable-diffusion.cpp, sd-scripts; diffusers for SD and SDXL",
-    "packed": "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, or lora_compress.load_lora in Python",
-}
+_MOST_BITS = 8  # of mixed and entropy, whatever error is asked for
+_HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
 
 
 @dataclass(frozen=True)
@@ -40,60 +40,57 @@ class CompressedLora:
     Args:
         updates: what a reader of the main file gets, by module; dropped modules are absent.
         tensors: of the main file.
-        report: sizes and errors; its second size is that of the tensors, metadata apart.
+        metadata: of the main file.
+        report: sizes and errors; its second size is that of the main file.
         settings: what it was made with.
     """
 
     updates: dict[str, LowRankUpdate]
     tensors: dict[str, Tensor]
+    metadata: dict[str, str]
     report: CompressionReport
     settings: CompressionSettings
 
 
 def compress(
-    updates: Mapping[str, LowRankUpdate], settings: CompressionSettings, dtype: torch.dtype | None = None
+    updates: Mapping[str, LowRankUpdate],
+    settings: CompressionSettings,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> CompressedLora:
-    """Prune and quantize `updates`: thin SVD of each, ranks over the whole file, then the codec or plain factors.
+    """Prune and quantize `updates`: thin SVD of each, a choice over the whole file, then the codec or plain factors.
 
     Args:
         updates: by module name.
         settings: what to remove and how to store the rest.
         dtype: of plain factors (save_precision); None keeps float32. Packed files do not use it.
+        metadata: of the trainer, for the file.
 
     Raises:
         FormatError: an update holds NaN or infinity.
-        SettingsError: pruning leaves nothing.
+        SettingsError: pruning leaves nothing, or the budget cannot be met.
     """
-    spectra = each_module(lambda name, update: _spectrum(name, update, settings.quantization_device), updates)
-    ranks = select_ranks({name: spectrum.sigma.cpu() for name, spectrum in spectra.items()}, settings.pruning)
-    if updates and not any(ranks.values()):
-        raise SettingsError([f"norm_threshold={settings.pruning.norm_threshold:g} removes every module: choose a smaller one"])
-    kept = {name: rank for name, rank in ranks.items() if rank}
-    if settings.quantization.enabled:
-        records = each_module(lambda name, rank: encode_record(spectra[name], rank, settings.quantization), kept)
-        tensors = to_packed(records)
-        results = each_module(lambda name, record: decode_record(record, name), records)
-    else:
-        tensors = {}
-        results = each_module(lambda name, rank: _plain(spectra[name], rank), kept)
-    if settings.save_format in ("kohya", "fp8"):
-        tensors = to_kohya(results, FP8 if settings.save_format == "fp8" else dtype or torch.float32)
-        results = from_kohya(tensors)[0]
-    modules = each_module(lambda name, update: _module_report(update, results.get(name), kept.get(name, 0)), updates)
-    sizes = (_plain_size({name: (u, u.rank) for name, u in updates.items()}, dtype), safetensors_size(tensors))
-    return CompressedLora(results, tensors, CompressionReport.of_modules(modules, sizes), settings)
+    job = Job(updates, settings, FP8 if settings.save_format == "fp8" else dtype or torch.float32)
+    assembly = Assembly(job, metadata=metadata or {})
+    chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}))
+    stored = dict(job.run(chosen.choices)) if chosen.stored is None else chosen.stored
+    if updates and not stored:
+        raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])
+    results = {name: _result(module) for name, module in stored.items()}
+    modules = {name: _module_report(job, name, stored.get(name)) for name in updates}
+    before = _plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
+    report = CompressionReport.of_modules(modules, (before, assembly.size(stored)))
+    tensors = assembly.packed(stored) if job.packed else as_kohya(results)
+    return CompressedLora(results, tensors, assembly.finished_metadata(stored), report, settings)
 
 
-def save(
-    lora: CompressedLora,
-    path: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> CompressionReport:
+def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> CompressionReport:
     """Write the main file to `path`, and its kohya partner beside it when save_format is both: whole or not at all.
 
-    Returns:
-        The report, with the size of the main file as it lies on disk.
+    Args:
+        lora: from `compress`.
+        path: ends with .safetensors.
+        dtype: of the partner's factors; None for float32.
 
     Raises:
         SaveError: the folder cannot be written or the disk is full.
@@ -101,24 +98,32 @@ def save(
     """
     if Path(path).suffix != ".safetensors":
         raise SettingsError([f"{path}: a compressed LoRA is a safetensors file: end its name with .safetensors"], "output")
-    settings = lora.settings
-    details = {**settings.as_dict(), **lora.report.details(), "quantization_device": None}
-    packed = {FORMAT_KEY: FORMAT_VERSION} if settings.save_format in ("packed", "both") else {}
     with atomic_path(path) as temporary:  # takes its name only when the partner has: both, or neither
-        write_safetensors(lora.tensors, temporary, finish_metadata(metadata, lora.tensors, lora.updates, details) | packed)
-        if settings.save_format == "both":
-            partner = to_kohya(lora.updates, dtype or torch.float32)
-            truth = finish_metadata(metadata, partner, from_kohya(partner)[0], {**details, "save_format": "kohya"})
+        write_safetensors(lora.tensors, temporary, lora.metadata)
+        if lora.settings.save_format == "both":
+            partner = {name: plain_partner(update, dtype or torch.float32) for name, update in lora.updates.items()}
             with atomic_path(kohya_partner(path)) as beside:
-                write_safetensors(partner, beside, truth)
-    return dataclasses.replace(lora.report, bytes=(lora.report.bytes[0], os.path.getsize(path)))
+                write_safetensors(as_kohya(partner), beside, partner_metadata(lora.metadata, partner))
+    return lora.report
 
 
-def opened_by(path: str | os.PathLike[str], save_format: str) -> str:
-    """Which programs open what `save` wrote to `path`, a line for each file."""
-    lines = {str(path): _OPENED_BY["packed" if save_format == "both" else save_format]}
+def plain_partner(update: LowRankUpdate, dtype: torch.dtype, has_alpha: bool = True) -> LowRankUpdate:
+    """What a packed module is in a plain file."""
+    return plain_update(update.down_matrix, update.up_matrix.T, update.kernel, dtype, 1.0 if has_alpha else None)
+
+
+def partner_metadata(metadata: Mapping[str, str], partner: Mapping[str, LowRankUpdate]) -> dict[str, str]:
+    """Metadata of a packed file, made true for the plain file beside it."""
+    told = {key.removeprefix("ss_compress_"): value for key, value in metadata.items() if key.startswith("ss_compress_")}
+    ranks, alphas = [update.rank for update in partner.values()], [update.alpha for update in partner.values()]
+    return finish_metadata(metadata, ranks, alphas, {**told, "save_format": "kohya"})
+
+
+def opened_by(path: str | os.PathLike[str], save_format: str, family: str = "unknown") -> str:
+    """Which programs open what was written to `path`, a line for each file."""
+    lines = {str(path): consumers.opened_by("packed" if save_format == "both" else save_format, family)}
     if save_format == "both":
-        lines[str(kohya_partner(path))] = _OPENED_BY["kohya"]
+        lines[str(kohya_partner(path))] = consumers.opened_by("kohya", family)
     return "\n".join(f"{name} opens in: {programs}" for name, programs in lines.items())
 
 
@@ -130,51 +135,51 @@ def kohya_partner(path: str | os.PathLike[str]) -> Path:
 def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSettings, dtype: torch.dtype | None) -> int:
     """Bytes to expect of the main file, metadata apart, if rank_ratio took the same share of every module.
 
-    norm_threshold cannot be foreseen, so it is an upper estimate where one is set.
+    What thresholds, dynamic_method or an error leave cannot be foreseen: it is an upper estimate where
+    `CompressionSettings.size_is_open`. A target_size is taken at its word.
     """
-    floor, ratio = settings.pruning.min_rank, settings.pruning.rank_ratio
+    if settings.budget.size is not None:
+        return settings.budget.size
+    floor, ratio = settings.pruning.rank_floor, settings.pruning.rank_ratio
     ranks = {}
     for name, update in updates.items():
         most = min(update.rank, update.down_matrix.shape[1], update.up.shape[0]) if settings.enabled else update.rank
-        ranks[name] = min(most, max(round(ratio * most), floor, 1))
+        cap = settings.pruning.rank_cap(update.kernel)
+        ranks[name] = min(most, max(round(ratio * most), floor, 1), most if cap is None else cap)
     if settings.save_format in ("packed", "both"):
-        sizes = {
-            name: record_size(update.down_matrix.shape[1], update.up.shape[0], ranks[name], settings.quantization)
-            for name, update in updates.items()
-        }
-        return safetensors_size(
-            to_packed({name: torch.empty(size, dtype=torch.uint8, device="meta") for name, size in sizes.items()})
-        )
-    kept = {name: (update, ranks[name]) for name, update in updates.items()}
-    return _plain_size(kept, FP8 if settings.save_format == "fp8" else dtype)
+        return _packed_estimate({name: (update, ranks[name]) for name, update in updates.items()}, settings.quantization)
+    return _plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
 
 
-def _spectrum(name: str, update: LowRankUpdate, device: str) -> Spectrum:
-    try:
-        return thin_svd(LowRankUpdate(update.down.to(device), update.up.to(device), update.alpha))
-    except FormatError as error:
-        raise FormatError(f"{name}: {error}") from None
+def _module_report(job: Job, name: str, stored: Stored | None) -> PartReport:
+    analysis = job.analyses[name]
+    lost = analysis.norm if stored is None else stored.squared_error
+    return PartReport((1, int(stored is not None)), (analysis.shape.rank, stored.rank if stored else 0), lost, analysis.norm)
 
 
-def _plain(spectrum: Spectrum, rank: int) -> LowRankUpdate:
-    down, up = spectrum.balanced(rank)
-    return LowRankUpdate.from_matrices(down.float(), up.T.float(), float(rank), spectrum.kernel)
+def _result(stored: Stored) -> LowRankUpdate:
+    """What a reader of the file gets."""
+    if stored.plain is not None:
+        return stored.plain
+    assert stored.entry is not None
+    return decode_module(stored.entry, stored.chunks)
 
 
-def _module_report(update: LowRankUpdate, result: LowRankUpdate | None, rank: int) -> PartReport:
-    error, norm = squared_error(update, result)
-    return PartReport((1, int(result is not None)), (update.rank, rank), error, norm)
+def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings) -> int:
+    """Bytes of a packed file of updates at the given ranks; of the index a good guess."""
+    payload = 0
+    for update, rank in updates.values():
+        columns, outputs = update.down_matrix.shape[1], update.up.shape[0]
+        if settings.averages:
+            payload += int(rank * (columns + outputs) * float(settings.bits or _MOST_BITS) / 8)
+        else:
+            payload += fixed_size(rank, columns, outputs, FixedFormat.of_settings(settings))
+    return payload + _INDEX_BYTES * len(updates) + _HEADER_BYTES
 
 
 def _plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.dtype | None) -> int:
     """Bytes of a kohya file of updates at the given ranks."""
-    tensors = {}
+    specs: dict[str, TensorSpec] = {}
     for name, (update, rank) in updates.items():
-        shapes = {
-            "lora_down.weight": (rank, *update.down.shape[1:]),
-            "lora_up.weight": (update.up.shape[0], rank, *update.up.shape[2:]),
-        }
-        for key, shape in shapes.items():
-            tensors[f"{name}.{key}"] = torch.empty(shape, dtype=dtype or torch.float32, device="meta")
-        tensors[f"{name}.alpha"] = torch.empty((), dtype=torch.float32, device="meta")
-    return safetensors_size(tensors)
+        specs |= KOHYA_KEYS.specs(name, (rank, *update.down.shape[1:]), (update.up.shape[0], rank, *update.up.shape[2:]), dtype)
+    return safetensors_size(specs, {})

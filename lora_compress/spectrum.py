@@ -11,43 +11,139 @@ from torch import Tensor
 from .errors import FormatError
 from .update import LowRankUpdate
 
-__all__ = ["Spectrum", "thin_svd"]
+__all__ = ["Spectrum", "known_svd", "thin_svd"]
+
+_LEAST_PIVOT = 1e-5  # of a Cholesky factor of a Gram matrix with unit diagonal; below, its square root has lost too many digits
+_TOLERANCE = 1e-9  # of the checks on what a device computed in float64
+_FLOAT32_RANGE = 1e15  # coefficients beyond it, or under its inverse, are applied in float64
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """dW = sum_i sigma_i u_i v_i^T, strongest component first; alpha / r is part of sigma.
+    """dW = sum_i sigma_i u_i v_i^T, best component first; alpha / r is part of sigma. The u_i are orthogonal.
+
+    In a singular value decomposition the v_i are too, and best is strongest; weighted by activations they need not be. The
+    vectors are kept as mixtures of the factors' own rows, which is r numbers each instead of a layer's width:
+    sqrt(sigma_i) v_i^T = mix_down[i] @ down and sqrt(sigma_i) u_i = up @ mix_up[i].
 
     Args:
-        u: (k, out), the left singular vectors as rows.
-        sigma: (k,), effective singular values, falling.
-        v: (k, in * kernel), the right singular vectors as rows.
-        kernel: kernel size of a convolution, () for a linear layer.
+        sigma: (k,), float64, ||dW_i||_F of the components: effective singular values.
+        mix_down: (k, r), float64.
+        mix_up: (k, r), float64.
+        update: the update itself.
     """
 
-    u: Tensor
     sigma: Tensor
-    v: Tensor
-    kernel: tuple[int, ...] = ()
+    mix_down: Tensor
+    mix_up: Tensor
+    update: LowRankUpdate
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size of a convolution, () for a linear layer."""
+        return self.update.kernel
+
+    def without_factors(self) -> Spectrum:
+        """The same without the weights of the update: shapes alone, for files that are read a module at a time."""
+        update = LowRankUpdate(self.update.down.to("meta"), self.update.up.to("meta"), self.update.alpha)
+        return Spectrum(self.sigma, self.mix_down, self.mix_up, update)
+
+    def to(self, device: str) -> Spectrum:
+        """The same with sigma and mixtures on a device."""
+        return Spectrum(self.sigma.to(device), self.mix_down.to(device), self.mix_up.to(device), self.update)
+
+    def of(self, update: LowRankUpdate) -> Spectrum:
+        """The same over the weights of `update`, which it was taken from."""
+        return Spectrum(self.sigma, self.mix_down, self.mix_up, update)
 
     def balanced(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The strongest `rank` components as (sqrt(sigma) v, sqrt(sigma) u): down (rank, in * kernel), up^T (rank, out)."""
-        root = self.sigma[:rank].sqrt().unsqueeze(1)
-        return self.v[:rank] * root, self.u[:rank] * root
+        """The strongest `rank` components in the balanced basis: float32, or float64 where float32 cannot hold the factors.
+
+        Returns:
+            down (rank, in * kernel) with rows sqrt(sigma_i) v_i^T, and up^T (rank, out) with rows sqrt(sigma_i) u_i^T.
+        """
+        down = _mix(self.mix_down[:rank], self.update.down_matrix)
+        return down, _mix(self.mix_up[:rank], self.update.up_matrix.T)
 
 
 def thin_svd(update: LowRankUpdate) -> Spectrum:
-    """SVD of (alpha / r) up @ down in float64: QR of both factors, then the SVD of the small core R_up R_down^T.
+    """SVD of dW = (alpha / r) up @ down in float64: triangular factors of up and down^T, then the SVD of their small product.
 
+    With up = Q_u R_u and down^T = Q_d R_d, the SVD of the core (alpha / r) R_u R_d^T = U S V^T is that of dW up to the Q's.
+    R comes from the Gram matrix, whose entries are exact to float64 for float16 factors: R^T R = up^T up by Cholesky, scaled
+    to a unit diagonal, so that the error is relative to every sigma_i and not to the largest (Demmel and Veselic,
+    https://doi.org/10.1137/0613074). Where factors are close to linear dependence, R comes from a Householder QR.
     At most min(r, out, in * kernel) components come out.
 
     Raises:
-        FormatError: a factor or alpha holds NaN or infinity.
+        FormatError: a factor or alpha holds NaN or infinity, or the decomposition failed.
     """
-    up, down = update.up_matrix.double(), update.down_matrix.double()
-    if not (torch.isfinite(up).all() and torch.isfinite(down).all() and math.isfinite(update.alpha)):
+    up, down = _double(update.up_matrix.T), _double(update.down_matrix)  # (r, out), (r, in * kernel)
+    gram_up, gram_down = up @ up.T, down @ down.T
+    norm = float((gram_up * gram_down).sum()) * update.scale**2  # ||dW||_F^2
+    bound = math.sqrt(float(gram_up.trace() * gram_down.trace())) * abs(update.scale)
+    if not math.isfinite(norm):
         raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
-    q_up, r_up = torch.linalg.qr(up)  # (out, p), (p, r)
-    q_down, r_down = torch.linalg.qr(down.T)  # (in * kernel, q), (q, r)
-    u, sigma, vh = torch.linalg.svd(r_up @ r_down.T * update.scale, full_matrices=False)
-    return Spectrum((q_up @ u).T, sigma, vh @ q_down.T, update.kernel)
+    root_up, root_down = _triangle(gram_up, up), _triangle(gram_down, down)  # (p, r), (q, r)
+    core = root_up @ root_down.T * update.scale  # (p, q)
+    u, sigma, vh = _svd(core)
+    count = min(up.shape[1], down.shape[1], len(sigma))
+    if not abs(float(sigma.square().sum()) - norm) <= _TOLERANCE * bound**2:
+        raise FormatError("the triangular factors of its weights came out wrong: compute on another device")
+    return _spectrum(update, u.T[:count], sigma[:count], vh[:count], root_up, root_down)
+
+
+def _svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD that is compared with what it decomposes; drivers on a GPU have returned garbage, then the CPU is asked."""
+    for candidate in (core, core.cpu()):
+        try:
+            u, sigma, vh = torch.linalg.svd(candidate, full_matrices=False)
+        except torch.linalg.LinAlgError:
+            continue
+        if float((u * sigma @ vh - candidate).norm()) <= _TOLERANCE * float(candidate.norm()):
+            return u.to(core), sigma.to(core), vh.to(core)
+    raise FormatError("its singular value decomposition failed, on the CPU too: the file may be damaged")
+
+
+def known_svd(update: LowRankUpdate) -> Spectrum:
+    """The spectrum of an update whose factors are its decomposition: rows sqrt(sigma_i) v_i, columns sqrt(sigma_i) u_i, falling."""
+    scale = update.scale
+    sigma = update.down_matrix.double().square().sum(dim=1) * abs(scale)
+    if not torch.isfinite(sigma).all():
+        raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
+    mix = torch.eye(len(sigma), dtype=torch.float64, device=sigma.device) * abs(scale) ** 0.5
+    return Spectrum(sigma, mix, mix * math.copysign(1.0, scale), update)
+
+
+def _double(rows: Tensor) -> Tensor:
+    """In float64; half the time of one conversion for float16, which torch does not vectorize."""
+    return rows.float().double() if rows.dtype in (torch.float16, torch.bfloat16) else rows.double()
+
+
+def _triangle(gram: Tensor, rows: Tensor) -> Tensor:
+    """R of rows^T = Q R, (p, r), from rows (r, n) and their Gram matrix (r, r)."""
+    norms = gram.diagonal().sqrt()
+    if len(norms) and bool((norms > 0).all()):
+        factor, failed = torch.linalg.cholesky_ex(gram / norms / norms.unsqueeze(1))
+        if not int(failed) and float(factor.diagonal().min()) > _LEAST_PIVOT:
+            return factor.T * norms
+    return torch.linalg.qr(rows.T, mode="r").R
+
+
+def _spectrum(update: LowRankUpdate, u: Tensor, sigma: Tensor, vh: Tensor, root_up: Tensor, root_down: Tensor) -> Spectrum:
+    """From u (k, p), sigma (k,) and vh (k, q) of the core: u_i^T R_u down = sigma_i / scale v_i^T, and likewise on the other side.
+
+    No triangle is inverted: only sigma is, and a component whose sigma is rounding error is left empty.
+    """
+    real = sigma > sigma[:1] * torch.finfo(torch.float64).eps
+    weights = torch.where(real, sigma, 1.0).rsqrt().where(real, 0.0).unsqueeze(1) * update.scale
+    return Spectrum(torch.where(real, sigma, 0.0), (u * weights) @ root_up, (vh * weights) @ root_down, update)
+
+
+def _mix(coefficients: Tensor, rows: Tensor) -> Tensor:
+    """coefficients (k, r) @ rows (r, n) in float32, or in float64 where float32 would overflow or lose digits."""
+    largest = coefficients.abs().amax(dim=0) if coefficients.numel() else coefficients.new_zeros(1)
+    least = torch.where(largest > 0, largest, 1.0).amin()
+    if rows.dtype != torch.float64 and float(largest.amax()) < _FLOAT32_RANGE and float(least) > 1 / _FLOAT32_RANGE:
+        return coefficients.float() @ rows.float()
+    return coefficients @ rows.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .errors import FormatError
 
-__all__ = ["LowRankUpdate", "relative_error", "squared_error"]
+__all__ = ["LowRankUpdate", "difference", "relative_error", "squared_error"]
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,42 @@ class LowRankUpdate:
 
 
 def squared_error(reference: LowRankUpdate, other: LowRankUpdate | None) -> tuple[float, float]:
-    """||dW - dW'||_F^2 and ||dW||_F^2 in float64, from the factors: ||U V||_F^2 = sum((U^T U) * (V V^T)).
+    """||dW - dW'||_F^2 and ||dW||_F^2 of any two updates of one layer, right also where they nearly agree.
 
-    `other` None stands for a removed module, dW' = 0.
+    `other` None stands for a removed module, dW' = 0. With [up, -up'] = Q_u R_u and [down; down']^T = Q_d R_d the difference
+    has the norm of R_u R_d^T, where what cancels has cancelled before anything is squared.
     """
     up = reference.up_matrix.double() * reference.scale
     down = reference.down_matrix.double()
-    norm = _gram_norm(up, down)
+    norm = _product_norm(up, down)
     if other is None:
         return norm, norm
     up = torch.cat([up, -other.scale * other.up_matrix.to(up)], dim=1)  # (out, r + r')
     down = torch.cat([down, other.down_matrix.to(down)], dim=0)  # (r + r', in * kernel)
-    return _gram_norm(up, down), norm
+    return _product_norm(up, down), norm
+
+
+def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -> float:
+    """||up^T down - up'^T down'||_F^2 of matrices given by matching rows: the first of one stand for the first of the other.
+
+    Written as (up - up')^T down + up'^T (down - down') with the two brought to the same balance first, so that nothing large
+    is subtracted; the fast way for a module and what a codec made of it.
+
+    Args:
+        down: (k, in * kernel).
+        up: (k, out).
+        other_down: (k', in * kernel), k' at most k: the components beyond have been dropped.
+        other_up: (k', out).
+    """
+    missing = len(down) - len(other_down)
+    if missing:
+        other_down, other_up = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in (other_down, other_up))
+    aligned = float((other_down * down).sum() / down.square().sum().clamp_min(torch.finfo(down.dtype).tiny))
+    if aligned > 0.0 and math.isfinite(aligned):
+        other_down, other_up = other_down / aligned, other_up * aligned
+    left = torch.cat([up - other_up, other_up])  # (2k, out)
+    right = torch.cat([down, down - other_down])  # (2k, in * kernel)
+    return max(float(((left @ left.T).double() * (right @ right.T).double()).sum()), 0.0)
 
 
 def relative_error(squared: float, norm: float) -> float:
@@ -100,5 +125,6 @@ def relative_error(squared: float, norm: float) -> float:
     return (squared / norm) ** 0.5 if norm > 0.0 else float("inf")
 
 
-def _gram_norm(up: Tensor, down: Tensor) -> float:
-    return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
+def _product_norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down||_F^2 for up (out, r) and down (r, n), both float64."""
+    return float((torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T).square().sum())

@@ -129,7 +129,7 @@ class CompressNetwork:
         if not self._announced:
             self._announced = True
             size = estimate_size(self.updates(), self.compression, self._save_dtype)
-            most = "at most " if self.compression.pruning.norm_threshold else ""
+            most = "at most " if self.compression.size_is_open else ""
             values = self.compression.as_dict() | {"expected file size": f"{most}{size / 1e6:.2f} MB"}
             tqdm.write(settings_table(values, "compression"))
 
@@ -142,9 +142,9 @@ class CompressNetwork:
             for lora in self.text_encoder_loras + self.unet_loras
         }
 
-    def compress(self, dtype: torch.dtype | None = None):
+    def compress(self, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None):
         """The live weights, compressed as the settings say, in memory."""
-        return compress(self.updates(), self.compression, dtype)
+        return compress(self.updates(), self.compression, dtype, metadata)
 
     def save_weights(self, file, dtype, metadata) -> None:
         """Write `file` as the settings say; with all compression off, the host's own bytes. Atomic either way.
@@ -157,7 +157,7 @@ class CompressNetwork:
             with atomic_path(file) as temporary:
                 super().save_weights(str(temporary), dtype, metadata)
             return
-        self.report = save(self.compress(dtype), file, dtype, metadata)
+        self.report = save(self.compress(dtype, metadata), file, dtype)
         tqdm.write(f"{self.report}\n{opened_by(file, str(self.compression.save_format))}")
         if self.compression.save_format == "both":
             self._with_partner = (*self._with_partner, Path(file))

@@ -80,15 +80,6 @@ class CompressionReport:
         }
         return values | {"compress/relative_error": total.relative_error}
 
-    def details(self) -> dict[str, str]:
-        """The numbers as metadata, without the size: a file cannot hold its own."""
-        total = self.total
-        return {
-            "modules": f"{total.modules[1]}/{total.modules[0]}",
-            "components": f"{total.components[1]}/{total.components[0]}",
-            "relative_error": f"{total.relative_error:.6g}",
-        }
-
     def __str__(self) -> str:
         table = Table(title="compressed LoRA")
         for heading in ("part", "modules", "components (rank)", "size", "relative error of the update"):

@@ -49,8 +49,8 @@ def assert_same(found: dict[str, LowRankUpdate], wanted: dict[str, LowRankUpdate
 def test_a_saved_file_loads_as_what_was_compressed(values: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     settings = CompressionSettings.parse(values)
-    lora = compress(mixed_updates(), settings, torch.float16)
-    save(lora, path, torch.float16, {"ss_base_model_version": "sd_v1"})
+    lora = compress(mixed_updates(), settings, torch.float16, {"ss_base_model_version": "sd_v1"})
+    save(lora, path, torch.float16)
     loaded = load_lora(path)
     assert_same(loaded.updates, lora.updates)
     assert loaded.others == {}
@@ -112,7 +112,7 @@ def _write_bad(kind: str, folder: Path) -> tuple[Path, str]:
             return folder / "lora.pt", "no such file"
         case "folder":
             path.mkdir()
-            return path, "safetensors"
+            return path, "no such file"
         case "text":
             path.write_text("this is not it")
             return path, "no safetensors file"
@@ -132,10 +132,10 @@ def _write_bad(kind: str, folder: Path) -> tuple[Path, str]:
             return path, "packed format 2.* reads 1: update LoRA Compress"
         case "record":
             save_file({key: tensor[:-1] for key, tensor in lora.tensors.items()}, path, {"lora_compress_format": "1"})
-            return path, r"lora_unet_a\.lora_compress: .*cut or damaged"
+            return path, "its index cannot be read"
         case "lonely down":
             save_file({"lora_unet_a.lora_down.weight": torch.zeros(4, 3)}, path)
-            return path, "lora_unet_a: .*no lora_up"
+            return path, "lora_unet_a.lora_up.weight: is missing"
         case "pickle list":
             torch.save([torch.zeros(3)], folder / "lora.pt")
             return folder / "lora.pt", "holds a list"
@@ -176,6 +176,6 @@ def test_metadata_tells_what_was_done(tmp_path: Path) -> None:
         "save_format": "packed",
         "modules": "4/4",
         "components": f"{report.total.components[1]}/32",
-        "relative_error": f"{report.total.relative_error:.6g}",
+        "relative_error": f"{report.total.relative_error:.6e}",
     }
     assert json.loads(told["components"].split("/")[0]) == sum(update.rank for update in load_lora(path).updates.values())

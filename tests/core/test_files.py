@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from core.factories import mixed_updates, random_update
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_compress import CompressionSettings, SaveError, SettingsError, atomic_path, compress, load_lora, save
-from lora_compress.files import safetensors_size
+from lora_compress.files import TensorSpec, TensorWriter, safetensors_size, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, signals and file limits")
@@ -145,15 +146,28 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "c.safetensors").read_text() == "new"
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"ss_tag": 'quotes " and \\ and\nlines, \u00e9\u65e5 \x01', "b": ""}], ids=str)
+@pytest.mark.parametrize("metadata", [{}, {"ss_tag": 'quotes " and \\ and\nlines, \u00e9\u65e5 \x01', "b": ""}], ids=str)
 @pytest.mark.parametrize("values", [{"bits": 8}, {"bits": 4, "strategy": "nf4"}, {"save_format": "fp8"}, {}], ids=str)
-def test_size_is_known_without_writing(values: dict[str, object], metadata: dict[str, str] | None, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
+def test_bytes_are_those_of_safetensors_own_writer(values: dict[str, object], metadata: dict[str, str], tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     tensors = compress(mixed_updates(), CompressionSettings.parse(values), torch.bfloat16).tensors
     for count in range(1, len(tensors) + 1):  # the header is padded to 8 bytes: different lengths of it
-        some = dict(list(tensors.items())[:count])
-        save_file(some, path, metadata)
-        assert safetensors_size({key: tensor.to("meta") for key, tensor in some.items()}, metadata) == path.stat().st_size
+        some = dict(list(tensors.items())[-count:])
+        write_safetensors(some, ours, metadata)
+        with safe_open(ours, "pt") as file:
+            save_file(some, theirs, file.metadata())
+        assert ours.stat().st_size == theirs.stat().st_size
+        assert safetensors_size({key: TensorSpec.of(tensor) for key, tensor in some.items()}, metadata) == ours.stat().st_size
+        data = 8 + int.from_bytes(ours.read_bytes()[:8], "little")
+        assert ours.read_bytes()[data:] == theirs.read_bytes()[data:]
+
+
+def test_a_tensor_that_was_not_announced_or_never_comes_is_an_error(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.float32, (2,))}
+    with pytest.raises(ValueError, match="a: announced as"), TensorWriter(tmp_path / "x", specs, {}) as writer:
+        writer.write("a", torch.zeros(3))
+    with pytest.raises(ValueError, match="never written: b"), TensorWriter(tmp_path / "x", specs, {}) as writer:
+        writer.write("a", torch.zeros(2))
 
 
 def test_loading_does_not_keep_the_file_from_being_replaced(tmp_path: Path) -> None:

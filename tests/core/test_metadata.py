@@ -28,7 +28,7 @@ def test_hashes_are_those_of_sd_scripts(values: dict[str, object], tmp_path: Pat
 
     path = tmp_path / "lora.safetensors"
     big = random_update(rank=64, inputs=20000, outputs=20000)  # past the 1 MiB at which the old hash begins
-    save(compress({**mixed_updates(), "lora_unet_big": big}, CompressionSettings.parse(values)), path, metadata=HOST)
+    save(compress({**mixed_updates(), "lora_unet_big": big}, CompressionSettings.parse(values), metadata=HOST), path)
     for file in tmp_path.iterdir():
         metadata = load_lora(file).metadata
         theirs = train_util.precalculate_safetensors_hashes(load_file(file), metadata)
@@ -48,7 +48,7 @@ def test_dim_and_alpha_tell_what_the_file_holds(
     values: dict[str, object], ratio: float, dim: str, alpha: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "lora.safetensors"
-    save(compress(mixed_updates(), CompressionSettings.parse({**values, "rank_ratio": ratio, "min_rank": 1})), path, metadata=HOST)
+    save(compress(mixed_updates(), CompressionSettings.parse({**values, "rank_ratio": ratio, "min_rank": 1}), metadata=HOST), path)
     file = load_lora(path)
     assert file.metadata["ss_network_dim"] == dim
     assert file.metadata["ss_network_alpha"] == alpha
@@ -61,7 +61,7 @@ def test_dim_and_alpha_tell_what_the_file_holds(
 def test_each_of_two_files_tells_its_own_truth(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     one = {"lora_unet_a": random_update(rank=1)}
-    save(compress(one, CompressionSettings.parse({"bits": 8, "save_format": "both"})), path, metadata=HOST)
+    save(compress(one, CompressionSettings.parse({"bits": 8, "save_format": "both"}), metadata=HOST), path)
     packed, plain = load_lora(path).metadata, load_lora(tmp_path / "lora.kohya.safetensors").metadata
     assert (packed["ss_network_dim"], packed["ss_network_alpha"]) == ("1", "1.0")
     assert (plain["ss_network_dim"], plain["ss_network_alpha"]) == ("2", "1.0")  # rank 1 is padded there
@@ -72,7 +72,7 @@ def test_each_of_two_files_tells_its_own_truth(tmp_path: Path) -> None:
 def test_the_hosts_metadata_is_copied_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     host = dict(HOST)
-    save(compress(mixed_updates(), CompressionSettings.parse({"bits": 4})), path, metadata=host)
+    save(compress(mixed_updates(), CompressionSettings.parse({"bits": 4}), metadata=host), path)
     assert host == HOST
     saved = load_lora(path).metadata
     assert saved["ss_tag"] == HOST["ss_tag"]
@@ -91,7 +91,7 @@ def test_nothing_of_an_earlier_compression_remains(tmp_path: Path) -> None:
     save(compress(mixed_updates(), CompressionSettings.parse({"bits": 4})), first)
     packed = load_lora(first)
     updates: dict[str, LowRankUpdate] = packed.updates
-    save(compress(updates, CompressionSettings.parse({"rank_ratio": 0.5}), torch.float16), second, metadata=packed.metadata)
+    save(compress(updates, CompressionSettings.parse({"rank_ratio": 0.5}), torch.float16, packed.metadata), second)
     again = load_lora(second)
     assert not again.packed
     assert "lora_compress_format" not in again.metadata

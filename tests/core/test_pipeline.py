@@ -50,8 +50,8 @@ def test_report_tells_error_bytes_and_counts_of_the_written_file(values: dict[st
 def test_the_same_input_gives_the_same_bytes(values: dict[str, object], tmp_path: Path) -> None:
     settings = CompressionSettings.parse(values)
     for folder in ("a", "b"):
-        lora = compress(mixed_updates(), settings, torch.float16)
-        save(lora, tmp_path / folder / "lora.safetensors", torch.float16, {"ss_b": "1", "ss_a": "\u00e9"})
+        lora = compress(mixed_updates(), settings, torch.float16, {"ss_b": "1", "ss_a": "\u00e9"})
+        save(lora, tmp_path / folder / "lora.safetensors", torch.float16)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
@@ -113,11 +113,13 @@ def test_estimated_size_is_near_the_real_one_for_flat_spectra(values: dict[str, 
     assert report.bytes[0] == pytest.approx(plain, rel=0.02)
 
 
-def test_estimate_is_exact_where_every_component_stays() -> None:
+def test_estimate_is_near_where_every_component_stays() -> None:
     for values in ({"bits": 4}, {"bits": 8, "group_size": 16}, {"bits": 4, "strategy": "nf4"}, {"save_format": "fp8"}):
         settings = CompressionSettings.parse(values)
         wide = {**mixed_updates(), "lora_unet_wide": random_update(rank=30)}  # a rank above the layer's own
-        assert estimate_size(wide, settings, None) == compress(wide, settings).report.bytes[1]
+        assert estimate_size(wide, settings, None) == pytest.approx(
+            compress(wide, settings).report.bytes[1], abs=1000
+        )  # of metadata
 
 
 def test_dropped_modules_are_absent_and_dropping_all_is_refused() -> None:
@@ -127,7 +129,7 @@ def test_dropped_modules_are_absent_and_dropping_all_is_refused() -> None:
         assert lora.updates.keys() == {"lora_unet_strong"}
         assert not any("weak" in key for key in lora.tensors)
         assert lora.report.total.modules == (2, 1)
-    with pytest.raises(SettingsError, match="norm_threshold=1e\\+06 removes every module"):
+    with pytest.raises(SettingsError, match="pruning removes every module"):
         compress(updates, CompressionSettings.parse({"norm_threshold": 1e6}))
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compress.quantization import CODECS, Codec, pack_bits, packed_width, unpack_bits
+from lora_compress.quantization import CODECS, Codec, codec_by_id, pack_bits
 
-CODEC_NAMES = ("int8", "int4", "nf4")
+CODEC_NAMES = tuple(CODECS)
+INTEGERS = ("int2", "int3", "int4", "int5", "int6", "int8")
 
 
 def gaussian(rows: int, width: int, seed: int = 0) -> Tensor:
@@ -28,9 +29,14 @@ def relative_rms(found: Tensor, wanted: Tensor) -> float:
     [
         ("int8", 64, 0.0059),
         ("int8", 128, 0.0065),
+        ("int6", 64, 0.0243),
+        ("int5", 64, 0.0502),
         ("int4", 32, 0.0860),
         ("int4", 64, 0.0948),
         ("int4", 128, 0.1010),
+        ("int3", 64, 0.1896),
+        ("int2", 64, 0.3781),
+        ("fp8", 64, 0.0265),
         ("nf4", 32, 0.0873),
         ("nf4", 64, 0.0920),
         ("nf4", 128, 0.0956),
@@ -39,7 +45,7 @@ def relative_rms(found: Tensor, wanted: Tensor) -> float:
 def test_error_on_gaussian_weights_is_the_known_one(name: str, block_size: int, published: float) -> None:
     rows = gaussian(256, 1024)
     found = relative_rms(round_trip(CODECS[name], rows, block_size), rows)
-    assert 0.93 * published < found < 1.01 * published
+    assert 0.89 * published < found < 1.01 * published
 
 
 @pytest.mark.parametrize("width", [1, 5, 32, 63, 100, 640])
@@ -53,7 +59,7 @@ def test_decoded_weights_encode_to_themselves(name: str, block_size: int | None,
 
 
 @pytest.mark.parametrize("block_size", [None, 32, 64])
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", INTEGERS)
 def test_integer_codes_are_the_nearest_points_of_the_stored_grid(name: str, block_size: int | None) -> None:
     codec = CODECS[name]
     rows = gaussian(6, 100)
@@ -66,12 +72,38 @@ def test_integer_codes_are_the_nearest_points_of_the_stored_grid(name: str, bloc
 
 
 @pytest.mark.parametrize("power", [1, 3])
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", INTEGERS)
 def test_searched_scale_beats_absmax(name: str, power: int) -> None:
     codec = CODECS[name]
     rows = gaussian(64, 64) ** power
     step = rows.abs().amax(dim=1, keepdim=True) / (2 ** (codec.bits - 1) - 1)
     assert relative_rms(round_trip(codec, rows, 64), rows) < relative_rms((rows / step).round() * step, rows)
+
+
+@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("width", [16, 64, 256, 2048])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_searched_scale_is_as_good_as_a_dense_search(name: str, width: int, power: int) -> None:
+    codec = CODECS[name]
+    rows = gaussian(8192 // width, width, seed=width) ** power
+    found = relative_rms(round_trip(codec, rows, width), rows)
+    # in tiny blocks a fine grid that leaves several of its steps unused can be better; the search does not look so far
+    slack = 1.01 if codec.bits <= 4 else 1.02 if width > 16 else 1.08
+    assert found <= slack * relative_rms(densely_searched(rows.double(), codec.bits), rows)
+
+
+def densely_searched(rows: Tensor, bits: int) -> Tensor:
+    """Rows on the best of 1,200 grids of both signs, in float64; what a scale rounded to bfloat16 can miss is not held back."""
+    half = 2 ** (bits - 1)
+    largest = rows.abs().amax(dim=1, keepdim=True)
+    best, least = rows, torch.full_like(largest, float("inf"))
+    for place in range(600):
+        for sign in (1, -1):
+            step = sign * largest / (half * 0.7 * 1.004**place)
+            trial = (rows / step).round().clamp(-half, half - 1) * step
+            error = (trial - rows).square().sum(dim=1, keepdim=True)
+            best, least = torch.where(error < least, trial, best), torch.minimum(error, least)
+    return best
 
 
 @pytest.mark.parametrize("block_size", [None, 32])
@@ -94,7 +126,8 @@ def test_an_outlier_harms_its_own_block_only(name: str) -> None:
     wild = rows.clone()
     wild[1, 40] = 1e6
     calm, shaken = round_trip(codec, rows, 32), round_trip(codec, wild, 32)
-    assert float(shaken[1, 40]) == pytest.approx(1e6, rel=2.0**-codec.bits + 2.0**-8)
+    precision = 3 if name == "fp8" else codec.bits  # the bits of its mantissa
+    assert float(shaken[1, 40]) == pytest.approx(1e6, rel=2.0**-precision + 2.0**-8)
     harmed = torch.zeros_like(rows, dtype=torch.bool)
     harmed[1, 32:64] = True
     assert torch.equal(calm[~harmed], shaken[~harmed])
@@ -146,8 +179,9 @@ def test_a_block_larger_than_the_row_is_the_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.002, 0.01, 0.0625, 0.25, 3.0])
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
-def test_static_step_is_scale_times_rms_and_at_most_the_best_step(name: str, bits: int, scale: float) -> None:
+@pytest.mark.parametrize("name", INTEGERS)
+def test_static_step_is_scale_times_rms_and_at_most_the_best_step(name: str, scale: float) -> None:
+    bits = CODECS[name].bits
     rows = gaussian(12, 200)
     rows[::2] = rows[::2] ** 5  # outliers: the best step is a large one
     step = CODECS[name].encode(rows, None, scale)[1].double().squeeze(1).abs()
@@ -157,21 +191,43 @@ def test_static_step_is_scale_times_rms_and_at_most_the_best_step(name: str, bit
     assert torch.equal(step[asked > best], best[asked > best])
 
 
-@pytest.mark.parametrize("count", range(1, 10))
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packing_undoes_itself(bits: int, count: int) -> None:
-    codes = torch.randint(2**bits, (5, count), generator=torch.Generator().manual_seed(count), dtype=torch.uint8)
-    packed = pack_bits(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (5, packed_width(count, bits))
-    assert torch.equal(unpack_bits(packed, bits, count), codes)
+def test_fp8_reaches_e4m3s_largest_number_and_no_further() -> None:
+    rows = gaussian(64, 64) * torch.logspace(-30, 30, 64).unsqueeze(1)
+    rows[:, 0] = 448.0 * 2.0 ** torch.arange(-32, 32)  # fits a power of two exactly
+    codes, scales = CODECS["fp8"].encode(rows, 32)
+    ratio = rows.unflatten(1, (2, 32)).abs().amax(dim=2) / scales.float()
+    assert ((ratio > 224.0) & (ratio <= 448.0)).all()
+    assert torch.equal(torch.frexp(scales.float())[0], torch.full_like(ratio, 0.5))
+    expected = (rows.unflatten(1, (2, 32)) / scales.float().unsqueeze(2)).to(
+        torch.float8_e4m3fn
+    ).float() * scales.float().unsqueeze(2)
+    assert torch.equal(CODECS["fp8"].decode(codes, scales, 32), expected.flatten(1))
 
 
-def test_packing_puts_the_first_code_in_the_high_bits() -> None:
-    assert pack_bits(torch.tensor([[1, 2, 15]], dtype=torch.uint8), 4).tolist() == [[0x12, 0xF0]]
-    for function in (lambda codes: pack_bits(codes, 3), lambda codes: unpack_bits(codes, 3, 1)):
-        with pytest.raises(ValueError, match="3 bits"):
-            function(torch.zeros(1, 1, dtype=torch.uint8))
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_given_scales_are_kept(name: str) -> None:
+    rows = gaussian(300, 300)  # several chunks
+    scales = gaussian(300, 5, seed=1).abs() + 0.5
+    codes, stored = CODECS[name].encode(rows, 64, scale_dtype=torch.float32, scales=scales)
+    assert torch.equal(stored, scales)
+    pieces = [CODECS[name].encode(rows[i : i + 1], 64, scale_dtype=torch.float32, scales=scales[i : i + 1])[0] for i in range(300)]
+    assert torch.equal(codes, torch.cat(pieces))
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_scales_in_float32_are_no_worse(name: str) -> None:
+    rows = gaussian(64, 256)
+    codes, scales = CODECS[name].encode(rows, 64, scale_dtype=torch.float32)
+    assert scales.dtype == torch.float32
+    wide = relative_rms(CODECS[name].decode(codes, scales, 64), rows)
+    assert wide < 1.002 * relative_rms(round_trip(CODECS[name], rows, 64), rows)
+
+
+def test_numbers_of_codecs_are_those_of_the_format() -> None:
+    expected = {"int8": 1, "int4": 2, "nf4": 3, "int2": 4, "int3": 5, "int5": 6, "int6": 7, "fp8": 8}
+    assert {name: codec.id for name, codec in CODECS.items()} == expected
+    assert all(codec_by_id(number) is CODECS[name] for name, number in expected.items())
+    assert codec_by_id(99) is None
 
 
 @pytest.mark.parametrize("width", [320, 33, 100, 768])

@@ -9,9 +9,23 @@ import torch
 
 from lora_compress import CompressionSettings, PruningSettings, QuantizationSettings, SettingsError, setting_names, split_settings
 from lora_compress.quantization import CODECS
+from lora_compress.settings import BITS_TABLE
 
-ALLOWED = {("dynamic", 4), ("dynamic", 8), ("static", 4), ("static", 8), ("nf4", 4), ("dynamic", 16), ("static", 16)}
-GROUPS = {"dynamic": {16, 32, 64, 128, 256, 512, 1024}, "nf4": {32, 64, 128, 256}, "static": set()}
+WHOLE = {2, 3, 4, 5, 6, 8}
+ALLOWED: dict[str, set[float]] = {
+    "dynamic": WHOLE | {16},
+    "static": WHOLE | {16},
+    "nf4": {4},
+    "mixed": WHOLE | {7, 2.5, 4.5},
+    "entropy": WHOLE | {7, 1, 0.01, 2.5, 4.5},
+}
+GROUPS = {
+    "dynamic": {16, 32, 64, 128, 256, 512, 1024},
+    "mixed": {16, 32, 64, 128, 256, 512, 1024},
+    "nf4": {32, 64, 128, 256},
+    "static": set(),
+    "entropy": set(),
+}
 
 
 def problems_of(values: dict[str, object]) -> tuple[str, ...]:
@@ -21,21 +35,56 @@ def problems_of(values: dict[str, object]) -> tuple[str, ...]:
     return caught.value.problems
 
 
-@pytest.mark.parametrize("strategy", ["dynamic", "static", "nf4", "other"])
-@pytest.mark.parametrize("bits", [-4, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 32])
-def test_bits_and_strategy_follow_the_table(strategy: str, bits: int) -> None:
+@pytest.mark.parametrize("strategy", [*ALLOWED, "other"])
+@pytest.mark.parametrize(
+    "bits", [-4, 0, 0.01, 1, 2, 2.5, 3, 4, 4.5, 5, 6, 7, 8, 8.5, 9, 15, 16, 17, 32, float("inf"), float("nan")]
+)
+def test_bits_and_strategy_follow_the_table(strategy: str, bits: float) -> None:
     values = {"strategy": strategy, "bits": bits}
-    if (strategy, bits) in ALLOWED:
+    if bits in ALLOWED.get(strategy, set()):
         quantization = CompressionSettings.parse(values).quantization
         assert quantization.enabled == (bits < 16)
-        if quantization.enabled:
-            assert CODECS[quantization.codec_name].bits == bits
+        if quantization.codec_name in CODECS:
+            assert quantization.codec_name == strategy or CODECS[quantization.codec_name].bits == bits
+        elif quantization.enabled:
+            assert quantization.codec_name == strategy
     else:
         (problem,) = problems_of(values)
         if strategy == "other":
-            assert "dynamic, static, nf4" in problem
+            assert "dynamic, static, nf4, mixed, entropy" in problem
         else:
-            assert re.search(rf"bits={bits} with strategy={strategy}.*dynamic: 4, 8.*nf4: 4.*16", problem)
+            assert problem == f"bits={bits:g} with strategy={strategy}: allowed are {BITS_TABLE}"
+
+
+def test_the_table_names_every_strategy() -> None:
+    for strategy in ALLOWED:
+        assert f"{strategy}: " in BITS_TABLE
+
+
+@pytest.mark.parametrize("strategy", ["mixed", "entropy"])
+@pytest.mark.parametrize("target", [{"target_size": "20MB"}, {"target_error": 0.05}])
+def test_bits_or_a_target_decide_about_the_average(strategy: str, target: dict[str, object]) -> None:
+    settings = CompressionSettings.parse({"strategy": strategy} | target)
+    assert settings.enabled
+    assert settings.quantization.enabled
+    assert settings.save_format == "packed"
+    (neither,) = problems_of({"strategy": strategy})
+    assert re.search(f"bits=none with strategy={strategy} and no target: give bits, target_size or target_error", neither)
+    (both,) = problems_of({"strategy": strategy, "bits": 3} | target)
+    assert re.search(f"bits=3 with strategy={strategy} and a target: give the one or the other", both)
+    CompressionSettings.parse({"bits": 4} | target)  # of the others, rank alone is then free
+
+
+@pytest.mark.parametrize("strategy", ALLOWED)
+def test_progressive_and_refine_belong_to_entropy(strategy: str) -> None:
+    values = {"strategy": strategy, "bits": 4}
+    assert CompressionSettings.parse(values).quantization.refine
+    for name, value in (("progressive", True), ("refine", False)):
+        if strategy == "entropy":
+            assert getattr(CompressionSettings.parse(values | {name: value}).quantization, name) is value
+        else:
+            (problem,) = problems_of(values | {name: value})
+            assert problem.startswith(f"{name}={str(value).lower()} is only possible with strategy=entropy")
 
 
 @pytest.mark.parametrize("strategy", GROUPS)
@@ -47,7 +96,7 @@ def test_group_sizes_follow_the_strategy(strategy: str, size: int) -> None:
     else:
         (problem,) = problems_of(values)
         assert "group_size" in problem
-        assert "remove it" in problem if strategy == "static" else str(sorted(GROUPS[strategy])[0]) in problem
+        assert "remove it" in problem if strategy in ("static", "entropy") else str(sorted(GROUPS[strategy])[0]) in problem
 
 
 def test_defaults() -> None:
@@ -55,7 +104,8 @@ def test_defaults() -> None:
     assert settings == CompressionSettings()
     assert not settings.enabled
     assert settings.save_format == "kohya"
-    assert settings.pruning == PruningSettings(rank_ratio=1.0, norm_threshold=0.0, min_rank=4)
+    assert settings.pruning == PruningSettings(rank_ratio=1.0, norm_threshold=0.0, min_rank=None)
+    assert settings.as_dict()["min_rank"] == settings.pruning.rank_floor == 4
     assert CompressionSettings.parse({"bits": 4}).quantization.block_size == 64
     static = CompressionSettings.parse({"bits": 8, "strategy": "static"}).quantization
     assert static.block_size is None
@@ -77,7 +127,12 @@ CONTRADICTIONS = {
     "packed without bits": ({"save_format": "packed"}, ["save_format=packed.*set bits under 16, or save_format=kohya"]),
     "both without bits": ({"save_format": "both"}, ["save_format=both.*set bits"]),
     "fp8 with bits": ({"save_format": "fp8", "bits": 8}, ["save_format=fp8.*bits=16, or save_format=packed"]),
-    "nf4 without bits": ({"strategy": "nf4"}, ["bits=16 with strategy=nf4"]),
+    "nf4 without bits": ({"strategy": "nf4"}, ["bits=none with strategy=nf4: allowed"]),
+    "static without bits": ({"strategy": "static"}, ["bits=none with strategy=static: allowed"]),
+    "entropy in groups": (
+        {"strategy": "entropy", "bits": 3, "group_size": 64},
+        ["group_size.*one step.*remove"],
+    ),
     "scale without static": ({"bits": 4, "scale": 0.1}, ["scale is only used by strategy=static.*remove it"]),
     "unknown format": ({"save_format": "gguf"}, ["save_format=gguf: must be one of kohya, fp8, packed, both"]),
     "ratio 0": ({"rank_ratio": 0}, [r"rank_ratio=0: must lie in \(0, 1\]"]),
@@ -97,12 +152,12 @@ CONTRADICTIONS = {
     "not yet": ({"iterative_pruning": True}, ["iterative_pruning: pruning during training is not part.*remove it"]),
     "not yet either": ({"max_iterations": 10}, ["max_iterations: .*remove it"]),
     "several": (
-        {"rank_ratio": 2, "min_rank": "many", "bits": 3, "save_format": "zip", "strateggy": "nf4"},
+        {"rank_ratio": 2, "min_rank": "many", "bits": 7, "save_format": "zip", "strateggy": "nf4"},
         [
             "strateggy.*did you mean strategy",
             "min_rank='many': must be a whole number",
             "rank_ratio=2",
-            "bits=3",
+            "bits=7",
             "save_format=zip",
         ],
     ),
@@ -145,17 +200,19 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_value_that_does_not_parse_brings_no_second_complaint() -> None:
-    assert problems_of({"bits": "four", "strategy": "nf4"}) == ("bits='four': must be a whole number",)
+    assert problems_of({"bits": "four", "strategy": "nf4"}) == ("bits='four': must be a number",)
 
 
 @pytest.mark.parametrize("name", setting_names())
 @pytest.mark.parametrize("value", [True, None, [4], {"a": 1}, "", "four", 1j], ids=lambda value: str(value)[:12])
 def test_values_of_a_wrong_type_are_refused_by_name(name: str, value: object) -> None:
+    if value is True and setting_names()[name] is bool:
+        value = 1
     problems = problems_of({name: value})
     assert any(problem.startswith(f"{name}=") for problem in problems)
 
 
-@pytest.mark.parametrize("name", ["bits", "min_rank", "group_size"])
+@pytest.mark.parametrize("name", ["min_rank", "group_size"])
 @pytest.mark.parametrize("value", [4.0, 4.5, "4.0", "4.5", "0x4", float("nan")])
 def test_whole_numbers_are_whole(name: str, value: object) -> None:
     assert f"{name}={value!r}: must be a whole number" in problems_of({name: value})
@@ -169,15 +226,15 @@ def test_split_settings_parts_ours_from_the_hosts() -> None:
 
 def test_split_settings_tells_strangers_and_bad_values_in_one_error() -> None:
     with pytest.raises(SettingsError) as caught:
-        split_settings({"bits": "5", "conv_dims": "8", "rank_ratioo": "0.5"}, {"conv_dim", "dropout"})
+        split_settings({"bits": "7", "conv_dims": "8", "rank_ratioo": "0.5"}, {"conv_dim", "dropout"})
     assert str(caught.value).startswith("compression settings: ")
     assert len(caught.value.problems) == 3
     assert re.search("conv_dims.*did you mean conv_dim[^s]?", caught.value.problems[0])
     assert "did you mean rank_ratio" in caught.value.problems[1]
-    assert "bits=5" in caught.value.problems[2]
+    assert "bits=7" in caught.value.problems[2]
 
 
-@pytest.mark.parametrize("part", [PruningSettings(rank_ratio=2.0), QuantizationSettings(bits=3)])
+@pytest.mark.parametrize("part", [PruningSettings(rank_ratio=2.0), QuantizationSettings(bits=7)])
 def test_parts_built_by_hand_are_checked_too(part: PruningSettings | QuantizationSettings) -> None:
     name = "pruning" if isinstance(part, PruningSettings) else "quantization"
     with pytest.raises(SettingsError):

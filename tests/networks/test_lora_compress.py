@@ -109,9 +109,9 @@ def test_host_arguments_are_those_the_host_reads(ours: ModuleType, theirs: Modul
 
 def test_unknown_and_contradictory_arguments_come_in_one_error(ours: ModuleType, unet: Any, text_encoder: Any) -> None:
     with pytest.raises(SettingsError) as caught:
-        create(ours, text_encoder, unet, rank_ration="0.5", bits="5", iterative_pruning="True", group_size="7")
+        create(ours, text_encoder, unet, rank_ration="0.5", bits="7", iterative_pruning="True", group_size="7")
     message = str(caught.value)
-    for part in ("rank_ration", "did you mean rank_ratio", "bits=5", "nf4: 4", "iterative_pruning", "group_size=7"):
+    for part in ("rank_ration", "did you mean rank_ratio", "bits=7", "nf4: 4", "iterative_pruning", "group_size=7"):
         assert part in message
 
 
@@ -166,7 +166,7 @@ def test_a_saved_network_draws_as_its_report_says(
     report = network.report
     assert 0.0 < report.total.relative_error < 0.6
     assert lost < 3 * report.total.relative_error  # the same order: the U-Net is no linear map of its weights
-    assert load_lora(file).metadata["ss_compress_relative_error"] == f"{report.total.relative_error:.6g}"
+    assert load_lora(file).metadata["ss_compress_relative_error"] == f"{report.total.relative_error:.6e}"
     if network_args.get("save_format") == "both":  # the partner says the same, decoded
         partner = load_lora(tmp_path / "lora.kohya.safetensors").updates
         for name, update in load_lora(file).updates.items():

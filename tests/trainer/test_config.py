@@ -168,12 +168,12 @@ WRONG = [
     (
         {"pruning": {"bits": 4}},
         [],
-        ["[pruning]", "bits: unknown", "enabled, min_rank, norm_threshold"],
+        ["[pruning]", "bits: unknown", "min_rank, new_conv_rank"],
     ),
     ({"pruning": {"enabled": "maybe"}}, [], ["enabled = 'maybe'", "true or false"]),
     ({"pruning": {"iterative_pruning": True}}, [], ["iterative_pruning"]),
-    ({"quantization": {"bits": 5}}, [], ["bits=5", "dynamic: 4, 8"]),
-    ({"quantization": {"bits": "four"}}, [], ["bits='four'", "whole number"]),
+    ({"quantization": {"bits": 7}}, [], ["bits=7", "dynamic: 2, 3, 4"]),
+    ({"quantization": {"bits": "four"}}, [], ["bits='four'", "a number"]),
     ({"network_args": ["conv_din=4"]}, [], ["conv_din", "did you mean conv_dim"]),
     ({"network_args": ["bits"]}, [], ["'bits'", "key=value"]),
     (

@@ -1,0 +1,113 @@
+"""How far the codecs are from Shannon's bound on Gaussian factors, and how fast they decode.
+
+    python benchmarks/gaussian_rate.py [--rank 32] [--width 1280] [--layers 8] [--json OUT.json]
+
+Each line is one codec at one rate: bits per weight with all side information, relative RMS error of the factors, the gap
+R + log2(rms) to Shannon's bound in bits per weight, the time of encoding, and millions of weights decoded to fp16 per second of
+processor time on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lora_compress.quantization import CODECS
+from lora_compress.quantization.entropy import decode_entropy, encode_entropy
+
+_STEPS_PER_SIGMA = 4.13  # sigma * sqrt(2 pi e) / 2^bits is the step of a rate
+_GROUP = 64
+_REPEATS = 10
+
+
+def measure(
+    name: str, rows: Tensor, encode: Callable[[], tuple[object, int]], decode: Callable[[object], Tensor]
+) -> dict[str, object]:
+    """One line: rows (r, n) against what `decode` makes of what `encode` made; encode also tells its bits."""
+    encode()
+    started = time.process_time()
+    coded, bits = encode()
+    encoding = time.process_time() - started
+    found = decode(coded)
+    started = time.process_time()
+    for _ in range(_REPEATS):
+        decode(coded).to(torch.float16)
+    decoding = (time.process_time() - started) / _REPEATS
+    rms = float((found.double() - rows.double()).norm() / rows.double().norm())
+    rate = bits / rows.numel()
+    return {
+        "codec": name,
+        "bits_per_weight": round(rate, 4),
+        "relative_rms": round(rms, 6),
+        "gap_bits": round(rate + math.log2(rms), 4),
+        "encode_ns_per_weight": round(encoding / rows.numel() * 1e9, 1),
+        "decode_million_per_s": round(rows.numel() / decoding / 1e6, 1),
+    }
+
+
+def entropy_line(rows: Tensor, bits: float, layers: int) -> dict[str, object]:
+    """The entropy codec at about `bits`, both factors of a module being halves of rows (2 r, n)."""
+    down, up = rows.chunk(2)
+    rank, width = down.shape
+    step = _STEPS_PER_SIGMA * 2.0**-bits / width**0.5
+
+    def encode() -> tuple[object, int]:
+        encoded = encode_entropy(down, up, step, layers=layers, refine=False)
+        if encoded.rank < rank:
+            raise SystemExit(f"at {bits} bits components round to zero, and the gap is not that of {rank} of them")
+        return encoded.chunks, 8 * sum(map(len, encoded.chunks))
+
+    def decode(chunks: object) -> Tensor:
+        return torch.cat(decode_entropy(chunks, rank, width, width, step, layers))  # type: ignore[arg-type]
+
+    return measure("entropy" if layers == 1 else f"progressive, {layers} layers", rows, encode, decode)
+
+
+def fixed_line(rows: Tensor, name: str) -> dict[str, object]:
+    """A fixed-width codec with a bfloat16 scale for each group of 64 weights; codes are not packed, so it has no decoding speed."""
+    codec = CODECS[name]
+
+    def encode() -> tuple[object, int]:
+        codes, scales = codec.encode(rows, _GROUP)
+        return (codes, scales), codes.numel() * codec.bits + scales.numel() * 16
+
+    line = measure(f"{name}, groups of {_GROUP}", rows, encode, lambda coded: codec.decode(*coded, _GROUP))  # type: ignore[misc]
+    return {**line, "decode_million_per_s": None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=32, help="components of the module")
+    parser.add_argument("--width", type=int, default=1280, help="width of both factors")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the progressive payload")
+    parser.add_argument("--json", type=Path, help="also write the lines to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * arguments.rank, arguments.width, generator=random) / arguments.width**0.5
+    lines = [entropy_line(rows, bits, 1) for bits in (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10)]
+    lines += [entropy_line(rows, bits, arguments.layers) for bits in (1, 2, 3, 4, 6, 8)]
+    lines += [fixed_line(rows, name) for name in CODECS]
+    print(f"{'codec':24}{'bits/weight':>12}{'rms':>10}{'gap':>8}{'encode ns':>11}{'decode M/s':>12}")
+    for line in lines:
+        speed = line["decode_million_per_s"]
+        print(
+            f"{line['codec']:24}{line['bits_per_weight']:12.3f}{line['relative_rms']:10.5f}{line['gap_bits']:8.3f}"
+            f"{line['encode_ns_per_weight']:11.1f}{speed if speed is not None else '-':>12}"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What all benchmarks share: work in a fresh process with its memory watched, and a table of goals and what was reached."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled"]
+
+_INTERVAL = 0.002  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a process did: its own account, seconds from start to exit, and its largest anonymous memory in bytes."""
+
+    said: dict[str, Any]
+    seconds: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One number against its goal.
+
+    Args:
+        name: what was measured, with its unit.
+        goal: the number asked for.
+        reached: the number measured.
+        at_least: whether more is better; otherwise less is.
+    """
+
+    name: str
+    goal: float
+    reached: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the goal is reached."""
+        return self.reached >= self.goal if self.at_least else self.reached <= self.goal
+
+
+def fresh(script: Path, task: str, /, **arguments: Any) -> Run:
+    """Call `task` of `script` in a fresh Python: its arguments go in and its answer comes out as JSON.
+
+    Anonymous memory is RssAnon of /proc/<pid>/status, looked at every 2 ms; the mapped pages of the input are not part of it.
+
+    Raises:
+        RuntimeError: the process failed; its last lines are in the message.
+    """
+    command = [sys.executable, str(script), "--task", task, json.dumps({k: _plain(v) for k, v in arguments.items()})]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _anonymous(process.pid))
+        time.sleep(_INTERVAL)
+    seconds = time.monotonic() - started
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{task} ended with exit status {process.returncode}: {errors[-2000:]}")
+    return Run(json.loads(output.splitlines()[-1]), seconds, peak)
+
+
+def answer(tasks: Mapping[str, Callable[..., dict[str, Any]]], argv: Sequence[str]) -> bool:
+    """In the process that `fresh` started: do the task and print what it returns. False in any other process."""
+    if len(argv) != 3 or argv[0] != "--task":
+        return False
+    print(json.dumps(tasks[argv[1]](**json.loads(argv[2]))))
+    return True
+
+
+def settled(task: Callable[[], Run], repeats: int) -> Run:
+    """The fastest of several runs, with the largest memory of them."""
+    runs = [task() for _ in range(repeats)]
+    best = min(runs, key=lambda run: float(run.said["seconds"]))
+    return Run(best.said, best.seconds, max(run.peak for run in runs))
+
+
+def goal_table(goals: Sequence[Goal]) -> str:
+    """Goal, what was reached and the ratio of the two, a line each."""
+    lines = [f"{'':66}{'goal':>12}{'reached':>12}{'ratio':>8}"]
+    for goal in goals:
+        ratio = goal.reached / goal.goal if goal.goal else float("inf")
+        sign = "at least" if goal.at_least else "at most"
+        asked = f"{sign} {goal.goal:.4g}"
+        lines.append(f"{goal.name:60}{asked:>18}{goal.reached:12.4g}{ratio:8.2f}  {'met' if goal.met else 'MISSED'}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _anonymous(pid: int) -> int:
+    """RssAnon of a process in bytes, 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)

@@ -1,0 +1,97 @@
+"""What a file is put together from: its metadata, the modules as they were stored, the tensors that are carried through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .container import FORMAT_KEY, FORMAT_VERSION, packed_tensors
+from .files import TensorSpec, safetensors_size
+from .job import Job, Stored
+from .metadata import finish_metadata
+from .update import relative_error
+
+__all__ = ["Assembly"]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A compressed file in the making.
+
+    Args:
+        job: that makes its modules.
+        layout: key layout of the plain file.
+        metadata: of the input.
+        carried: tensors of the input that belong to no module.
+        extras: and those that go with a module, by its name.
+        more: to tell in the metadata, as ss_compress_* keys.
+    """
+
+    job: Job
+    layout: str = "kohya"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    carried: Mapping[str, TensorSpec] = field(default_factory=dict)
+    extras: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)
+
+    def specs(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
+        """What the header of the file says."""
+        specs = self.passed_on(stored)
+        if self.job.packed:
+            return specs | {key: TensorSpec.of(tensor) for key, tensor in self.packed(stored).items()}
+        for name, module in stored.items():
+            shape, rank = self.job.analyses[name].shape, module.padded
+            ones = (1,) * len(shape.kernel)
+            down, up = (rank, shape.inputs, *shape.kernel), (shape.outputs, rank, *ones)
+            specs |= shape.keys.specs(name, down, up, self.job.dtype)
+        return specs
+
+    def passed_on(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
+        """Tensors of the input that the file gets: what went with a module goes where the module goes."""
+        return dict(self.carried) | {key: spec for name in stored for key, spec in self.extras.get(name, {}).items()}
+
+    def packed(self, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+        """Index and payload of a packed file."""
+        return packed_tensors(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None])
+
+    def finished_metadata(self, stored: Mapping[str, Stored], save_format: str | None = None) -> dict[str, str]:
+        """The metadata of the file, or of its kohya partner."""
+        settings = self.job.settings
+        form = save_format or settings.save_format
+        packed = form in ("packed", "both")
+        ranks = [module.rank if packed else module.padded for module in stored.values()]
+        alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
+        details = {**settings.as_dict(), **self.details(stored), "save_format": form, "quantization_device": None, **self.more}
+        return finish_metadata(self.metadata, ranks, alphas, details) | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
+
+    def details(self, stored: Mapping[str, Stored]) -> dict[str, Any]:
+        """What was done, for the metadata."""
+        analyses = self.job.analyses
+        before = sum(analysis.shape.rank for analysis in analyses.values())
+        return {
+            "modules": f"{len(stored)}/{len(analyses)}",
+            "components": f"{sum(module.rank for module in stored.values())}/{before}",
+            "relative_error": f"{self.error(stored):.6e}",
+        }
+
+    def error(self, stored: Mapping[str, Stored]) -> float:
+        """||dW - dW'|| / ||dW|| over the file."""
+        analyses = self.job.analyses
+        lost = sum(stored[name].squared_error if name in stored else analysis.norm for name, analysis in analyses.items())
+        return relative_error(lost, sum(analysis.norm for analysis in analyses.values()))
+
+    def size(self, stored: Mapping[str, Stored]) -> int:
+        """Bytes of the file."""
+        return safetensors_size(self.specs(stored), self.finished_metadata(stored))
+
+    def module_bytes(self, name: str, stored: Stored) -> int:
+        """Bytes of a module's factors and alpha, or of its chunks."""
+        if self.job.packed:
+            return sum(map(len, stored.chunks))
+        shape = self.job.analyses[name].shape
+        weights = stored.padded * (shape.outputs + shape.inputs * math.prod(shape.kernel))
+        return weights * self.job.dtype.itemsize + (4 if shape.keys.alpha is not None else 0)

@@ -1,0 +1,80 @@
+"""What an output was made from and how, as one short text in its own metadata: a batch that goes on knows by it what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import IO
+
+from .jobs import CompressOptions
+from .storage import exists, is_remote, open_binary
+
+__all__ = ["MARKER_KEY", "MARKER_NAME", "fingerprint", "is_done", "is_ours", "make_marker"]
+
+MARKER_NAME = "made_from"
+MARKER_KEY = f"ss_compress_{MARKER_NAME}"
+_BLOCKS, _BLOCK_BYTES = 16, 16384
+_LARGEST_HEADER = 100_000_000  # the reader of safetensors allows no more
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 over the length of a file and 16 blocks of 16 KiB, spread evenly from its first byte to its last.
+
+    A training changes nearly every byte of a LoRA, so that a few blocks tell two apart; whole files of a large collection
+    would take minutes to read.
+    """
+    with open_binary(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        for block in range(_BLOCKS):
+            file.seek(max(size - _BLOCK_BYTES, 0) * block // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def make_marker(source: str, options: CompressOptions) -> str:
+    """32 hexadecimal digits that stand for this input and these settings; where the work is done does not count."""
+    settings = {**options.settings.as_dict(), "quantization_device": None}
+    others = [fingerprint(path) if path else "" for path in (options.base_model, options.calibration)]
+    how = [settings, str(options.save_dtype), sorted(options.consumers), options.repair, others]
+    text = fingerprint(source) + json.dumps(how, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def is_done(source: str, target: str, marker: str) -> bool:
+    """Whether `target` was made from this input with these settings, and not before the input was last changed."""
+    if not exists(target):
+        return False
+    if not (is_remote(source) or is_remote(target)) and os.path.getmtime(target) < os.path.getmtime(source):
+        return False
+    return _metadata(target).get(MARKER_KEY) == marker
+
+
+def is_ours(target: str) -> bool:
+    """Whether `target` was written by this program."""
+    return any(key.startswith(("ss_compress_", "lora_compress")) for key in _metadata(target))
+
+
+def _metadata(path: str) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing of what is none."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with open_binary(path) as file:
+            return dict(_header(file).get("__metadata__", {}))
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _header(file: IO[bytes]) -> dict:
+    """The JSON header, with `file` left at the first byte of data.
+
+    Raises:
+        ValueError: there is none.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _LARGEST_HEADER:
+        raise ValueError("no safetensors header")
+    return json.loads(file.read(length))

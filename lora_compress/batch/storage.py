@@ -1,0 +1,138 @@
+"""Files by path or by URL: local ones through the system, s3://, hf:// and the like through fsspec."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from ..errors import LoraCompressError
+from ..files import atomic_path
+
+__all__ = [
+    "copy_file",
+    "exists",
+    "glob_files",
+    "has_magic",
+    "is_folder",
+    "is_remote",
+    "join",
+    "open_binary",
+    "readable",
+    "writable",
+]
+
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}  # an upload appears whole or not at all
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL, such as s3://bucket/lora.safetensors."""
+    return re.match(r"[a-z][a-z0-9+.-]+://", path, re.IGNORECASE) is not None
+
+
+def join(folder: str, place: str) -> str:
+    """`place`, with forward slashes, under `folder`."""
+    return f"{folder.rstrip('/')}/{place}" if is_remote(folder) else os.path.join(folder, *place.split("/"))
+
+
+def has_magic(path: str) -> bool:
+    """Whether `path` holds a wildcard."""
+    return glob.has_magic(path)
+
+
+def is_folder(path: str) -> bool:
+    """Whether `path` is a folder."""
+    return _system(path).isdir(path) if is_remote(path) else os.path.isdir(path)
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file at `path`."""
+    return _system(path).isfile(path) if is_remote(path) else os.path.isfile(path)
+
+
+def files_under(folder: str) -> list[str]:
+    """All files in a folder and the folders in it, sorted."""
+    if is_remote(folder):
+        system = _system(folder)
+        return sorted(_with_protocol(name, folder) for name in system.find(folder))
+    return sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+
+
+def glob_files(pattern: str) -> list[str]:
+    """The files that match, sorted; ** goes through folders."""
+    if not is_remote(pattern):
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    system = _system(pattern)
+    found = system.glob(pattern, detail=True)
+    return sorted(_with_protocol(name, pattern) for name, info in found.items() if info["type"] == "file")
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """The file for reading; a remote one is read in blocks, as far as they are asked for."""
+    return _system(path).open(path, "rb") if is_remote(path) else open(path, "rb")
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[str]:
+    """A local path that holds what `path` holds: itself, or a download that is removed afterwards."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="lora_compress_") as folder:
+        local = os.path.join(folder, PurePosixPath(path).name)
+        _system(path).get_file(path, local)
+        yield local
+
+
+@contextlib.contextmanager
+def writable(path: str) -> Iterator[str]:
+    """A local path to write to; a remote file takes its name when its upload is complete. What was not written is not uploaded."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="lora_compress_") as folder:
+        yield os.path.join(folder, PurePosixPath(path).name)
+        for name in sorted(os.listdir(folder)):  # a packed file can have a partner
+            _upload(os.path.join(folder, name), f"{path.rpartition('/')[0]}/{name}")
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a file, whole or not at all."""
+    with readable(source) as local, writable(target) as out, atomic_path(out) as temporary:
+        shutil.copyfile(local, temporary)
+
+
+def _upload(local: str, url: str) -> None:
+    system = _system(url)
+    folder, _, name = url.rpartition("/")
+    system.makedirs(folder, exist_ok=True)
+    if url.partition("://")[0].lower() in _ATOMIC:
+        system.put_file(local, url)
+        return
+    temporary = f"{folder}/.{Path(name).stem}.tmp.safetensors"
+    system.put_file(local, temporary)
+    system.mv(temporary, url)
+
+
+def _system(url: str) -> Any:
+    try:
+        fsspec: Any = importlib.import_module("fsspec")
+    except ImportError:
+        raise LoraCompressError(f"{url}: URLs are opened by fsspec, which is not installed: pip install fsspec") from None
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except (ImportError, ValueError) as error:
+        raise LoraCompressError(f"{url}: fsspec cannot open it ({error}): install what it names, or use a local path") from None
+
+
+def _with_protocol(name: str, like: str) -> str:
+    """A name as fsspec lists it, written as a URL; the path of file:// is absolute."""
+    protocol = like.partition("://")[0]
+    return f"{protocol}://{name if protocol == 'file' else name.lstrip('/')}"

@@ -1,0 +1,81 @@
+"""One file of a batch: skipped if it is done, compressed if not, and whatever goes wrong stays with this file."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraCompressError
+from ..report.file_report import FileReport
+from .jobs import CompressOptions, Job
+from .marker import MARKER_NAME, fingerprint, is_done, is_ours, make_marker
+from .storage import copy_file, exists, readable, writable
+
+__all__ = ["Compress", "run_job"]
+
+Compress = Callable[..., FileReport]
+
+
+def run_job(job: Job, options: CompressOptions, compress: Compress | None = None) -> dict[str, Any]:
+    """Do one job and never raise.
+
+    Args:
+        compress: takes the place of `pipeline.compress_file`.
+
+    Returns:
+        input, output, status and notes; with the numbers of `FileReport.as_json` where the file was compressed, and `error` where
+        it failed. status is written, not_smaller, copied, skipped (done before) or failed.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            outcome = _run(job, options, compress or _compress_file())
+        except LoraCompressError as error:
+            outcome = _outcome(job, "failed", error=str(error))
+        except Exception as error:  # a batch outlives what it cannot foresee
+            outcome = _outcome(job, "failed", error=f"{job.source}: {type(error).__name__}: {error}")
+    outcome["notes"] = [*outcome.get("notes", ()), *dict.fromkeys(str(warning.message) for warning in caught)]
+    return outcome
+
+
+def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, Any]:
+    marker = make_marker(job.source, options)
+    copy = str(Path(job.target).with_suffix(Path(job.source).suffix)) if "://" not in job.target else job.target
+    if is_done(job.source, job.target, marker) or _is_copy(job.source, copy, options):
+        return _outcome(job, "skipped")
+    if exists(job.target) and not options.force and not is_ours(job.target):
+        raise LoraCompressError(f"{job.target}: exists and was not made by this program: move it away, or overwrite with --force")
+    with readable(job.source) as source, writable(job.target) as target:
+        report = compress(
+            source,
+            target,
+            options.settings,
+            save_dtype=options.save_dtype,
+            consumers=options.consumers,
+            base_model=options.base_model,
+            calibration=options.calibration,
+            force=options.force,
+            repair=options.repair,
+            details={MARKER_NAME: marker},
+        )
+    outcome = {**report.as_json(), "input": job.source, "output": job.target if report.status == "written" else None}
+    if report.status == "not_smaller" and options.copy_uncompressible:
+        copy_file(job.source, copy)
+        outcome |= {"status": "copied", "output": copy, "bytes_out": outcome["bytes_in"]}
+    return outcome
+
+
+def _is_copy(source: str, target: str, options: CompressOptions) -> bool:
+    return options.copy_uncompressible and exists(target) and fingerprint(source) == fingerprint(target)
+
+
+def _outcome(job: Job, status: str, **more: Any) -> dict[str, Any]:
+    return {"input": job.source, "output": job.target if status == "skipped" else None, "status": status, **more}
+
+
+def _compress_file() -> Compress:
+    from ..file_pipeline import compress_file
+
+    return compress_file

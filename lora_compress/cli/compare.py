@@ -1,0 +1,94 @@
+"""`resize_lora_ext.py compare --model A --other B`: how far apart two files are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..comparison import FileComparison, ModuleComparison, compare_files
+from ..update import relative_error
+from . import paths
+from .arguments import Parser
+from .console import megabytes, print_json, print_notes, quiet_stdout, show
+
+__all__ = ["run"]
+
+_WORST = 10
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compare what the flags name; see `main` for the exit status."""
+    parser = Parser(
+        prog="resize_lora_ext.py compare",
+        description="Relative Frobenius error of B's updates from A's, by module and in all. "
+        "A module that one file lacks counts as zero there.",
+    )
+    parser.add_argument("--model", metavar="A", help="the reference")
+    parser.add_argument(
+        "--other", metavar="B", help="the file that is compared with it; layout and ranks may differ, packed or plain"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    parser.add_argument("--verbose", action="store_true", help="all modules, not only those with the largest errors")
+    args = parser.parse(argv)
+    first, second = paths.check_input(args.model), paths.check_input(args.other, "--other")
+    with quiet_stdout() as warned:
+        comparison = compare_files(first, second)
+    if args.json:
+        print_json(comparison.as_json())
+    else:
+        show(_parts(comparison), _modules(comparison, args.verbose), *_closing(comparison))
+        print_notes(warned)
+    return 0
+
+
+def _parts(comparison: FileComparison) -> Table:
+    parts: dict[str, list[ModuleComparison]] = {}
+    for module in comparison.modules:
+        parts.setdefault(module.part, []).append(module)
+    table = _table("part", "modules", title=" against ".join(map(escape, comparison.paths)))
+    for name, modules in parts.items():
+        table.add_row(escape(name), str(len(modules)), *_numbers(modules))
+    if len(parts) > 1:
+        table.add_row("all", str(len(comparison.modules)), *_numbers(comparison.modules))
+    return table
+
+
+def _modules(comparison: FileComparison, every: bool) -> Table:
+    modules = sorted(comparison.modules, key=lambda module: -module.relative_error)
+    shown = comparison.modules if every else modules[:_WORST]
+    table = _table("module", "part", title="modules" if every or len(modules) <= _WORST else f"the {_WORST} largest errors")
+    for module in shown:
+        table.add_row(escape(module.name), escape(module.part), *_numbers([module]))
+    return table
+
+
+def _table(*headings: str, title: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")  # names are there to be copied
+    for heading in ("components (rank)", "size", "relative error"):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _numbers(modules: Sequence[ModuleComparison]) -> tuple[str, str, str]:
+    ranks, sizes = ([sum(getattr(m, what)[i] for m in modules) for i in (0, 1)] for what in ("rank", "bytes"))
+    error = relative_error(sum(m.squared_error for m in modules), sum(m.squared_norm for m in modules))
+    return f"{ranks[0]} / {ranks[1]}", f"{megabytes(sizes[0])} / {megabytes(sizes[1])}", f"{100 * error:.3g}%"
+
+
+def _closing(comparison: FileComparison) -> list[str]:
+    first, second = comparison.bytes
+    lines = [f"relative error {100 * comparison.relative_error:.4g}%, {megabytes(first)} against {megabytes(second)}"]
+    for path, names in zip(comparison.paths, comparison.missing, strict=True):
+        if names:
+            lines.append(f"{path} lacks {len(names)} modules, counted as zero: {_first_of(names)}")
+    if comparison.others:
+        lines.append(f"{len(comparison.others)} tensors outside of updates differ: {_first_of(comparison.others)}")
+    return lines
+
+
+def _first_of(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f", and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,310 @@
+"""What the programs that load LoRA files ask of a plain file: what to adapt, what they refuse, what they drop.
+
+The rules were read in and run against ComfyUI 0.28, AUTOMATIC1111 1.10.1, Forge, diffusers 0.30 to 0.42, InvokeAI and
+stable-diffusion.cpp in 2026. A program is a row of data here; `ConsumerRules` merges the rows of several.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .errors import SettingsError
+from .update import LowRankUpdate
+
+__all__ = [
+    "CONSUMERS",
+    "Adaptation",
+    "Consumer",
+    "ConsumerRules",
+    "PlannedFile",
+    "PlannedModule",
+    "opened_by",
+    "pad_rank",
+]
+
+_SD = frozenset({"sd1", "sd2", "sdxl"})
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_DORA = "dora_scale"
+_MID = ".lora_mid."
+_LAYOUTS_WITH_ALPHA = frozenset({"kohya", "loha", "lokr", "glora", "full"})  # converted modules are written as kohya's
+_DIFFUSERS_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
+_INVOKE_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_")
+_INVOKE_SD_MARKS = re.compile(r"attn2_to_[kv]$|time_emb_proj$|self_attn")  # by these InvokeAI knows the model of an SD file
+_FORGE_UNMATCHED = 12
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """How one program reads a file in kohya's layout.
+
+    Args:
+        name: as `--for` takes it.
+        title: as messages name it.
+        one_alpha: one value for the whole file is needed, because alphas that differ are mixed up.
+        one_rank: modules of one part of the model need one rank, because ranks that differ are mis-scaled.
+        one_rank_without_alpha: the same where the layout of the file has no alpha, because the most frequent rank is taken for it.
+        least_rank: a smaller one is mis-scaled.
+        fp8: families whose float8 files it loads; None: all.
+        merges_mid: it multiplies lora_mid of CP-decomposed convolutions itself.
+        reads: endings of keys, beside the factors and alpha, that it uses.
+        refuses_strange_keys: in which families a key that it does not know makes it refuse the file; None: in all.
+        tolerated: keys that it does not know before it leaves the LoRA out; None: any number.
+    """
+
+    name: str
+    title: str
+    one_alpha: bool = False
+    one_rank: bool = False
+    one_rank_without_alpha: bool = False
+    least_rank: int = 1
+    fp8: frozenset[str] | None = None
+    merges_mid: bool = True
+    reads: frozenset[str] = frozenset()
+    refuses_strange_keys: frozenset[str] | None = frozenset()
+    tolerated: int | None = None
+
+    def refuses_in(self, family: str) -> bool:
+        """Whether a key that it does not know makes it refuse a file of `family`."""
+        return self.refuses_strange_keys is None or family in self.refuses_strange_keys
+
+    def strange(self, keys: Iterable[str]) -> list[str]:
+        """The keys that it does not use, lora_mid apart, which is merged where it has to be."""
+        return [key for key in keys if _MID not in key and not any(key.endswith("." + ending) for ending in self.reads)]
+
+
+@dataclass(frozen=True)
+class _Diffusers(Consumer):
+    """What its releases share: kohya's keys are converted to PEFT's, and what is left over is an error."""
+
+    one_alpha: bool = True
+    one_rank_without_alpha: bool = True
+    fp8: frozenset[str] | None = _SD
+    merges_mid: bool = False
+    reads: frozenset[str] = frozenset({"lora_magnitude_vector", "lora_magnitude_vector.weight"})
+    refuses_strange_keys: frozenset[str] | None = None
+
+
+_COMFY_READS = frozenset({_DORA, "diff", "diff_b", "w_norm", "b_norm"})
+
+CONSUMERS: dict[str, Consumer] = {
+    consumer.name: consumer
+    for consumer in (
+        Consumer("comfyui", "ComfyUI", reads=_COMFY_READS | {"set_weight", "reshape_weight"}),
+        Consumer("a1111", "AUTOMATIC1111", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"})),
+        Consumer("forge", "Forge", reads=_COMFY_READS, tolerated=_FORGE_UNMATCHED),
+        _Diffusers("diffusers", "diffusers"),
+        _Diffusers("diffusers-0.32", "diffusers 0.32", one_rank=True),
+        Consumer("invokeai", "InvokeAI", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), refuses_strange_keys=_SD),
+        Consumer("sdcpp", "stable-diffusion.cpp", least_rank=2, reads=frozenset({"diff"})),
+    )
+}
+_ALL = "all"
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """A module about to be written: its rank and alpha, the part of the model it is in, the full keys of its extras."""
+
+    rank: int
+    alpha: float
+    part: str = ""
+    extras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file about to be written.
+
+    Args:
+        save_format: kohya, fp8, packed or both.
+        dtype: of the factors.
+        layout: of the keys, as `LoraSource.layout` tells it.
+        family: of the model, as `LoraSource.family` tells it.
+        modules: by name; dropped ones are absent.
+        others: keys of tensors that belong to no module.
+    """
+
+    save_format: str
+    dtype: torch.dtype
+    layout: str
+    family: str
+    modules: Mapping[str, PlannedModule]
+    others: tuple[str, ...] = ()
+
+    @property
+    def extras(self) -> list[str]:
+        """Keys that are written beside factors and alphas."""
+        return [key for module in self.modules.values() for key in module.extras] + list(self.others)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What the writer has to do.
+
+    Args:
+        ranks: of each module as written; `pad_rank` adds the zero components.
+        alpha: the one alpha of the file, the rest of each scale folded into the factors; None: alphas stay as they are.
+        merge_mid: modules whose lora_mid has to be multiplied into down.
+    """
+
+    ranks: dict[str, int]
+    alpha: float | None
+    merge_mid: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConsumerRules:
+    """The rules of several programs at once.
+
+    Args:
+        consumers: the programs, in the order they were named.
+    """
+
+    consumers: tuple[Consumer, ...] = ()
+
+    @classmethod
+    def named(cls, names: Iterable[str]) -> ConsumerRules:
+        """The rules of the programs in `names`; `all` stands for every one of CONSUMERS.
+
+        Raises:
+            SettingsError: a program is not known.
+        """
+        wanted = [name.strip().lower() for name in names]
+        strange = [name for name in wanted if name not in CONSUMERS and name != _ALL]
+        if strange:
+            raise SettingsError([f"for={name}: must be one of {', '.join((*CONSUMERS, _ALL))}" for name in strange])
+        return cls(tuple(CONSUMERS.values()) if _ALL in wanted else tuple(CONSUMERS[name] for name in dict.fromkeys(wanted)))
+
+    @property
+    def one_alpha(self) -> bool:
+        """Whether every module needs the same alpha."""
+        return any(consumer.one_alpha for consumer in self.consumers)
+
+    @property
+    def least_rank(self) -> int:
+        """The smallest rank that all of them scale right."""
+        return max((consumer.least_rank for consumer in self.consumers), default=1)
+
+    def adaptation(self, file: PlannedFile) -> Adaptation:
+        """What must become of `file` so that all of them compute its update."""
+        has_alpha = file.layout in _LAYOUTS_WITH_ALPHA
+        ranks = {name: max(module.rank, self.least_rank) for name, module in file.modules.items()}
+        if any(consumer.one_rank or (consumer.one_rank_without_alpha and not has_alpha) for consumer in self.consumers):
+            largest: dict[str, int] = {}
+            for name, module in file.modules.items():
+                largest[module.part] = max(largest.get(module.part, 0), ranks[name])
+            ranks = {name: largest[module.part] for name, module in file.modules.items()}
+        alphas = {module.alpha for module in file.modules.values()}
+        fold = has_alpha and self.one_alpha and (len(alphas) > 1 or min(alphas, default=1.0) <= 0.0)
+        mids = [name for name, module in file.modules.items() if any(_MID in key for key in module.extras)]
+        merged = tuple(mids) if any(not consumer.merges_mid for consumer in self.consumers) else ()
+        return Adaptation(ranks, 1.0 if fold else None, merged)
+
+    def problems(self, file: PlannedFile) -> list[str]:
+        """Why one of them could not load `file`, a sentence each with its remedy."""
+        if not self.consumers:
+            return []
+        if file.save_format == "packed":
+            titles = ", ".join(consumer.title for consumer in self.consumers)
+            return [f"save_format=packed cannot be read by {titles}: set save_format=kohya or fp8, or leave `for` out"]
+        return [problem for consumer in self.consumers for problem in _problems(consumer, file)]
+
+    def notes(self, file: PlannedFile) -> list[str]:
+        """What the user must be told: what was padded, which program leaves out what."""
+        found = []
+        written = self.adaptation(file).ranks
+        padded = [name for name, module in file.modules.items() if module.rank < written[name]]
+        if padded:
+            found.append(f"{len(padded)} of {len(file.modules)} modules padded with zeros to rank {max(written.values())}")
+        for consumer in self.consumers:
+            strange = consumer.strange(file.extras)
+            dora = [key for key in strange if key.endswith("." + _DORA)]
+            if dora:
+                found.append(f"{consumer.title} drops dora_scale of {len(dora)} modules: its images will differ")
+            rest = len(strange) - len(dora)
+            if rest and not consumer.refuses_in(file.family):
+                example = next(key for key in strange if key not in dora)
+                found.append(f"{consumer.title} leaves out {rest} other tensors, {example} among them")
+        return found
+
+
+def pad_rank(update: LowRankUpdate, rank: int) -> LowRankUpdate:
+    """The same update with zero components up to `rank`; alpha grows with the rank, so that alpha / r stays as it is."""
+    missing = rank - update.rank
+    if missing <= 0:
+        return update
+    down = torch.cat([update.down, update.down.new_zeros(missing, *update.down.shape[1:])], dim=0)
+    up = torch.cat([update.up, update.up.new_zeros(len(update.up), missing, *update.up.shape[2:])], dim=1)
+    return LowRankUpdate(down, up, update.alpha * rank / max(update.rank, 1))
+
+
+def opened_by(save_format: str, family: str = "unknown") -> str:
+    """Which programs open a file of `save_format` (kohya, fp8 or packed) for a model of `family`, in words."""
+    if save_format == "packed":
+        return (
+            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, lora_compress.load_lora in Python, "
+            "or after `resize_lora_ext.py expand` everything that opens kohya LoRA"
+        )
+    float8 = save_format == "fp8"
+    consumers = [c for c in CONSUMERS.values() if c.name != "diffusers-0.32" and not (float8 and c.fp8 and family not in c.fp8)]
+    titles = [consumer.title for consumer in consumers] + ["sd-scripts"]
+    if float8 and family == "unknown":
+        titles.append("diffusers for SD and SDXL")
+    return ", ".join(titles)
+
+
+def _problems(consumer: Consumer, file: PlannedFile) -> list[str]:
+    found = []
+    float8 = file.save_format == "fp8" or file.dtype in _FP8
+    if float8 and consumer.fp8 is not None and file.family not in consumer.fp8:
+        found.append(
+            f"{consumer.title} loads fp8 LoRA of {', '.join(sorted(consumer.fp8))} alone, this one is for {file.family}: "
+            "set save_format=kohya and save_precision=fp16 or bf16"
+        )
+    strange = [key for key in consumer.strange(file.extras) if not (key.endswith("." + _DORA) and file.family in _SD)]
+    if strange and consumer.refuses_in(file.family):
+        found.append(f"{consumer.title} refuses files with keys such as {strange[0]} ({len(strange)} of them): take them out")
+    elif consumer.tolerated is not None and len(strange) > consumer.tolerated:
+        found.append(
+            f"{consumer.title} does not apply a LoRA with more than {consumer.tolerated} keys that it does not know, "
+            f"this one has {len(strange)}, {strange[0]} among them: take them out"
+        )
+    return found + _NAME_RULES.get(consumer.name, _no_rule)(consumer, file)
+
+
+def _no_rule(consumer: Consumer, file: PlannedFile) -> list[str]:
+    return []
+
+
+def _diffusers_names(consumer: Consumer, file: PlannedFile) -> list[str]:
+    """Its converter for SD takes kohya files whose keys all begin with one of four prefixes."""
+    if file.family not in _SD or file.layout not in _LAYOUTS_WITH_ALPHA:
+        return []
+    return _prefix_problem(consumer, file, _DIFFUSERS_PREFIXES)
+
+
+def _invokeai_names(consumer: Consumer, file: PlannedFile) -> list[str]:
+    """SDXL files have one of three prefixes; the model of an SD file is told from a few modules."""
+    if file.layout not in _LAYOUTS_WITH_ALPHA or file.family not in _SD:
+        return []
+    if file.family == "sdxl":
+        return _prefix_problem(consumer, file, _INVOKE_PREFIXES)
+    if any(_INVOKE_SD_MARKS.search(name) for name in file.modules):
+        return []
+    return [f"{consumer.title} knows an SD LoRA by its attn2_to_k, attn2_to_v or text encoder modules: keep at least one of them"]
+
+
+def _prefix_problem(consumer: Consumer, file: PlannedFile, prefixes: tuple[str, ...]) -> list[str]:
+    strange = [name for name in file.modules if not name.startswith(prefixes)]
+    if not strange:
+        return []
+    return [
+        f"{consumer.title} refuses {file.family} files with modules such as {strange[0]}: names begin with {', '.join(prefixes)}"
+    ]
+
+
+_NAME_RULES = {"diffusers": _diffusers_names, "diffusers-0.32": _diffusers_names, "invokeai": _invokeai_names}

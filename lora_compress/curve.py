@@ -1,0 +1,72 @@
+"""What other sizes of a file would cost: bytes and error from the spectra alone, nothing is encoded."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .allocation import bits_for_error, ranks_for_error
+from .job import Job
+from .quantization import FixedFormat, component_size
+
+__all__ = ["size_curve"]
+
+_ERRORS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75)
+_DISTORTION = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}  # of a Gaussian factor by bits, groups of 64
+
+
+def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
+    """(bytes, relative error) along the smallest files of the job's kind, as far as Gaussian weights tell it.
+
+    Args:
+        job: whose spectra and storage are taken.
+        overhead: bytes of the file that are no factors.
+    """
+    quantization = job.settings.quantization
+    if quantization.enabled and quantization.strategy == "entropy":
+        return _entropy_curve(job, overhead)
+    form = FixedFormat.of_settings(quantization) if quantization.enabled and job.packed else None
+    sigmas = {name: analysis.scores for name, analysis in job.analyses.items()}
+    noise = 2 * _DISTORTION[int(quantization.bits)] if form and quantization.bits and not quantization.averages else 0.0
+    total = sum(analysis.norm for analysis in job.analyses.values())
+
+    def price(name: str, bits: int | None = None) -> int:
+        shape = job.analyses[name].shape
+        if form is not None:
+            return component_size(*shape.stored, form, bits)
+        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * job.dtype.itemsize
+
+    points = {}
+    for error in _ERRORS if total else ():
+        inner = error**2 - noise
+        if inner <= 0.0:
+            continue
+        if quantization.strategy == "mixed":
+            widths = {name: sum(analysis.shape.stored) for name, analysis in job.analyses.items()}
+            bits = bits_for_error(sigmas, widths, _DISTORTION, error, component_bytes=price)
+            size = sum(price(name, width) for name, chosen in bits.items() for width in chosen)
+        else:
+            costs = {name: price(name) for name in sigmas}
+            ranks = ranks_for_error(sigmas, costs, dict.fromkeys(sigmas, 0), inner**0.5)
+            size = sum(costs[name] * rank for name, rank in ranks.items())
+        points[overhead + size] = error
+    return tuple(points.items())
+
+
+def _entropy_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
+    """Reverse water-filling: a component of RMS x per weight gets 0.255 + log2(x / d) bits at the distortion d, and none below."""
+    widths = np.array([a.shape.stored for a in job.analyses.values() for _ in a.scores], dtype=np.float64).reshape(-1, 2)
+    sigma = np.concatenate([a.spectrum.sigma.double().numpy() for a in job.analyses.values()])
+    total, points = float(np.square(sigma).sum()), {}
+    for error in _ERRORS if total else ():
+        low, high = 0.0, float(np.square(sigma).max())
+        for _ in range(60):  # the distortion per weight that adds up to the error
+            middle = (low + high) / 2
+            lost = np.minimum(widths.sum(axis=1) * middle, np.square(sigma)).sum()
+            low, high = (middle, high) if lost <= error**2 * total else (low, middle)
+        kept = widths.sum(axis=1) * low < np.square(sigma)
+        ratio = np.square(sigma[kept, None]) / widths[kept] / max(low, np.finfo(np.float64).tiny)
+        bits = (widths[kept] * np.maximum(0.5 * np.log2(np.maximum(ratio, 1.0)) + 0.255, 0.0)).sum()
+        points[overhead + int(bits / 8)] = error
+    return tuple(points.items())

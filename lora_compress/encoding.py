@@ -1,0 +1,162 @@
+"""One module between its components and the bytes of a packed file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+from .index import Entry
+from .quantization import MIXED, FixedFormat, decode_fixed, encode_fixed
+from .quantization.entropy import decode_entropy, encode_entropy, predict_entropy
+from .settings import QuantizationSettings
+from .update import LowRankUpdate
+
+__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "spread_channels"]
+
+
+_LAYERS = 12  # of a progressive payload: each halves what a further bit is worth
+_SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_DTYPES = {name: dtype for dtype, name in _SCALES.items()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one module.
+
+    Args:
+        rank: components to keep, 0 to drop the module.
+        bits: per component, falling (strategy mixed).
+        step: of the quantizer (strategy entropy).
+        left: components that coding leaves of these, where that is known: a plain file needs room for no more.
+    """
+
+    rank: int
+    bits: tuple[int, ...] | None = None
+    step: float | None = None
+    left: int | None = None
+
+    @property
+    def stored(self) -> int:
+        """Components that a file gets."""
+        return self.rank if self.left is None else self.left
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A module as a packed file gets it.
+
+    Args:
+        entry: of the index; rank 0 may come out of entropy coding.
+        chunks: layers of its payload.
+        rows: what they decode to, down (rank, kept inputs * kernel) and up (rank, kept outputs).
+    """
+
+    entry: Entry
+    chunks: list[bytes]
+    rows: tuple[Tensor, Tensor]
+
+
+def encode_module(
+    shape: Entry, down: Tensor, up: Tensor, choice: Choice, settings: QuantizationSettings, *, predict: bool = False
+) -> Coded:
+    """Quantize components and pack them.
+
+    Args:
+        shape: an entry with the module's name, sizes and kept channels.
+        down: (rank, kept inputs * kernel), rows of the balanced basis, strongest first.
+        up: (rank, kept outputs).
+        choice: what was decided for it.
+        settings: the codec.
+        predict: whether zeros will do for what the entropy coder would say, refinement left out.
+    """
+    if choice.step is not None:
+        layers = _LAYERS if settings.progressive else 1
+        with np.errstate(over="ignore"):  # what is too large for the step is refused
+            if predict:
+                coded = predict_entropy(down, up, choice.step, layers=layers)
+            else:
+                coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
+        parameters: dict[str, object] = {"step": choice.step, "layers": layers}
+        return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows)
+    form = FixedFormat.of_settings(settings)
+    parameters = {"block": form.block_size or 0, "scales": _SCALES[form.scale_dtype]}
+    if choice.bits is not None:
+        parameters["bits"] = _runs(choice.bits)
+    entry = replace(shape, rank=len(down), codec=form.codec, parameters=parameters)
+    chunks = [encode_fixed(down, up, form, choice.bits)]
+    return Coded(entry, chunks, decode_rows(entry, chunks))
+
+
+def decode_module(entry: Entry, chunks: Sequence[bytes]) -> LowRankUpdate:
+    """The update that an entry and its layers stand for: float32 factors, alpha = rank.
+
+    Raises:
+        FormatError: the bytes are not what the entry says, or a codec that this program does not know.
+    """
+    down, up = spread_channels(entry, *decode_rows(entry, chunks))
+    return LowRankUpdate.from_matrices(down, up.T.contiguous(), float(entry.rank), entry.kernel)
+
+
+def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """The stored factors by rows, float32: down (rank, kept inputs * kernel), up^T (rank, kept outputs).
+
+    Raises:
+        FormatError: as `decode_module`.
+    """
+    inputs, outputs = entry.stored
+    parameters = entry.parameters
+    try:
+        if entry.codec == "entropy":
+            step, layers = float(parameters["step"]), int(parameters["layers"])
+            with np.errstate(over="ignore"):
+                rows = decode_entropy(chunks, entry.rank, inputs, outputs, step, layers)
+            if not all(torch.isfinite(row).all() for row in rows):
+                raise FormatError(f"step {step} makes weights that are no numbers: the file is damaged")
+            return rows
+        form = FixedFormat(entry.codec, int(parameters["block"]) or None, scale_dtype=_DTYPES[parameters["scales"]])
+        if len(chunks) != 1:
+            raise FormatError(f"{len(chunks)} layers, {entry.codec} has one: the file is damaged")
+        bits = _unroll(parameters["bits"], entry.rank) if entry.codec == MIXED else None
+        return decode_fixed(chunks[0], entry.rank, inputs, outputs, form, bits)
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})") from None
+
+
+def spread_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Kept channels back to their places, zeros between: down (rank, in * kernel), up^T (rank, out)."""
+    kept_out, kept_in = entry.kept
+    if kept_out is not None:
+        up = _spread(up, kept_out, entry.outputs)
+    if kept_in is not None:
+        down = _spread(down.unflatten(1, (len(kept_in), -1)), kept_in, entry.inputs).flatten(1)
+    return down, up
+
+
+def _spread(rows: Tensor, kept: tuple[int, ...], count: int) -> Tensor:
+    whole = rows.new_zeros(len(rows), count, *rows.shape[2:])
+    whole[:, list(kept)] = rows
+    return whole
+
+
+def _runs(bits: Sequence[int]) -> list[list[int]]:
+    """[6, 6, 4] as [[6, 2], [4, 1]]."""
+    runs: list[list[int]] = []
+    for value in bits:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return runs
+
+
+def _unroll(runs: Sequence[Sequence[int]], rank: int) -> list[int]:
+    if any(type(number) is not int or number < 1 for run in runs for number in run) or sum(count for _, count in runs) != rank:
+        raise FormatError(f"bits {runs} are not those of {rank} components: the file is damaged")
+    return [bits for bits, count in runs for _ in range(count)]

@@ -1,0 +1,367 @@
+"""Files to files: compress, expand a packed one, cut a progressive one. Weights are read and written a module at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .assembly import Assembly
+from .consumers import ConsumerRules, PlannedFile, PlannedModule
+from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
+from .curve import size_curve
+from .errors import FormatError, SettingsError
+from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
+from .frame import Frame, Plan
+from .job import Components, Job, Stored, pad_to_two
+from .layouts import LoraSource, open_lora
+from .pipeline import kohya_partner, partner_metadata, plain_partner
+from .plain import FP8, PlainKeys
+from .planning import plan
+from .pruning import consumer_minimum
+from .report.file_report import FileReport, ModuleReport
+from .settings import CompressionSettings
+from .spectrum import Spectrum, known_svd, thin_svd
+from .update import LowRankUpdate, squared_error
+from .weighting import Calibration, base_norms, relative_weights, weighted_spectrum
+
+__all__ = ["compress_file", "expand_file", "truncate_file"]
+
+Source = LoraSource | PackedFile
+Progress = Callable[[int, int], None]
+_LEAST_RANK = 2  # of a plain file
+_STORABLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def compress_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    settings: CompressionSettings,
+    *,
+    save_dtype: torch.dtype | None = None,
+    consumers: Collection[str] = (),
+    base_model: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    repair: bool = False,
+    progress: Progress | None = None,
+    details: Mapping[str, str] | None = None,
+) -> FileReport:
+    """Compress the LoRA in `source` into `target`.
+
+    Args:
+        source: a LoRA file of any layout.
+        target: ends with .safetensors.
+        settings: what to remove and how to store the rest.
+        save_dtype: of plain factors; None keeps the input's. If given, the file is written however large it gets.
+        consumers: programs that must be able to load the result; see `consumers.CONSUMERS`.
+        base_model: checkpoint relative to whose layers components are judged.
+        calibration: file of activation statistics of this LoRA.
+        force: `target` may be `source`.
+        repair: mend a broken input where that is possible.
+        progress: called with (modules done, modules in all).
+        details: more to tell in the metadata, as ss_compress_* keys.
+
+    Returns:
+        The report. Its status is not_smaller, and nothing has been written, if the result would be no smaller than the input.
+
+    Raises:
+        FormatError: the input cannot be read.
+        SettingsError: settings that contradict each other, the input or a consumer; a budget that cannot be met.
+        SaveError: the target cannot be written.
+    """
+    begun = time.monotonic()
+    check_target(source, target, force)
+    with _opened(source, repair) as lora:
+        rules = ConsumerRules.named(consumers)
+        decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
+        job, assembly = _prepare(lora, settings, save_dtype, rules, decompose, details or {})
+        weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
+        protected = (
+            consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
+        )
+        chosen = plan(job, Frame(assembly.size, {name: lora.part(name) for name in lora}, weights, protected))
+        if job.packed:
+            stored = chosen.stored or {}
+            for name, module in _watched(job, chosen, progress) if chosen.stored is None else ():
+                stored[name] = module
+        else:
+            stored = job.outline(chosen.choices)
+        if not stored:
+            raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"], str(source))
+        planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
+        if problems := rules.problems(planned):
+            raise SettingsError(problems, str(source))
+        before, after = os.path.getsize(source), assembly.size(stored)
+        by_name = save_dtype is not None or settings.save_format == "fp8"  # a precision that was asked for is written
+        written = after < before or by_name
+        if written and job.packed:
+            _write_packed(assembly, lora, stored, target, save_dtype)
+        elif written:
+            stored = _write_plain(assembly, lora, stored, _watched(job, chosen, progress), target)
+        modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
+        curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
+    return FileReport(
+        str(source),
+        str(target) if written else None,
+        "written" if written else "not_smaller",
+        lora.layout,
+        lora.family,
+        (before, os.path.getsize(target) if written else after),
+        time.monotonic() - begun,
+        modules,
+        (*lora.notes, *(rules.notes(planned) if written and not job.packed else ())),
+        settings.as_dict(),
+        curve,
+    )
+
+
+def expand_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    save_dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> FileReport:
+    """Write a packed file as a plain one, in the layout that it once came in and float16 unless told otherwise.
+
+    Raises:
+        FormatError: the input is no packed file, or damaged.
+        SaveError: the target cannot be written.
+    """
+    begun = time.monotonic()
+    check_target(source, target, force)
+    lora = PackedFile(source) if is_packed(source) else None
+    if lora is None:
+        raise FormatError(f"{source}: is no packed file: there is nothing to expand")
+    dtype = save_dtype or torch.float16
+    with atomic_path(target) as temporary:
+        written = _write_expanded(lora, temporary, dtype)
+    modules = []
+    for name, update in written:
+        size = update.numel * dtype.itemsize
+        shape = (update.up.shape[0], *update.down.shape[1:])
+        modules.append(
+            ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
+        )
+    return _report(source, target, lora, modules, begun)
+
+
+def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str], size: int, *, force: bool = False) -> FileReport:
+    """Cut a progressive packed file to `size` bytes at most: header and index are written anew, the payload's beginning is copied.
+
+    Raises:
+        FormatError: the input is no packed file, not a progressive one, or `size` has no room for a first layer of every module.
+        SaveError: the target cannot be written.
+    """
+    begun = time.monotonic()
+    check_target(source, target, force)
+    lora = PackedFile(source)
+    if not all(int(entry.parameters.get("layers", 1)) > 1 for entry in lora.entries.values()):
+        raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
+    carried, room = _specs(lora.others), size
+    for _ in range(8):  # a shorter payload has a shorter index
+        index, payload = lora.index.cut(max(room, 0))
+        encoded = index.encode()
+        specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
+        whole = safetensors_size(specs, lora.metadata)
+        if whole <= size:
+            break
+        room = min(room, payload) - max(whole - size, 1)
+    if whole > size or len({module for module, _, _ in index.chunks}) < len(lora.index.entries):
+        raise FormatError(f"{source}: {size} bytes have no room for the first layer of every module: take a larger --truncate")
+    with atomic_path(target) as temporary, TensorWriter(temporary, specs, lora.metadata) as writer:
+        _write(writer, lora.others)
+        _write(writer, {INDEX_KEY: encoded, PAYLOAD_KEY: torch.frombuffer(bytearray(lora.payload(payload)), dtype=torch.uint8)})
+    cut = PackedFile(target)
+    modules = []
+    for name in lora:
+        whole_update, less = lora[name], cut[name]
+        error, norm = squared_error(whole_update, less)
+        before, after = lora.factor_bytes(name), cut.factor_bytes(name)
+        shape = (whole_update.up.shape[0], *whole_update.down.shape[1:])
+        modules.append(ModuleReport(name, lora.part(name), shape, (whole_update.rank, less.rank), (before, after), error, norm))
+    return _report(source, target, lora, modules, begun)
+
+
+def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], force: bool) -> None:
+    """Refuse a target that cannot be a result, before any work is done.
+
+    Raises:
+        SettingsError: it does not end with .safetensors, or it is the source and `force` is not given.
+    """
+    if Path(target).suffix != ".safetensors":
+        raise SettingsError([f"{target}: a LoRA is written as a safetensors file: end its name with .safetensors"], "output")
+    if not force and os.path.exists(target) and os.path.samefile(source, target):
+        raise SettingsError([f"{target}: is the input itself: choose another name, or --force to replace it"], "output")
+
+
+def _report(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], lora: Source, modules: Iterable[ModuleReport], begun: float
+) -> FileReport:
+    sizes, seconds = (os.path.getsize(source), os.path.getsize(target)), time.monotonic() - begun
+    return FileReport(
+        str(source), str(target), "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes)
+    )
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], repair: bool) -> Iterator[Source]:
+    source = open_lora(path, repair)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _prepare(
+    lora: Source,
+    settings: CompressionSettings,
+    save_dtype: torch.dtype | None,
+    rules: ConsumerRules,
+    decompose: Callable[[str, LowRankUpdate], Components],
+    details: Mapping[str, str],
+) -> tuple[Job, Assembly]:
+    """First pass over the file."""
+
+    def keys(name: str) -> PlainKeys:
+        shape = lora.shapes[name]
+        down = torch.zeros(1, shape.inputs, *shape.kernel)
+        up = torch.zeros(shape.outputs, 1, *(1,) * len(shape.kernel))
+        return PlainKeys.of(name, list(lora.plain(name, down, up, 1.0)))
+
+    dtype = save_dtype or (lora.dtype if lora.dtype in _STORABLE else torch.float16)
+    if settings.save_format == "fp8":
+        dtype = FP8
+        if any(keys(name).alpha is None for name in lora):
+            raise SettingsError([f"save_format=fp8 needs an alpha beside its factors, {lora.layout} files have none: use packed"])
+
+    def pad(ranks: Mapping[str, int]) -> dict[str, int]:
+        return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
+
+    job = Job(lora, settings, dtype, decompose, keys, pad)
+    metadata = lora.plain_metadata({name: shape.rank for name, shape in lora.shapes.items()})
+    extras = {name: _specs(lora.extras(name)) for name in lora}
+    return job, Assembly(job, lora.layout, metadata, _specs(lora.others), extras, details)
+
+
+def _components(
+    lora: Source, settings: CompressionSettings, calibration: Calibration | None
+) -> Callable[[str, LowRankUpdate], Components]:
+    """What takes a module apart: by activations where they are known, as it came where it came taken apart."""
+    whole = not settings.pruning.channel_threshold
+    if calibration is not None and not whole:
+        raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
+
+    def decompose(name: str, update: LowRankUpdate) -> Components:
+        if calibration is not None:
+            found = weighted_spectrum(update, calibration.gram(name, update))
+            return Spectrum(found.norms, found.mix_down, found.mix_up, update), found.sigma
+        spectrum = known_svd(update) if whole and lora.is_balanced(name) else thin_svd(update)
+        return spectrum, spectrum.sigma
+
+    return decompose
+
+
+def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
+    """The file about to be written, as the rules of consumers look at it."""
+    modules = {name: PlannedModule(rank, 1.0, lora.part(name), tuple(lora.extras(name))) for name, rank in ranks.items()}
+    return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.others))
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+
+
+def _watched(job: Job, chosen: Plan, progress: Progress | None) -> Iterator[tuple[str, Stored]]:
+    """The modules one by one, told to `progress`."""
+    for done, named in enumerate(job.run(chosen.choices), 1):
+        yield named
+        if progress:
+            progress(done, len(chosen.choices))
+
+
+def _write_plain(
+    assembly: Assembly,
+    lora: Source,
+    outline: Mapping[str, Stored],
+    modules: Iterable[tuple[str, Stored]],
+    target: str | os.PathLike[str],
+) -> dict[str, Stored]:
+    """The second pass: modules come, are written, and go. What is left of them is what the report needs."""
+    stored: dict[str, Stored] = {}
+    with atomic_path(target) as temporary:
+        with TensorWriter(temporary, assembly.specs(outline), assembly.finished_metadata(outline)) as writer:
+            _pass_on(writer, lora, outline)
+            for name, module in modules:
+                assert module.plain is not None
+                _write(writer, assembly.job.analyses[name].shape.keys.tensors(name, module.plain))
+                stored[name] = module.without_factors()
+            writer.metadata = assembly.finished_metadata(stored)
+    return stored
+
+
+def _write_packed(
+    assembly: Assembly, lora: Source, stored: Mapping[str, Stored], target: str | os.PathLike[str], dtype: torch.dtype | None
+) -> None:
+    """The packed file, and with save_format both its plain partner: both, or neither."""
+    metadata = assembly.finished_metadata(stored)
+    with atomic_path(target) as temporary:
+        with TensorWriter(temporary, assembly.specs(stored), metadata) as writer:
+            _pass_on(writer, lora, stored)
+            _write(writer, assembly.packed(stored))
+        if assembly.job.settings.save_format == "both":
+            with atomic_path(kohya_partner(target)) as beside:
+                _write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)
+
+
+def _write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[tuple[str, LowRankUpdate]]:
+    """A packed file as a plain one; returns the modules, without their weights."""
+    specs, outline = _specs(packed.others), {}
+    for name, entry in packed.entries.items():
+        rank = max(entry.rank, _LEAST_RANK)
+        down, up = (rank, entry.inputs, *entry.kernel), (entry.outputs, rank, *(1,) * len(entry.kernel))
+        specs |= entry.keys.specs(name, down, up, dtype)
+        alpha = 1.0 if entry.keys.alpha is not None else float(rank)
+        outline[name] = LowRankUpdate(torch.empty(down, device="meta"), torch.empty(up, device="meta"), alpha)
+    with TensorWriter(path, specs, partner_metadata(packed.plain_metadata({}), outline)) as writer:
+        _write(writer, packed.others)
+        for name in packed:
+            keys = packed.entries[name].keys
+            _write(writer, keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None)))
+    return list(outline.items())
+
+
+def _pass_on(writer: TensorWriter, lora: Source, kept: Iterable[str]) -> None:
+    """Tensors of the input that are no factors, untouched."""
+    _write(writer, lora.others)
+    for name in kept:
+        _write(writer, lora.extras(name))
+
+
+def _write(writer: TensorWriter, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        writer.write(key, tensor)
+
+
+def _module_report(assembly: Assembly, lora: Source, name: str, stored: Stored | None) -> ModuleReport:
+    analysis = assembly.job.analyses[name]
+    shape = analysis.shape
+    lost, rank, after = (
+        (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))
+    )
+    return ModuleReport(
+        name,
+        lora.part(name),
+        (shape.outputs, shape.inputs, *shape.kernel),
+        (shape.rank, rank),
+        (lora.factor_bytes(name), after),
+        lost,
+        analysis.norm,
+        tuple(analysis.spectrum.sigma.tolist()),
+    )

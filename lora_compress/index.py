@@ -1,0 +1,229 @@
+"""The index of a packed file: what modules it holds, and which bytes are whose. docs/format.md fixes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+from .plain import KOHYA_KEYS, PlainKeys
+
+__all__ = ["Chunk", "Entry", "PackedIndex", "read_index"]
+
+_LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
+_MOST_MODULES = 1 << 16
+_LONGEST_NAME = 1000  # characters of a module's name or of a key
+_LARGEST_LAYER = 1 << 31  # weights of a layer
+_LARGEST_FACTORS = 1 << 28  # weights of all factors that any file may hold, and for each byte of payload:
+_WEIGHTS_PER_BYTE = 1 << 10  # far above what a useful LoRA has, far below what would exhaust memory
+_COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict, "keys": int}
+_CHUNK_COLUMNS = ("module", "bytes", "crc32")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index says of one module.
+
+    Args:
+        name: of the module, as the plain file has it.
+        outputs: rows of its dW.
+        inputs: channels; dW has inputs * kernel columns.
+        kernel: kernel size of a convolution, () for a linear layer.
+        rank: components that are stored.
+        codec: name of what made the payload.
+        parameters: of the codec, JSON values.
+        kept: output and input channels that are stored, None for all; the others are zero.
+        keys: of the module in the plain file that it stands for.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    rank: int
+    codec: str
+    parameters: Mapping[str, Any]
+    kept: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    keys: PlainKeys = KOHYA_KEYS
+
+    @property
+    def weights(self) -> int:
+        """Of both factors, zeros of channels that were dropped included: what it takes to decode them."""
+        return self.rank * (self.outputs + self.inputs * math.prod(self.kernel))
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Weights of a stored component: (in * kernel, out), channels that were dropped left out."""
+        kept_out, kept_in = self.kept
+        outputs = self.outputs if kept_out is None else len(kept_out)
+        inputs = self.inputs if kept_in is None else len(kept_in)
+        return inputs * math.prod(self.kernel), outputs
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of bytes of the payload: the next layer of one module."""
+
+    module: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class PackedIndex:
+    """The index: modules, and the chunks that the payload is made of.
+
+    Args:
+        layout: key layout of the plain file that it stands for.
+        entries: of the modules.
+        chunks: per chunk (module, bytes, crc32), in the order of the payload.
+    """
+
+    layout: str
+    entries: tuple[Entry, ...]
+    chunks: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[Chunk]) -> PackedIndex:
+        """The index of chunks in the order in which they stand in the payload."""
+        return cls(layout, tuple(entries), tuple((c.module, len(c.data), zlib.crc32(c.data)) for c in chunks))
+
+    def cut(self, size: int) -> tuple[PackedIndex, int]:
+        """The index of the first `size` bytes of the payload at most, cut between chunks, and the bytes that it covers."""
+        end, count = 0, 0
+        for _, length, _ in self.chunks:
+            if end + length > size:
+                break
+            end, count = end + length, count + 1
+        return PackedIndex(self.layout, self.entries, self.chunks[:count]), end
+
+    def check_declared(self) -> None:
+        """Compare what the modules that have chunks decode to with the bytes of their chunks.
+
+        Raises:
+            FormatError: the file promises more weights than its bytes can stand for.
+        """
+        weights = sum(self.entries[module].weights for module in {module for module, _, _ in self.chunks})
+        size = sum(length for _, length, _ in self.chunks)
+        if weights > _LARGEST_FACTORS + _WEIGHTS_PER_BYTE * size:
+            raise FormatError(f"{weights} weights in {size} bytes are too many to be true")
+
+    def encode(self) -> Tensor:
+        """As bytes, uint8 (n,): JSON by columns, compressed with zlib.
+
+        Raises:
+            FormatError: more than a reader accepts.
+        """
+        styles = list(dict.fromkeys(entry.keys for entry in self.entries))
+        columns = {
+            "name": [entry.name for entry in self.entries],
+            "out": [entry.outputs for entry in self.entries],
+            "in": [entry.inputs for entry in self.entries],
+            "kernel": [entry.kernel for entry in self.entries],
+            "rank": [entry.rank for entry in self.entries],
+            "codec": [entry.codec for entry in self.entries],
+            "parameters": [entry.parameters for entry in self.entries],
+            "keys": [styles.index(entry.keys) for entry in self.entries],
+        }
+        kept = {str(i): _bitmaps(entry) for i, entry in enumerate(self.entries) if entry.kept != (None, None)}
+        chunks = dict(zip(_CHUNK_COLUMNS, zip(*self.chunks, strict=True) if self.chunks else ((), (), ()), strict=True))
+        keys = [[style.down, style.up, style.alpha] for style in styles]
+        content = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
+        text = json.dumps(content, separators=(",", ":")).encode()
+        if len(text) > _LARGEST_INDEX or len(self.entries) > _MOST_MODULES:
+            raise FormatError(f"an index of {len(self.entries)} modules in {len(text)} bytes is more than a packed file can have")
+        self.check_declared()
+        return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
+
+
+def read_index(data: bytes, where: str) -> PackedIndex:
+    """Undo `PackedIndex.encode`; every number is checked before anything is allocated by it.
+
+    Raises:
+        FormatError: the bytes are no index, or one that contradicts itself.
+    """
+    unpacked = zlib.decompressobj()
+    try:
+        text = unpacked.decompress(data, _LARGEST_INDEX)
+        if unpacked.unconsumed_tail or not unpacked.eof:
+            raise ValueError(f"it is cut, or longer than {_LARGEST_INDEX} bytes")
+        content = json.loads(text)
+        columns = content["modules"]
+        styles = [_keys(style) for style in content["keys"]]
+        rows = enumerate(_rows(columns, list(_COLUMNS)))
+        entries = tuple(_entry(values, content["kept"].get(str(i)), styles) for i, values in rows)
+        chunks = tuple((m, n, c) for m, n, c in _rows(content["chunks"], list(_CHUNK_COLUMNS)))
+        for chunk in chunks:
+            if not all(type(value) is int and 0 <= value < 1 << 40 for value in chunk) or chunk[0] >= len(entries):
+                raise ValueError(f"chunk {chunk} is none")
+        if len({entry.name for entry in entries}) != len(entries):
+            raise ValueError("a module is named twice")
+        keys = [key for entry in entries for key in entry.keys.of_module(entry.name)]
+        if len(set(keys)) != len(keys):
+            raise ValueError("two modules have the same keys")
+        return PackedIndex(str(content["layout"]), entries, chunks)
+    except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where}: its index cannot be read ({error}): the file is damaged") from None
+
+
+def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[Any, ...]]:
+    lists = [columns[name] for name in names]
+    if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+        raise ValueError("its columns differ in length")
+    if names[0] == "name" and len(lists[0]) > _MOST_MODULES:
+        raise ValueError(f"it has {len(lists[0])} modules, allowed: {_MOST_MODULES}")
+    return zip(*lists, strict=True)
+
+
+def _keys(style: Any) -> PlainKeys:
+    down, up, alpha = style
+    given = [down, up] if alpha is None else [down, up, alpha]
+    if not all(isinstance(key, str) and len(key) <= _LONGEST_NAME for key in given) or len(set(given)) < len(given):
+        raise ValueError("a style of keys is none")
+    return PlainKeys(down, up, alpha)
+
+
+def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Entry:
+    for value, (column, kind) in zip(values, _COLUMNS.items(), strict=True):
+        if type(value) is not kind:
+            raise ValueError(f"{column}={value!r} is no {kind.__name__}")
+    name, outputs, inputs, kernel, rank, codec, parameters, style = values
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name has {len(name)} characters")
+    sizes = [outputs, inputs, *kernel]
+    if len(kernel) > 3 or not all(type(size) is int and 1 <= size <= _LARGEST_LAYER for size in sizes):
+        raise ValueError(f"{name} has the sizes {sizes}")
+    channels = [
+        None if k is None else _channels(k, count) for k, count in zip(kept or (None, None), (outputs, inputs), strict=True)
+    ]
+    if not 0 <= style < len(styles):
+        raise ValueError(f"{name} has keys number {style}")
+    entry = Entry(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]), styles[style])
+    if math.prod(sizes) > _LARGEST_LAYER or not 1 <= rank <= min(entry.stored):
+        raise ValueError(f"{name} has the sizes {sizes} and the rank {rank}")
+    return entry
+
+
+def _bitmaps(entry: Entry) -> list[str | None]:
+    """Kept channels in hexadecimal, the first channel in the highest bit of the first byte."""
+    return [
+        None if kept is None else np.packbits(np.isin(np.arange(count), kept)).tobytes().hex()
+        for kept, count in zip(entry.kept, (entry.outputs, entry.inputs), strict=True)
+    ]
+
+
+def _channels(bitmap: Any, count: int) -> tuple[int, ...]:
+    """Undo `_bitmaps`; nothing is allocated before the length is known to be right."""
+    if not isinstance(bitmap, str) or len(bitmap) != 2 * (-(-count // 8)):
+        raise ValueError(f"kept channels are no bitmap of {count}")
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(bitmap), np.uint8))
+    if bits[count:].any() or not bits.any():
+        raise ValueError(f"kept channels are none, or more than {count}")
+    return tuple(np.flatnonzero(bits).tolist())

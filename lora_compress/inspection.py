@@ -1,0 +1,181 @@
+"""What a LoRA file holds, and what smaller ones made from it would lose, told from the spectra alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .allocation import ranks_for_error
+from .errors import FormatError
+from .layouts import open_lora
+from .parallel import each_module
+from .spectrum import thin_svd
+from .update import relative_error
+
+__all__ = ["FileInspection", "ModuleInspection", "effective_rank", "inspect_file", "truncation_curve"]
+
+_ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class ModuleInspection:
+    """One module.
+
+    Args:
+        name: in the file.
+        part: U-Net, text encoder, ...
+        shape: of the layer's weight, (out, in, *kernel).
+        rank: of the factors.
+        bytes: that its factors take.
+        sigma: effective singular values, falling; alpha / r is part of them.
+    """
+
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    rank: int
+    bytes: int
+    sigma: tuple[float, ...]
+
+    @property
+    def norm(self) -> float:
+        """||dW||_F."""
+        return math.sqrt(math.fsum(value * value for value in self.sigma))
+
+    @property
+    def effective_rank(self) -> float:
+        """See `effective_rank`."""
+        return effective_rank(self.sigma)
+
+    @property
+    def component_weights(self) -> int:
+        """Weights of one component, out + in * kernel."""
+        return self.shape[0] + math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True)
+class FileInspection:
+    """One file; `curve` has (bytes, relative error) of plain files cut from it at its own precision."""
+
+    path: str
+    layout: str
+    family: str
+    dtype: str
+    bytes: int
+    modules: tuple[ModuleInspection, ...]
+    notes: tuple[str, ...]
+    metadata: Mapping[str, str]
+    curve: tuple[tuple[int, float], ...]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Smallest and largest rank."""
+        ranks = [module.rank for module in self.modules] or [0]
+        return min(ranks), max(ranks)
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers of `inspect --json`."""
+        return {
+            "model": self.path,
+            "layout": self.layout,
+            "family": self.family,
+            "dtype": self.dtype,
+            "bytes": self.bytes,
+            "ranks": self.ranks,
+            "effective_rank": mean_effective_rank(self.modules),
+            "modules": [
+                {
+                    "name": m.name,
+                    "part": m.part,
+                    "shape": m.shape,
+                    "rank": m.rank,
+                    "bytes": m.bytes,
+                    "norm": m.norm,
+                    "effective_rank": m.effective_rank,
+                    "sigma": m.sigma,
+                }
+                for m in self.modules
+            ],
+            "smaller": [{"bytes": size, "relative_error": error} for size, error in self.curve],
+            "notes": list(self.notes),
+            "metadata": dict(self.metadata),
+        }
+
+
+def inspect_file(path: str) -> FileInspection:
+    """Open a LoRA file of any layout, packed or plain, and take the spectrum of every module.
+
+    Raises:
+        FormatError: it is no LoRA file, or a module holds NaN.
+    """
+    source = open_lora(path)
+
+    def look(name: str, _: object) -> ModuleInspection:
+        try:
+            sigma = thin_svd(source[name]).sigma
+        except FormatError as error:
+            raise FormatError(f"{path}: {name}: {error}") from None
+        shape = source.shapes[name]
+        full = (shape.outputs, shape.inputs, *shape.kernel)
+        return ModuleInspection(name, source.part(name), full, shape.rank, source.factor_bytes(name), tuple(sigma.tolist()))
+
+    modules = tuple(each_module(look, dict.fromkeys(source)).values())
+    size = os.path.getsize(path)
+    dtype = source.dtype
+    return FileInspection(
+        path,
+        source.layout,
+        source.family,
+        str(dtype).removeprefix("torch."),
+        size,
+        modules,
+        tuple(source.notes),
+        source.metadata,
+        truncation_curve(modules, dtype.itemsize, size - sum(module.bytes for module in modules)),
+    )
+
+
+def effective_rank(sigma: Sequence[float]) -> float:
+    """exp(H(p)) with p_i = sigma_i^2 / sum_j sigma_j^2 and the entropy H(p) = -sum_i p_i ln p_i; 0 for an update that is zero.
+
+    1 for a single component, n for n equal ones: how many components carry the energy. Roy and Vetterli
+    (https://ieeexplore.ieee.org/document/7098875) take shares of sigma; shares of sigma^2 are those of the squared error.
+    """
+    energy = [value * value for value in sigma]
+    total = math.fsum(energy)
+    if not total > 0.0:
+        return 0.0
+    return math.exp(-math.fsum(part / total * math.log(part / total) for part in energy if part > 0.0))
+
+
+def mean_effective_rank(modules: Sequence[ModuleInspection]) -> float:
+    """The mean over the modules that are not zero."""
+    ranks = [rank for module in modules if (rank := module.effective_rank)]
+    return math.fsum(ranks) / len(ranks) if ranks else 0.0
+
+
+def truncation_curve(
+    modules: Sequence[ModuleInspection], bytes_per_weight: int, overhead: int, errors: Sequence[float] = _ERRORS
+) -> tuple[tuple[int, float], ...]:
+    """(bytes, relative error) of the smallest plain files that lose at most `errors`, every module keeping a component.
+
+    What is lost is known exactly, the size but for a few bytes of header.
+
+    Args:
+        bytes_per_weight: of the file's precision.
+        overhead: bytes of the file that are no factors.
+    """
+    sigmas = {m.name: torch.tensor(m.sigma, dtype=torch.float64) for m in modules if m.norm > 0.0}
+    costs = {m.name: m.component_weights * bytes_per_weight for m in modules}
+    total = math.fsum(m.norm**2 for m in modules)
+    points = {}
+    for error in errors if sigmas else ():
+        ranks = ranks_for_error(sigmas, costs, dict.fromkeys(sigmas, 0), error, min_rank=1)
+        lost = math.fsum(float(sigma[ranks[name] :].square().sum()) for name, sigma in sigmas.items())
+        points[overhead + sum(costs[name] * rank for name, rank in ranks.items())] = relative_error(lost, total)
+    return tuple(points.items())

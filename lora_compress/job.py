@@ -1,0 +1,266 @@
+"""A compression under way: the spectra of all modules, what was chosen for each, and the modules themselves, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .encoding import Choice, encode_module, spread_channels
+from .errors import FormatError
+from .index import Entry
+from .parallel import each_module, stream_modules
+from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_update
+from .pruning import select_channels
+from .quantization import FixedFormat, fixed_size
+from .settings import CompressionSettings
+from .spectrum import Spectrum, thin_svd
+from .update import LowRankUpdate, difference
+
+__all__ = ["Analysis", "Components", "Job", "Stored", "pad_to_two"]
+
+Components = tuple[Spectrum, Tensor]  # of a module, best first, and the falling scores by which they are so
+_SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
+_LEAST_SAMPLE = 4
+_GOLDEN = 0.6180339887498949
+Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the first pass learns of a module: small beside its weights.
+
+    Args:
+        spectrum: of the channels that survive, without the factors.
+        scores: (k,), falling: what its components are chosen by.
+        shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
+        lost: ||dW||_F^2 of the channels that do not.
+        norm: ||dW||_F^2 of the whole module.
+    """
+
+    spectrum: Spectrum
+    scores: Tensor
+    shape: Entry
+    lost: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One module as the file gets it.
+
+    Args:
+        rank: components that it kept.
+        squared_error: ||dW - dW'||_F^2.
+        plain: the factors of a plain file; None in a packed one.
+        entry: of the index of a packed file; None in a plain one.
+        chunks: of its payload.
+        alpha: of a plain file.
+        padded: its rank there, zeros included.
+        payload: bytes of the chunks that coding made, of a plain module too.
+    """
+
+    rank: int
+    squared_error: float
+    plain: LowRankUpdate | None = None
+    entry: Entry | None = None
+    chunks: tuple[bytes, ...] = ()
+    alpha: float = 1.0
+    padded: int = 0
+    payload: int = 0
+
+    def without_factors(self) -> Stored:
+        """The same without the factors of a plain file, which can be made again."""
+        return replace(self, plain=None)
+
+
+def _svd(name: str, update: LowRankUpdate) -> Components:
+    spectrum = thin_svd(update)
+    return spectrum, spectrum.sigma
+
+
+def _sampled(names: list[str], every: int) -> list[str]:
+    """One name of each `every`, at places that do not keep step with the layers of a block."""
+    places = (int(first + (first * _GOLDEN) % 1 * every) for first in range(0, len(names), every))
+    return [names[place] for place in places if place < len(names)]
+
+
+def _corrected(found: Mapping[str, Stored], exact: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Predictions, corrected by what became of some of them, and these."""
+    size, error = (
+        sum(getattr(stored, field) for stored in exact.values()) / max(sum(getattr(found[n], field) for n in exact), tiny)
+        for field, tiny in (("payload", 1), ("squared_error", 1e-300))
+    )
+    result = {}
+    for name, stored in found.items():
+        chunks = tuple(bytes(round(len(chunk) * size)) for chunk in stored.chunks)
+        corrected = replace(stored, chunks=chunks, payload=round(stored.payload * size), squared_error=stored.squared_error * error)
+        result[name] = exact.get(name, corrected)
+    return result
+
+
+def pad_to_two(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Rank 2 at least: stable-diffusion.cpp misreads the scale of rank 1."""
+    return {name: max(rank, 2) for name, rank in ranks.items()}
+
+
+class Job:
+    """Compresses the modules of one LoRA. The first pass, over the spectra, is done on construction; nothing is chosen yet.
+
+    Args:
+        updates: by module name; read twice, a module at a time, if it is lazy.
+        settings: what to remove and how to store the rest.
+        dtype: of plain factors.
+        decompose: (name, update) to its components; the singular value decomposition unless something else is to be kept.
+        keys: of a module in a plain file.
+        pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
+
+    Raises:
+        FormatError: an update holds NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        updates: Mapping[str, LowRankUpdate],
+        settings: CompressionSettings,
+        dtype: torch.dtype = torch.float32,
+        decompose: Callable[[str, LowRankUpdate], Components] = _svd,
+        keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
+        pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
+    ) -> None:
+        self.updates, self.settings, self.dtype = updates, settings, dtype
+        self.decompose, self.keys, self.pad = decompose, keys, pad
+        self.analyses = each_module(self._analyse, updates)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the main file is a packed one."""
+        return self.settings.save_format in ("packed", "both")
+
+    def run(self, choices: Mapping[str, Choice], *, predict: bool = False) -> Iterator[tuple[str, Stored]]:
+        """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too.
+
+        With `predict`, zeros stand for what the entropy coder would say, and nothing is refined.
+        """
+        kept = {name: choice for name, choice in choices.items() if choice.rank}
+        padded = self.pad({name: choice.stored for name, choice in kept.items()})
+        alpha = self._file_alpha(kept, padded)
+        for name, stored in stream_modules(lambda name, choice: self._store(name, choice, padded[name], alpha, predict), kept):
+            if stored.rank:
+                yield name, stored
+
+    def predict(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+        """What `run` would give of entropy-coded modules, closely, in a third of the time: sizes and errors; the bytes are zeros.
+
+        They are quantized, but neither refined nor coded. A sample is, and tells what that does to sizes and errors.
+        """
+        found = {name: stored.without_factors() for name, stored in self.run(choices, predict=True)}
+        settings = self.settings.quantization
+        if not (settings.refine or settings.progressive):
+            return found
+        sample = _sampled(list(found), max(min(_SAMPLE, len(found) // _LEAST_SAMPLE), 1))
+        exact = {name: stored.without_factors() for name, stored in self.run({name: choices[name] for name in sample})}
+        return _corrected(found, exact)
+
+    def outline(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+        """As much of plain modules as the size of their file depends on, without making them.
+
+        The alpha of fp8 is still to be found: one that takes as much room stands for it.
+        """
+        alpha = 0.123456789 if self.dtype == FP8 else 1.0
+        kept = {name: choice for name, choice in choices.items() if choice.stored}
+        return self.padded({n: Stored(c.stored, 0.0, alpha=alpha, payload=self._payload(n, c)) for n, c in kept.items()})
+
+    def padded(self, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+        """Plain modules, without their factors, with the room that they need for what coding left of them."""
+        ranks = self.pad({name: module.rank for name, module in stored.items()})
+        own = {name: self.analyses[name].shape.keys.alpha is None for name in stored}
+        return {
+            name: replace(module, plain=None, padded=ranks[name], alpha=float(ranks[name]) if own[name] else module.alpha)
+            for name, module in stored.items()
+        }
+
+    def _payload(self, name: str, choice: Choice) -> int:
+        """Bytes of a module in codes of the bits that were chosen for it; 0 where none were."""
+        form = FixedFormat.of_settings(self.settings.quantization) if choice.bits else None
+        return fixed_size(choice.rank, *self.analyses[name].shape.stored, form, choice.bits) if form else 0
+
+    def _file_alpha(self, choices: Mapping[str, Choice], padded: Mapping[str, int]) -> float:
+        """The one alpha of a plain file."""
+        if self.packed or self.dtype != FP8:
+            return 1.0
+        products = each_module(lambda name, choice: padded[name] * self._product(name, choice.rank), choices)
+        return fp8_alpha(list(products.values()))
+
+    def _analyse(self, name: str, update: LowRankUpdate) -> Analysis:
+        try:
+            kept, lost = self._channels(update)
+            spectrum, scores = self.decompose(name, self._part(update, kept))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        norm = lost + float(spectrum.sigma.square().sum())
+        kernel, sizes = update.kernel, (update.up.shape[0], update.down.shape[1])
+        shape = Entry(name, sizes[0], sizes[1], kernel, update.rank, "", {}, kept, self.keys(name))
+        return Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm)
+
+    def _channels(self, update: LowRankUpdate) -> tuple[Channels, float]:
+        """Output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""
+        threshold = self.settings.pruning.channel_threshold
+        if not threshold:
+            return (None, None), 0.0
+        chosen = select_channels(update, threshold)
+        counts = (update.up.shape[0], update.down.shape[1])
+        outputs, inputs = (
+            None if len(kept) == count else tuple(kept.tolist())
+            for kept, count in zip((chosen.outputs, chosen.inputs), counts, strict=True)
+        )
+        return (outputs, inputs), chosen.squared_error
+
+    def _part(self, update: LowRankUpdate, kept: Channels) -> LowRankUpdate:
+        """The kept channels of an update, on the device that computes."""
+        outputs, inputs = kept
+        up = update.up if outputs is None else update.up[list(outputs)]
+        down = update.down if inputs is None else update.down[:, list(inputs)]
+        device = self.settings.quantization_device
+        return LowRankUpdate(down.to(device), up.to(device), update.alpha)
+
+    def _rows(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        """The strongest components over the kept channels."""
+        analysis = self.analyses[name]
+        spectrum = analysis.spectrum.of(self._part(self.updates[name], analysis.shape.kept))
+        down, up = spectrum.to(self.settings.quantization_device).balanced(rank)
+        return down.cpu(), up.cpu()
+
+    def _product(self, name: str, rank: int) -> float:
+        """max|down| max|up|."""
+        down, up = self._rows(name, rank)
+        return float(down.abs().amax() * up.abs().amax())
+
+    def _store(self, name: str, choice: Choice, padded: int, alpha: float, predict: bool = False) -> Stored:
+        analysis = self.analyses[name]
+        sigma, shape = analysis.spectrum.sigma, analysis.shape
+        quantized = self.settings.quantization.enabled
+        down, up = self._rows(name, len(sigma) if quantized else choice.rank)  # a coarse grid's noise reaches into the tail
+        tail = 0.0 if quantized else float(sigma[choice.rank :].square().sum())
+        chunks: list[bytes] = []
+        found, entry = (down[: choice.rank], up[: choice.rank]), None
+        if quantized:
+            coded = encode_module(shape, *found, choice, self.settings.quantization, predict=predict)
+            entry, chunks, found = coded.entry, coded.chunks, coded.rows
+            if not entry.rank:
+                return Stored(0, analysis.norm)
+        if self.packed:
+            lost = analysis.lost + tail + difference(down, up, *found)
+            return Stored(len(found[0]), lost, None, entry, tuple(chunks), payload=sum(map(len, chunks)))
+        own_alpha = None if shape.keys.alpha is None else alpha
+        try:
+            plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, padded)
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
+        written = self._part(plain, shape.kept)
+        rank = len(found[0])  # without the padding
+        rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()
+        lost = analysis.lost + tail + difference(down, up, *rows)
+        return Stored(rank, lost, plain, alpha=plain.alpha, padded=padded, payload=sum(map(len, chunks)))

@@ -1,0 +1,44 @@
+"""Full differences, `<module>.diff`: the dense update itself, as LyCORIS' full algorithm and extraction tools store it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ..update import LowRankUpdate
+from .kernels import unflatten
+from .pairs import factor, kohya_writer
+from .reduce import balanced, svd_of_matrix
+from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
+from .tensors import TensorFile
+
+__all__ = ["FULL"]
+
+
+def _find(survey: Survey) -> None:
+    for name in [*survey.names(".diff")]:
+        key = name + ".diff"
+        shape = survey.file[key].shape
+        if len(shape) < 2:
+            continue  # of a norm or an embedding: nothing to factor
+        if not survey.usable(name, key):
+            continue
+        if math.prod(shape) > LARGEST_CONVERSION or min(shape[0], math.prod(shape[1:])) > LARGEST_RANK:
+            survey.tell("a full difference too large to be factored was carried through unchanged", name)
+            continue
+        outputs, columns = shape[0], math.prod(shape[1:])
+        inputs, kernel = (shape[1], shape[2:]) if shape[2:] else unflatten(name, columns)
+        load = _loader(survey.file, key, inputs, kernel)
+        survey.tell("a full difference was converted to plain LoRA, unchanged to 1e-6", name)
+        module = ModuleShape(outputs, inputs, kernel, min(outputs, columns))
+        survey.add(Module(name, "full", module, (key,), load, kohya_writer(name), balanced=True))
+
+
+def _loader(file: TensorFile, key: str, inputs: int, kernel: tuple[int, ...]) -> Callable[[], LowRankUpdate]:
+    def load() -> LowRankUpdate:
+        return balanced(svd_of_matrix(factor(file, key).double().flatten(1)), 1.0, inputs, kernel)
+
+    return load
+
+
+FULL = Layout("full", _find)

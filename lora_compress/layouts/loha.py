@@ -1,0 +1,87 @@
+"""LyCORIS LoHa: dW = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise; with t1, t2 each product is CP-decomposed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..update import LowRankUpdate
+from .kernels import unflatten
+from .pairs import factor, kohya_writer
+from .reduce import balanced, svd_of_pair_product
+from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
+from .tensors import TensorFile
+
+__all__ = ["LOHA"]
+
+_PARTS = (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")
+_TUCKER = (".hada_t1", ".hada_t2")
+
+
+def _find(survey: Survey) -> None:
+    names = dict.fromkeys(name for part in (*_PARTS, *_TUCKER) for name in survey.names(part))
+    for name in names:
+        tucker = any(name + part in survey.file for part in _TUCKER)
+        keys = [name + part for part in (*_PARTS, *(_TUCKER if tucker else ()))]
+        if not survey.usable(name, *keys):
+            continue
+        sizes = _sizes(survey.file, keys)
+        if sizes is None:
+            found = f"the shapes {', '.join(str(survey.file[key].shape) for key in keys)} do not fit together"
+            survey.refuse(keys[0], found, f"two products of one size, rank {LARGEST_RANK} at most", "the module is left out")
+            survey.drop(name, keys)
+            continue
+        outputs, columns, ranks, kernel = sizes
+        inputs, kernel = (columns // math.prod(kernel), kernel) if kernel else unflatten(name, columns)
+        rank = min(ranks[0] * ranks[1], outputs, columns)
+        alpha = survey.alpha(name + ".alpha")
+        used = survey.taken(name + ".alpha")
+        load = _loader(survey.file, keys, 1.0 if alpha is None else alpha / ranks[0], inputs, kernel)
+        shape = ModuleShape(outputs, inputs, kernel, rank)
+        survey.tell("LoHa was converted to plain LoRA, its update unchanged to 1e-6", name)
+        survey.add(Module(name, "loha", shape, (*keys, *used), load, kohya_writer(name), balanced=True))
+
+
+def _sizes(file: TensorFile, keys: list[str]) -> tuple[int, int, tuple[int, int], tuple[int, ...]] | None:
+    """Outputs, columns, both ranks and the kernel where the shapes tell it; None for shapes that do not fit or are too large."""
+    shapes = [file[key].shape for key in keys]
+    halves = []
+    for index in (0, 1):
+        a, b = shapes[2 * index], shapes[2 * index + 1]
+        if len(keys) == 6:
+            t = shapes[4 + index]
+            fits = a[0] == t[0] and b[0] == t[1] and len(a) == len(b) == 2
+            halves.append((a[1], b[1] * math.prod(t[2:]), t[0], t[2:], fits))
+        else:
+            fits = a[1] == b[0] and math.prod(a[2:]) == 1
+            halves.append((a[0], math.prod(b[1:]), b[0], b[2:], fits))
+    (outputs, columns, first, kernel, fits), (outputs2, columns2, second, kernel2, fits2) = halves
+    rank = min(first * second, outputs, columns)
+    if not (fits and fits2) or (outputs, columns, kernel) != (outputs2, columns2, kernel2):
+        return None
+    small = rank <= LARGEST_RANK and rank * max(outputs, columns) <= LARGEST_CONVERSION
+    return (outputs, columns, (first, second), kernel) if small else None
+
+
+def _loader(file: TensorFile, keys: list[str], scale: float, inputs: int, kernel: tuple[int, ...]) -> Callable[[], LowRankUpdate]:
+    def load() -> LowRankUpdate:
+        w1a, w1b, w2a, w2b, *t = (factor(file, key).double() for key in keys)
+        first, second = (cp_pair(w1a, w1b, t[0]), cp_pair(w2a, w2b, t[1])) if t else (_pair(w1a, w1b), _pair(w2a, w2b))
+        return balanced(svd_of_pair_product(first, second), scale, inputs, kernel)
+
+    return load
+
+
+def cp_pair(a: Tensor, b: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_ij t[i, j, k] a[i, o] b[j, c] as up (out, i) @ down (i, c * k)."""
+    return a.T, torch.einsum("ijk,jc->ick", t.flatten(2) if t.dim() > 2 else t.unsqueeze(2), b).flatten(1)
+
+
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.flatten(1), b.flatten(1)
+
+
+LOHA = Layout("loha", _find)

@@ -1,0 +1,127 @@
+"""The LoRA configuration that PEFT and diffusers keep beside the weights: alpha lives there and not in the tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import FormatError
+from .tensors import TensorFile
+
+__all__ = ["METADATA_KEY", "PeftConfig"]
+
+METADATA_KEY = "lora_adapter_metadata"  # JSON of one LoraConfig for each model, keys such as transformer.lora_alpha
+_SIDECAR = "adapter_config.json"
+_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_REGEX = frozenset("*+?()[]{}|\\")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """LoraConfig fields by model ("transformer", "unet", "text_encoder"; "" where the file names none).
+
+    The update of a module is lora_alpha / r * B @ A, or lora_alpha / sqrt(r) with use_rslora; alpha_pattern holds other
+    values for modules by the end of their name (PEFT's documentation of LoraConfig).
+    """
+
+    source: str
+    models: Mapping[str, Mapping[str, Any]]
+    _tables: dict[int, dict[tuple[str, bool], list[tuple[int, Any]]]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, file: TensorFile) -> PeftConfig:
+        """From the header's lora_adapter_metadata, or else from adapter_config.json beside a file named adapter_model.
+
+        Raises:
+            FormatError: it is there and is no LoRA configuration.
+        """
+        if METADATA_KEY in file.metadata:
+            return cls._parse(file.metadata[METADATA_KEY], f"{file.path}: {METADATA_KEY}")
+        sidecar = file.path.with_name(_SIDECAR)
+        if file.path.stem.startswith("adapter_model") and sidecar.is_file():
+            try:
+                return cls._parse(sidecar.read_text(encoding="utf-8"), str(sidecar))
+            except (OSError, UnicodeDecodeError) as error:
+                raise FormatError(f"{sidecar}: cannot be read ({error})") from error
+        return cls("", {})
+
+    @classmethod
+    def _parse(cls, text: str, source: str) -> PeftConfig:
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{source}: no JSON ({error}): without it every alpha is read as the rank") from error
+        models: dict[str, dict[str, Any]] = {}
+        for key, value in values.items() if isinstance(values, dict) else ():
+            model, _, name = key.rpartition(".")
+            if name in _FIELDS:
+                models.setdefault(model, {})[name] = value
+        return cls(source, models)
+
+    def scale(self, name: str, rank: int) -> float | None:
+        """What up @ down of a module is multiplied by; None where the configuration says nothing of it.
+
+        Raises:
+            FormatError: its alpha is no number, or a pattern is a regular expression.
+        """
+        model, module = self._model(name)
+        config = self.models.get(model)
+        if not config or "lora_alpha" not in config:
+            return None
+        alpha = self._pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
+            raise FormatError(f"{self.source}: lora_alpha {alpha!r} of {name}, allowed: a number")
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+    def metadata(self, ranks: Mapping[str, int], old: str) -> str:
+        """The same JSON for a file of these ranks whose scales are in its factors: lora_alpha = r for every module."""
+        values = json.loads(old)
+        for model in self.models:
+            prefix = f"{model}." if model else ""
+            own = {module: rank for name, rank in ranks.items() for owner, module in [self._model(name)] if owner == model}
+            usual = Counter(own.values()).most_common(1)[0][0] if own else 1
+            pattern = {module: rank for module, rank in own.items() if rank != usual}
+            values |= {f"{prefix}r": usual, f"{prefix}lora_alpha": usual, f"{prefix}use_rslora": False}
+            values |= {f"{prefix}rank_pattern": pattern, f"{prefix}alpha_pattern": dict(pattern)}
+        return json.dumps(values, sort_keys=True)
+
+    def _model(self, name: str) -> tuple[str, str]:
+        """The model that a module belongs to, and the module's name in it."""
+        model, _, module = name.partition(".")
+        return (model, module) if model in self.models and model else ("", name)
+
+    def _pattern(self, patterns: object, module: str, default: object) -> Any:
+        """The value of the first pattern that is the end of a module's name, as PEFT matches them."""
+        if not isinstance(patterns, dict):
+            return default
+        endings = {module: True}  # of the name, and whether it is the whole of it
+        for index, character in enumerate(module):
+            if character == ".":
+                endings[module[index + 1 :]] = False
+        found = [(order, value) for ending, whole in endings.items() for order, value in self._written(patterns, ending, whole)]
+        return min(found, key=lambda item: item[0])[1] if found else default
+
+    def _written(self, patterns: dict[str, Any], ending: str, whole: bool) -> list[tuple[int, Any]]:
+        """Position and value of the patterns that say `ending`, however they are written; anchored ones if it is the whole name."""
+        table = self._tables.get(id(patterns))
+        if table is None:
+            table = self._tables[id(patterns)] = self._table(patterns)
+        return [entry for anchored in ((False, True) if whole else (False,)) for entry in table.get((ending, anchored), ())]
+
+    def _table(self, patterns: dict[str, Any]) -> dict[tuple[str, bool], list[tuple[int, Any]]]:
+        """Patterns by the name they stand for.
+
+        They are regular expressions to PEFT. Trainers write names; anything else is refused, because an expression from a file
+        can be made to run forever.
+        """
+        table: dict[tuple[str, bool], list[tuple[int, Any]]] = {}
+        for order, (key, value) in enumerate(patterns.items()):
+            literal = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if _REGEX & set(literal):
+                raise FormatError(f"{self.source}: alpha_pattern {key!r} is a regular expression, allowed: names of modules")
+            table.setdefault((literal, key.startswith("^")), []).append((order, value))
+        return table

@@ -1,0 +1,102 @@
+"""From factors or a dense update to the balanced low-rank factors that come out of its singular value decomposition."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..update import LowRankUpdate
+
+__all__ = ["TAIL", "Triple", "balanced", "kron_svd", "svd_of_matrix", "svd_of_pair", "svd_of_pair_product"]
+
+Triple = tuple[Tensor, Tensor, Tensor]  # u (m, k), sigma (k,) falling, vh (k, n), float64
+TAIL = 1e-6  # relative Frobenius norm of what is cut as numerically zero
+_SMALL = 512  # below, a Householder SVD costs no more than the eigenvectors of a Gram matrix
+
+
+def svd_of_matrix(matrix: Tensor) -> Triple:
+    """Thin SVD of a dense (m, n) matrix, cut after its numerical rank.
+
+    Of a large one through the eigenvectors V of the smaller Gram matrix; then u sigma = matrix @ V, so that
+    u diag(sigma) V^T is the matrix up to the orthogonality of V, however small a sigma is.
+    """
+    dense = _finite(matrix.double())
+    if min(dense.shape) <= _SMALL:
+        return _cut(*torch.linalg.svd(dense, full_matrices=False))
+    if dense.shape[0] < dense.shape[1]:
+        u, sigma, vh = svd_of_matrix(dense.T)
+        return vh.T, sigma, u.T
+    vectors = torch.linalg.eigh(dense.T @ dense)[1].flip(1)
+    product = dense @ vectors
+    sigma, order = torch.linalg.vector_norm(product, dim=0).sort(descending=True)
+    return _cut(product[:, order] / torch.where(sigma > 0, sigma, 1.0), sigma, vectors[:, order].T)
+
+
+def svd_of_pair(up: Tensor, down: Tensor) -> Triple:
+    """Thin SVD of up (m, r) @ down (r, n), cut after its numerical rank; the product is formed only where r is no less."""
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        return svd_of_matrix(up.double() @ down.double())
+    q_up, r_up = torch.linalg.qr(_finite(up.double()))
+    q_down, r_down = torch.linalg.qr(_finite(down.double()).T)
+    u, sigma, vh = _cut(*torch.linalg.svd(_finite(r_up @ r_down.T), full_matrices=False))
+    return q_up @ u, sigma, vh @ q_down.T
+
+
+def svd_of_pair_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Triple:
+    """Thin SVD of the elementwise product (U1 D1) * (U2 D2), through its factors while they are narrow.
+
+    (U1 D1) * (U2 D2) = U D with U[o, (i, j)] = U1[o, i] U2[o, j] and D[(i, j), c] = D1[i, c] D2[j, c].
+    """
+    (up1, down1), (up2, down2) = first, second
+    if up1.shape[1] * up2.shape[1] >= min(up1.shape[0], down1.shape[1]):
+        return svd_of_matrix((up1.double() @ down1.double()) * (up2.double() @ down2.double()))
+    up = (up1.double().unsqueeze(2) * up2.double().unsqueeze(1)).flatten(1)
+    down = (down1.double().unsqueeze(1) * down2.double().unsqueeze(0)).flatten(0, 1)
+    return svd_of_pair(up, down)
+
+
+def kron_svd(first: Triple, second: Triple) -> Triple:
+    """SVD of kron(A, B) from those of A and B: its singular values are their products, its vectors kron of theirs."""
+    (u1, sigma1, vh1), (u2, sigma2, vh2) = first, second
+    sigma, order = (sigma1.unsqueeze(1) * sigma2).flatten().sort(descending=True)
+    order = order[: _count(sigma)]
+    i, j = order // len(sigma2), order % len(sigma2)
+    u = (u1[:, i].unsqueeze(1) * u2[:, j]).flatten(0, 1)
+    vh = (vh1[i].unsqueeze(2) * vh2[j].unsqueeze(1)).flatten(1)
+    return u, sigma[: len(order)], vh
+
+
+def balanced(svd: Triple, scale: float, inputs: int, kernel: tuple[int, ...]) -> LowRankUpdate:
+    """scale * u diag(sigma) vh as an update with alpha = rank: sqrt(|scale| sigma) on each side, a negative sign in up.
+
+    Float32, or float64 where float32 would overflow or vanish.
+    """
+    u, sigma, vh = svd
+    root = (sigma * abs(scale)).sqrt()
+    down, up = vh * root.unsqueeze(1), u * (root * math.copysign(1.0, scale))
+    largest = float(root.amax())
+    if largest == 0.0 or 1e-15 < largest < 1e30:
+        down, up = down.float(), up.float()
+    rank = len(sigma)
+    down = down.reshape(rank, inputs, *kernel).contiguous()
+    return LowRankUpdate(down, up.reshape(-1, rank, *([1] * len(kernel))).contiguous(), float(rank))
+
+
+def _cut(u: Tensor, sigma: Tensor, vh: Tensor) -> Triple:
+    count = _count(sigma)
+    return u[:, :count], sigma[:count], vh[:count]
+
+
+def _count(sigma: Tensor) -> int:
+    """Components without the weakest, whose norm together is at most `TAIL` of the whole; one stays in any case."""
+    energy = sigma.square().flip(0).cumsum(0).flip(0)  # of each component and all weaker ones
+    return max(int((energy > TAIL**2 * energy[0]).sum()), 1)
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not bool(torch.isfinite(matrix).all()):
+        raise FormatError("its weights hold NaN or infinity: the training diverged, nothing can be saved from it")
+    return matrix

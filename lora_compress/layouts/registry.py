@@ -1,0 +1,28 @@
+"""The layouts that are read, in the order in which they are tried: endings that say much before those that say little."""
+
+from __future__ import annotations
+
+from .control_lora import CONTROL_LORA
+from .diffusers import DIFFUSERS
+from .full import FULL
+from .glora import GLORA
+from .kohya import KOHYA
+from .loha import LOHA
+from .lokr import LOKR
+from .multiplicative import MULTIPLICATIVE
+from .peft import PEFT
+from .survey import Layout
+
+__all__ = ["LAYOUTS"]
+
+LAYOUTS: tuple[Layout, ...] = (
+    KOHYA,
+    PEFT,
+    DIFFUSERS,
+    LOHA,
+    LOKR,
+    GLORA,
+    FULL,
+    MULTIPLICATIVE,
+    CONTROL_LORA,  # its endings, .up and .down, could end the name of a layer
+)

@@ -1,0 +1,208 @@
+"""A LoRA file of any layout as updates by module, read one module at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..update import LowRankUpdate
+from .families import family_of, part_of
+from .peft_config import METADATA_KEY, PeftConfig
+from .registry import LAYOUTS
+from .survey import Module, ModuleShape, Survey
+from .tensors import TensorFile, open_tensors
+
+if TYPE_CHECKING:
+    from ..container import PackedFile
+
+__all__ = ["LoraSource", "open_lora"]
+
+_TIED = re.compile(r"\.(dora_scale|reshape_weight|lora_magnitude_vector(\.[^.]+)*|lora_(B|up)(\.[^.]+)?\.bias)$")
+
+
+def open_lora(path: str | os.PathLike[str], repair: bool = False) -> LoraSource | PackedFile:
+    """Open a LoRA file of any layout, without reading its weights.
+
+    Args:
+        path: .safetensors, or .pt, .ckpt, .bin and their like, which are read as weights alone. Of a packed file the first
+            bytes will do.
+        repair: mend what can be mended (ranks that disagree, odd alphas, half modules) and say so in `notes`.
+
+    Raises:
+        FormatError: no such file, no LoRA, or something is wrong with it that was not to be repaired.
+    """
+    from ..container import PackedFile, is_packed  # which names modules by the rules of this package
+
+    if is_packed(path):
+        return PackedFile(path)
+    file = open_tensors(path)
+    survey = Survey(file, repair)
+    for layout in LAYOUTS:
+        layout.find(survey)
+    survey.finish()
+    if not survey.modules:
+        reasons = "; ".join(survey.notes())
+        raise FormatError(f"{file.path}: holds no low-rank update that is known here{': ' + reasons if reasons else ''}")
+    return LoraSource(file, survey)
+
+
+class LoraSource(Mapping[str, LowRankUpdate]):
+    """The updates of a file by module name, in file order; `source[name]` reads that module's tensors and nothing else.
+
+    Threads may read at the same time.
+
+    Attributes:
+        path: of the file.
+        metadata: of the file.
+        layout: kohya, peft, diffusers, control_lora, loha, lokr, glora or full; of most of its modules.
+        family: see `families.family_of`.
+        notes: what a user must be told, one sentence each.
+        dtype: of the factors, the most frequent by number of weights.
+        shapes: of the modules, from the header.
+        others: tensors that belong to no update, under their own keys; read when asked for.
+    """
+
+    def __init__(self, file: TensorFile, survey: Survey) -> None:
+        self.path = file.path
+        self.metadata = dict(file.metadata)
+        self.notes = survey.notes()
+        self._file = file
+        position = {key: index for index, key in enumerate(file)}
+        self._modules = {module.name: module for module in sorted(survey.modules.values(), key=lambda m: position[m.keys[0]])}
+        self.shapes: Mapping[str, ModuleShape] = {name: module.shape for name, module in self._modules.items()}
+        self.layout = Counter(module.layout for module in self._modules.values()).most_common(1)[0][0]
+        self.family = family_of(self.shapes)
+        self.dtype = _usual_dtype(file, self._modules)
+        free = survey.free()
+        self._extras = _tied_to_modules(free, self._modules)
+        tied = {key for keys in self._extras.values() for key in keys}
+        self.others: Mapping[str, Tensor] = _LazyTensors(file, [key for key in free if key not in tied])
+
+    def __getitem__(self, name: str) -> LowRankUpdate:
+        """Raises: FormatError: the module cannot be read, or holds what has no decomposition."""
+        module = self._modules[name]
+        try:
+            return module.load()
+        except FormatError as error:
+            text = str(error)
+            raise FormatError(text if text.startswith(str(self.path)) else f"{self.path}: {name}: {text}") from error
+        except RuntimeError as error:
+            raise FormatError(f"{self.path}: {name}: cannot be converted ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def part(self, name: str) -> str:
+        """The part of the model that a module is in: "U-Net", "DiT", "text encoder", "text encoder 2" ..."""
+        return part_of(name, self.family)
+
+    def is_balanced(self, name: str) -> bool:
+        """Whether `source[name]` comes out as its singular value decomposition already: alpha = rank and factors balanced.
+
+        Row i of down is then sqrt(sigma_i) v_i, column i of up sqrt(sigma_i) u_i, strongest first, so that sigma_i is the squared
+        norm of the row. True of what was converted (LoHa, LoKr, full differences).
+        """
+        return self._modules[name].balanced
+
+    def extras(self, name: str) -> dict[str, Tensor]:
+        """Tensors that mean nothing without the module, under their full keys, untouched: dora_scale and its like.
+
+        One of them is part of the update: the bias of a PEFT up factor, which is scaled as the factors are.
+        """
+        tensors = {key: self._file.read(key) for key in self._extras.get(name, ())}
+        gain = self._modules[name].bias_gain
+        if gain == 1.0:
+            return tensors
+        return {key: (t.double() * gain).to(t.dtype) if key.endswith(".bias") else t for key, t in tensors.items()}
+
+    def factor_bytes(self, name: str) -> int:
+        """Bytes of the tensors that make the update, alpha included and extras not."""
+        return sum(self._file[key].nbytes for key in self._modules[name].keys)
+
+    def plain(self, name: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
+        """Tensors of a plain file in the layout the module came in; what was converted becomes kohya's.
+
+        Layouts without alpha get the scale alpha / r in their factors, half in each: pass alpha = r and factors that hold it
+        already to have them written as they are.
+
+        Args:
+            name: of the module.
+            down: (r, in, *kernel), the type it is to be stored in.
+            up: (out, r, 1, ...).
+            alpha: the scale numerator.
+        """
+        return self._modules[name].plain(down, up, alpha)
+
+    def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """The metadata for a plain file that holds these modules at these ranks.
+
+        The configuration that PEFT and diffusers keep there is rewritten: its ranks are true and its scales are 1, because
+        `plain` has put them into the factors.
+        """
+        metadata = dict(self.metadata)
+        if METADATA_KEY in metadata:
+            metadata[METADATA_KEY] = PeftConfig.of(self._file).metadata(ranks, metadata[METADATA_KEY])
+        return metadata
+
+    def close(self) -> None:
+        """Let go of the file, for instance to replace it; tensors that were read stay valid."""
+        self._file.close()
+
+    def __enter__(self) -> LoraSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _LazyTensors(Mapping[str, Tensor]):
+    """Some tensors of a file, read when asked for."""
+
+    def __init__(self, file: TensorFile, keys: list[str]) -> None:
+        self._file = file
+        self._keys = dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._file.read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+
+def _usual_dtype(file: TensorFile, modules: Mapping[str, Module]) -> torch.dtype:
+    weights: Counter[torch.dtype] = Counter()
+    for module in modules.values():
+        for key in module.keys:
+            weights[file[key].dtype] += file[key].numel
+    usual = weights.most_common(1)[0][0]
+    return torch.float16 if usual == torch.int8 else usual  # int8 factors are read as float16
+
+
+def _tied_to_modules(keys: list[str], modules: Mapping[str, Module]) -> dict[str, list[str]]:
+    tied: dict[str, list[str]] = {}
+    for key in keys:
+        ending = _TIED.search(key)
+        if ending and key[: ending.start()] in modules:
+            tied.setdefault(key[: ending.start()], []).append(key)
+    return tied

@@ -1,0 +1,209 @@
+"""What a layout finds in a file: modules, what was wrong with them, and what the user should know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..update import LowRankUpdate
+from .tensors import TensorFile, TensorInfo
+
+__all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Survey"]
+
+LARGEST_CONVERSION = 2**28  # elements of one matrix; the widest layers of FLUX.1 and Qwen-Image have a quarter of it
+LARGEST_RANK = 8192  # of a decomposition: minutes; FLUX.2 needs 6144
+_FACTOR_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int8,
+)
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """Size of one update: outputs, inputs (channels), kernel (() for a linear layer) and rank.
+
+    The rank of a module that is converted (LoHa, LoKr, full weights) is known only when it is read: this is its upper bound.
+    """
+
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    rank: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a file.
+
+    Args:
+        name: the module's prefix in the file.
+        layout: name of the layout it is stored in.
+        shape: from the header.
+        keys: of the tensors that make the update, alpha among them; the first says where in the file the module stands.
+        load: reads them.
+        plain: down, up and alpha as tensors of a file, under keys of the module's layout.
+        balanced: `load` gives the singular value decomposition: rows sqrt(sigma_i) v_i, columns sqrt(sigma_i) u_i, falling.
+        bias_gain: what a bias of the up factor has to be multiplied by when the scale moves into the factors.
+    """
+
+    name: str
+    layout: str
+    shape: ModuleShape
+    keys: tuple[str, ...]
+    load: Callable[[], LowRankUpdate]
+    plain: Callable[[Tensor, Tensor, float], dict[str, Tensor]]
+    balanced: bool = False
+    bias_gain: float = 1.0
+
+
+class Survey:
+    """A file under examination. Layouts look for free keys in it, add modules and refuse what is broken."""
+
+    def __init__(self, file: TensorFile, repair: bool) -> None:
+        self.file = file
+        self.repair = repair
+        self.modules: dict[str, Module] = {}
+        self.problems: list[str] = []
+        self.repairs: list[str] = []
+        self._claimed: set[str] = set()
+        self._told: dict[str, list[str]] = {}
+
+    def names(self, suffix: str) -> Iterator[str]:
+        """Prefixes of the free keys that end in `suffix`."""
+        for key in self.file:
+            if key.endswith(suffix) and len(key) > len(suffix) and key not in self._claimed:
+                yield key[: -len(suffix)]
+
+    def find(self, key: str) -> TensorInfo | None:
+        """The tensor under a free key."""
+        return self.file[key] if key in self.file and key not in self._claimed else None
+
+    def claim(self, keys: Iterable[str]) -> None:
+        """Take keys: no other layout sees them, and they are not among the others."""
+        self._claimed.update(keys)
+
+    def drop(self, name: str, keys: Iterable[str]) -> None:
+        """Leave a module out: take its keys and those that mean nothing without it."""
+        self.claim([*keys, *(name + ending for ending in (".alpha", ".scale", ".dora_scale"))])
+
+    def taken(self, *keys: str) -> tuple[str, ...]:
+        """Those of the keys that are in the file and were taken."""
+        return tuple(key for key in keys if key in self.file and key in self._claimed)
+
+    def free(self) -> list[str]:
+        """Keys that no module has taken."""
+        return [key for key in self.file if key not in self._claimed]
+
+    def add(self, module: Module) -> None:
+        """Take a module and its keys."""
+        self.claim(module.keys)
+        if module.name in self.modules:
+            first = self.modules[module.name].keys[0]
+            self.refuse(module.keys[0], f"a second update of the module of {first}", "one for each", "the second is left out")
+        else:
+            self.modules[module.name] = module
+
+    def refuse(self, key: str, found: str, allowed: str, fix: str) -> None:
+        """Something is wrong with a key: a repair where repairs were asked for, otherwise the file will be refused."""
+        if self.repair:
+            self.repairs.append(f"{key}: {found}: {fix}")
+        else:
+            self.problems.append(f"{key}: {found}, allowed: {allowed}; with --force_resize {fix}")
+
+    def usable(self, name: str, *keys: str) -> bool:
+        """Whether these tensors may be the factors of a module; otherwise it is refused and left out."""
+        for key in keys:
+            problem = _factor_problem(self.find(key))
+            if problem:
+                self.refuse(key, problem, "a floating-point or int8 matrix", "the module is left out")
+                self.drop(name, keys)
+                return False
+        return True
+
+    def tell(self, text: str, name: str) -> None:
+        """A note on a module; the same note on many becomes one line."""
+        self._told.setdefault(text, []).append(name)
+
+    def notes(self) -> list[str]:
+        """What a user must be told, repairs first."""
+        return self.repairs + [f"{text} ({_how_many(names)})" for text, names in self._told.items()]
+
+    def number(self, key: str) -> float | None:
+        """The single finite number under a key such as alpha, None where it is absent or was repaired away."""
+        info = self.find(key)
+        if info is None:
+            return None
+        self.claim([key])
+        if info.dtype.is_complex or info.numel == 0:
+            value = math.nan
+        else:
+            values = self.file.read(key).flatten().to(torch.float64) if info.numel <= 2**16 else torch.full((2,), math.nan)
+            if len(values) > 1:
+                same = bool((values == values[0]).all())
+                fix = f"read as {float(values[0]):g}" if same else "read as missing"
+                self.refuse(key, f"has the shape {info.shape}", "a single number", fix)
+                return float(values[0]) if same and math.isfinite(float(values[0])) else None
+            value = float(values[0])
+        if not math.isfinite(value):
+            self.refuse(key, f"{value} in the shape {info.shape}", "a finite number", "read as missing")
+            return None
+        return value
+
+    def alpha(self, *keys: str) -> float | None:
+        """alpha under the first key that is there; None where it is absent or zero, which both mean a scale of 1."""
+        for key in keys:
+            if key in self.file:
+                value = self.number(key)
+                if value == 0.0:
+                    self.tell("alpha is 0, read as alpha = rank, as sd-scripts does; some programs would apply nothing", key)
+                return value or None
+        return None
+
+    def scale(self, name: str) -> float | None:
+        """The rarely used `.scale` of a module, which replaces alpha / rank in AUTOMATIC1111 and stable-diffusion.cpp."""
+        value = self.number(name + ".scale") if _is_number(self.find(name + ".scale")) else None
+        if value is not None:
+            self.tell("a scale of its own replaces alpha / rank and is now part of the factors", name)
+        return value
+
+    def finish(self) -> None:
+        """Raises: FormatError: something was refused; the first problem, and how many there are."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more like it)" if len(self.problems) > 1 else ""
+            raise FormatError(f"{self.file.path}: {self.problems[0]}{more}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of storing updates: its name, and the function that finds its modules by their keys."""
+
+    name: str
+    find: Callable[[Survey], None]
+
+
+def _factor_problem(info: TensorInfo | None) -> str:
+    if info is None:
+        return "is missing"
+    if info.dtype not in _FACTOR_DTYPES:
+        return f"is {str(info.dtype).removeprefix('torch.')}"
+    if len(info.shape) < 2 or len(info.shape) > 5 or info.numel == 0:
+        return f"has the shape {info.shape}"
+    return ""
+
+
+def _is_number(info: TensorInfo | None) -> bool:
+    return info is not None and info.numel == 1
+
+
+def _how_many(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} modules, {names[0]} the first"

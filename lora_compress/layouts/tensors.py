@@ -1,0 +1,178 @@
+"""The tensors of a LoRA file: shapes and types at once, numbers only when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import FormatError
+
+__all__ = ["TensorFile", "TensorInfo", "open_tensors"]
+
+_SAFETENSORS = (".safetensors", ".sft")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_LONGEST_KEY = 1000  # what examines names may then take the square of it
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.numel * self.dtype.itemsize
+
+
+class TensorFile(Mapping[str, TensorInfo]):
+    """The tensors of one file by key, in the order in which they lie in it. Threads may read at the same time."""
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str] | None = None,
+        close: Callable[[], Any] | None = None,
+    ) -> None:
+        longest = max(infos, key=len, default="")
+        if len(longest) > _LONGEST_KEY:
+            raise FormatError(
+                f"{path}: {longest[:40]}...: a key of {len(longest)} characters, allowed: {_LONGEST_KEY}: it is no LoRA"
+            )
+        self.path = path
+        self.metadata = dict(metadata or {})
+        self._infos = dict(infos)
+        self._read = read
+        self._close = close
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self._infos[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._infos
+
+    def read(self, key: str) -> Tensor:
+        """The tensor itself.
+
+        Raises:
+            FormatError: the data cannot be read.
+        """
+        try:
+            with self._lock:
+                tensor = self._read(key)
+            if TensorInfo(tuple(tensor.shape), tensor.dtype) != self._infos[key]:
+                raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} instead of {self._infos[key]}")
+        except _UNREADABLE as error:
+            raise FormatError(f"{self.path}: {key}: cannot be read ({error}): the file is damaged, get it again") from error
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the file; tensors that were read stay valid."""
+        if self._close is not None:
+            self._close()
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+    """Open .safetensors lazily; anything else goes through torch.load(weights_only=True), whole.
+
+    Raises:
+        FormatError: no such file, or neither of the two.
+    """
+    target = Path(path)
+    if not target.is_file():
+        raise FormatError(f"{target}: no such file")
+    return _open_safetensors(target) if target.suffix.lower() in _SAFETENSORS else _load_torch(target)
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    """The header is read a second time, as JSON: asking safe_open for the shape of one tensor after another takes a second."""
+    try:
+        handle = safe_open(path, framework="pt")  # checks that the header is sound and fits the file
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
+        infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
+        metadata = handle.metadata()
+    except _UNREADABLE as error:
+        raise FormatError(f"{path}: no safetensors file, or cut short ({error}): get it again") from error
+    return TensorFile(path, infos, handle.get_tensor, metadata, lambda: handle.__exit__(None, None, None))
+
+
+def _dtype(key: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{key} is {name}, which is unknown here")
+    return _DTYPES[name]
+
+
+def _load_torch(path: Path) -> TensorFile:
+    try:
+        _refuse_zip_bomb(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        raise FormatError(f"{path}: cannot be read as weights alone ({error}): convert it to .safetensors") from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not weights by key: it is no LoRA")
+    tensors = {str(key): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise FormatError(f"{path}: {key}: {tuple(tensor.shape)} is more than the file holds: it is damaged, get it again")
+    infos = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    return TensorFile(path, infos, tensors.__getitem__)
+
+
+def _refuse_zip_bomb(path: Path) -> None:
+    """torch stores tensors uncompressed: an archive that unpacks to far more than it holds was made to exhaust memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > 2 * path.stat().st_size + 2**20:
+        raise FormatError(f"unpacks to {unpacked} bytes")

@@ -1,0 +1,52 @@
+"""A LoRA file, packed or of any plain layout, read as a whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .container import PackedFile
+from .errors import FormatError
+from .layouts import open_lora
+from .parallel import each_module
+from .update import LowRankUpdate
+
+__all__ = ["LoraFile", "load_lora"]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file holds.
+
+    Args:
+        updates: by module name, such as lora_unet_mid_block_attentions_0_proj_in.
+        others: tensors that are not part of an update, under their own keys; dora_scale and its like among them.
+        metadata: the file's metadata.
+        packed: whether it is a packed file.
+    """
+
+    updates: dict[str, LowRankUpdate]
+    others: dict[str, Tensor]
+    metadata: dict[str, str]
+    packed: bool
+
+
+def load_lora(path: str | os.PathLike[str]) -> LoraFile:
+    """Read a LoRA file of any layout as a whole.
+
+    Raises:
+        FormatError: as `open_lora`; a module does not decode; a packed file was cut so early that modules are missing.
+    """
+    source = open_lora(path)
+    try:
+        if isinstance(source, PackedFile) and source.missing:
+            raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
+        others = dict(source.others)
+        for name in source:
+            others |= source.extras(name)
+        updates = each_module(lambda name, update: update, source)  # decoded on all cores
+        return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
+    finally:
+        source.close()

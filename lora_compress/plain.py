@@ -1,0 +1,112 @@
+"""Plain factors, as every program reads them: one alpha for a whole file, ranks of 2 at least, no weight out of range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+from .files import TensorSpec
+from .update import LowRankUpdate
+
+__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "fp8_alpha", "plain_update"]
+
+FP8 = torch.float8_e4m3fn
+_FP8_AMAX = 8.0  # e4m3 is as exact anywhere from 1 to 128; 8 keeps products of factors finite in fp16
+
+
+@dataclass(frozen=True)
+class PlainKeys:
+    """The keys of one module in a plain file, with {} for its name.
+
+    Args:
+        down: such as {}.lora_down.weight.
+        up: likewise.
+        alpha: None in layouts that have none, where alpha = rank.
+    """
+
+    down: str
+    up: str
+    alpha: str | None
+
+    @classmethod
+    def of(cls, name: str, keys: Sequence[str]) -> PlainKeys:
+        """From the keys of a module, down, up and perhaps alpha."""
+        down, up, *alpha = (key.replace(name, "{}", 1) if key.startswith(name) else key for key in keys)
+        return cls(down, up, alpha[0] if alpha else None)
+
+    def of_module(self, name: str) -> list[str]:
+        """The keys themselves: down, up and perhaps alpha."""
+        return [key.replace("{}", name, 1) for key in (self.down, self.up, self.alpha) if key is not None]
+
+    def tensors(self, name: str, update: LowRankUpdate) -> dict[str, Tensor]:
+        """The tensors of a plain file; without an alpha of its own the update's must be its rank."""
+        pairs = {self.down: update.down, self.up: update.up}
+        if self.alpha is not None:
+            pairs[self.alpha] = torch.tensor(update.alpha, dtype=torch.float32)
+        return {key.replace("{}", name, 1): tensor for key, tensor in pairs.items()}
+
+    def specs(self, name: str, down: tuple[int, ...], up: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+        """What the header says of them, for factors of these shapes."""
+        shapes = {self.down: down, self.up: up}
+        specs = {key.replace("{}", name, 1): TensorSpec(dtype or torch.float32, shape) for key, shape in shapes.items()}
+        return specs | ({self.alpha.replace("{}", name, 1): TensorSpec(torch.float32, ())} if self.alpha is not None else {})
+
+
+KOHYA_KEYS = PlainKeys("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")
+
+
+def plain_update(
+    down: Tensor, up: Tensor, kernel: tuple[int, ...], dtype: torch.dtype, alpha: float | None = 1.0, least_rank: int = 2
+) -> LowRankUpdate:
+    """The update up^T down with the factors and the alpha that a plain file gets.
+
+    The scale of a module goes into its factors, half into each, because diffusers mixes up alphas that differ between
+    modules; stable-diffusion.cpp misreads rank 1, so components of zeros fill the rank up to `least_rank`.
+
+    Args:
+        down: (k, in * kernel), rows of the balanced basis.
+        up: (k, out).
+        kernel: kernel size of a convolution, () for a linear layer.
+        dtype: of the factors in the file.
+        alpha: of the file; None where the layout has none, which means alpha = rank.
+        least_rank: to pad to.
+
+    Raises:
+        FormatError: weights beyond the range of `dtype`.
+    """
+    rank = max(len(down), least_rank)
+    gain = 1.0 if alpha is None else math.sqrt(rank / alpha)
+    balance = _power_of_two_balance(down, up)
+    factors = []
+    for rows, scale in ((down, gain * balance), (up, gain / balance)):
+        scaled = torch.nn.functional.pad(rows * scale, (0, 0, 0, rank - len(rows)))
+        factors.append(scaled.to(dtype))
+        largest = scaled.abs().amax() if scaled.numel() else scaled.new_zeros(())  # rounding keeps order, and NaN
+        if not torch.isfinite(largest.to(dtype).float()):
+            raise FormatError(f"weights up to {float(largest):.3g} do not fit {dtype}: save as float32")
+    return LowRankUpdate.from_matrices(factors[0], factors[1].T.contiguous(), float(rank) if alpha is None else alpha, kernel)
+
+
+def fp8_alpha(products: list[float]) -> float:
+    """The smallest power of two with sqrt(product / alpha) at most 8 for every module, to keep fp16 products of factors finite.
+
+    Args:
+        products: rank max|down| max|up| of each module.
+    """
+    largest = max(products, default=0.0)
+    if largest == 0.0:
+        return 1.0
+    return 2.0 ** min(max(math.ceil(math.log2(largest / _FP8_AMAX**2)), -126), 127)  # alpha is stored in float32
+
+
+def _power_of_two_balance(down: Tensor, up: Tensor) -> float:
+    """c = 2^k for which max|down c| and max|up / c| are closest; a power of two costs no precision."""
+    largest_down, largest_up = float(down.abs().amax()), float(up.abs().amax())
+    if largest_down == 0.0 or largest_up == 0.0:
+        return 1.0
+    return 2.0 ** round(0.5 * math.log2(largest_up / largest_down))

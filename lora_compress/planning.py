@@ -1,0 +1,187 @@
+"""What every module of a file gets: ranks, bits and steps, chosen over all of them at once, and fitted to a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .allocation import bits_for_error, bits_for_size, ranks_for_error, ranks_for_size
+from .encoding import Choice
+from .errors import SettingsError
+from .frame import Frame, Plan, error_targets, payload_size
+from .index import Entry
+from .job import Job, Stored
+from .plain import FP8
+from .pruning import select_ranks
+from .quantization import FixedFormat, component_size
+from .stepping import fit_steps
+from .update import relative_error
+
+__all__ = ["plan"]
+
+_ATTEMPTS = 12  # at meeting a budget; two or three are usual
+_TIGHTER = 0.99  # the error to prune to, where a target was missed by less than a component is worth
+_CLOSE = 0.01  # share of a budget that may be left
+# Relative squared error of a factor by bits, Gaussian weights, groups of 64: where the search for a budget begins.
+_DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
+_PLAIN_NOISE = {torch.float16: 1e-7, torch.bfloat16: 6e-6, FP8: 1.5e-3}  # squared relative error of both factors together
+_INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
+_ENTRY_BYTES = 68  # of a tensor in a header, its key apart
+
+
+def plan(job: Job, frame: Frame) -> Plan:
+    """A choice for each module of the job: what pruning leaves, cut further to the size or the error that is asked for.
+
+    Raises:
+        SettingsError: the budget cannot be met, or nothing is left.
+    """
+    settings = job.settings
+    scores = {name: analysis.scores for name, analysis in job.analyses.items()}
+    relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
+    kernels = {name: analysis.shape.kernel for name, analysis in job.analyses.items()}
+    ranks = select_ranks(relative, settings.pruning, kernels, frame.protected)
+    if scores and not any(ranks.values()):
+        raise SettingsError(["pruning removes every module: choose smaller thresholds"])
+    if not settings.budget.enabled and not settings.quantization.averages:
+        return Plan({name: Choice(rank) for name, rank in ranks.items()})
+    kept = {name: score[: ranks[name]] for name, score in scores.items()}
+    payload = _payload_budget(job, ranks)
+    if settings.quantization.strategy == "entropy":
+        found = fit_steps(job, kept, frame, payload)
+        return found if job.packed else _of_what_is_left(found)
+    search = _Search(job, frame, kept)
+    if payload is not None:
+        return search.for_size(payload, payload_size)
+    return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
+
+
+def _of_what_is_left(found: Plan) -> Plan:
+    """The same for a plain file: modules and components that coding made nothing of are left out."""
+    stored = found.stored or {}
+    return Plan({name: replace(found.choices[name], left=module.rank) for name, module in stored.items()})
+
+
+def _payload_budget(job: Job, ranks: Mapping[str, int]) -> int | None:
+    """Bytes of payload that `bits` as an average mean; None where a size or an error is asked for."""
+    bits = job.settings.quantization.bits
+    if bits is None or not job.settings.quantization.averages:
+        return None
+    return int(sum(rank * sum(job.analyses[name].shape.stored) for name, rank in ranks.items()) * bits / 8)
+
+
+class _Search:
+    """Ranks, or ranks and bits, for a budget: allocate by the spectra, make the modules, correct by what came out."""
+
+    def __init__(self, job: Job, frame: Frame, kept: Mapping[str, Tensor]) -> None:
+        self.job, self.frame, self.kept = job, frame, kept
+        self._form = FixedFormat.of_settings(job.settings.quantization) if job.settings.quantization.enabled else None
+        self._mixed = job.settings.quantization.strategy == "mixed"
+
+    def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
+        """The least error in at most `budget` of what `measure` counts."""
+        inner, best, most, tried, size, over = budget, None, -1, None, 0, 0
+        for _ in range(_ATTEMPTS):
+            choices = self._allocate(inner, {})
+            if choices == tried and (best is not None or size > budget + inner // 2):
+                break
+            if choices != tried:
+                stored, tried = self._make(choices) if self.job.packed else self.job.outline(choices), choices
+                found, size = Plan(choices, stored if self.job.packed else None), measure(stored)
+            if most < size <= budget:
+                best, most = found, size
+            if budget * (1 - _CLOSE) <= size <= budget:
+                break
+            over += size > budget
+            inner += budget - size - (min(2**over, 500) * budget // 1000 if size > budget else 0)  # a few bytes change nothing
+        if best is None:
+            raise SettingsError([f"{budget} bytes are too few: the least that was reached is {size}; take a larger target_size"])
+        return best
+
+    def for_error(self) -> Plan:
+        """The fewest bytes at the errors that are asked for: the squared error that coding adds is taken off the target."""
+        wanted = error_targets(self.job.settings.budget, self.frame.parts)
+        noise = self._noise()
+        inner = {part: _less(target, noise) for part, target in wanted.items()}
+        best, most, tried = None, -1.0, None
+        for _ in range(_ATTEMPTS):
+            choices = self._allocate(None, inner)
+            if choices == tried:
+                if best is not None:
+                    break
+                inner = {part: _TIGHTER * error for part, error in inner.items()}  # by less than a component: ask for one more
+                continue
+            stored, tried = self._make(choices), choices
+            found = Plan(choices, stored if self.job.packed else None)
+            reached = {part: self._error(stored, part) for part in wanted}
+            if all(reached[part] <= target for part, target in wanted.items()) and sum(reached.values()) > most:
+                best, most = found, sum(reached.values())
+                if any(reached[part] >= (1 - _CLOSE) * target for part, target in wanted.items()):
+                    break
+            inner = {part: _less(target, (reached[part] ** 2 - inner[part] ** 2)) for part, target in wanted.items()}
+        if best is None:
+            told = ", ".join(f"{reached[part]:.4g} for {part or 'the whole file'}" for part in wanted)
+            raise SettingsError([f"the error that is asked for was not reached, {told} was: take more bits or a larger error"])
+        return best
+
+    def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, Choice]:
+        frame = self.frame
+        parts = {part: error for part, error in errors.items() if part}
+        common: dict[str, Any] = {"weights": frame.weights, "protected": frame.protected}
+        if self._mixed:
+            widths = {name: sum(self.job.analyses[name].shape.stored) for name in self.kept}
+            common |= {"overhead": dict.fromkeys(self.kept, _INDEX_BYTES), "component_bytes": self._bytes}
+            if size is not None:
+                bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
+            else:
+                more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
+                bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
+            return {name: Choice(len(b), b) for name, b in bits.items()}
+        costs = {name: self._bytes(name) for name in self.kept}
+        fixed = {name: _INDEX_BYTES if self.job.packed else _plain_overhead(self.job.analyses[name].shape) for name in self.kept}
+        common |= {"min_rank_stored": 1 if self.job.packed else 2}
+        common |= {"min_rank": self.job.settings.pruning.min_rank or 0}
+        if size is not None:
+            ranks = ranks_for_size(self.kept, costs, fixed, size, **common)
+        else:
+            more = {"part_errors": parts, "parts": frame.parts}
+            ranks = ranks_for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
+        return {name: Choice(rank) for name, rank in ranks.items()}
+
+    def _bytes(self, name: str, bits: int | None = None) -> int:
+        """Of one component."""
+        shape = self.job.analyses[name].shape
+        if self.job.packed and self._form is not None:
+            return component_size(*shape.stored, self._form, bits)
+        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.job.dtype.itemsize
+
+    def _make(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+        return {name: stored.without_factors() for name, stored in self.job.run(choices)}
+
+    def _error(self, stored: Mapping[str, Stored], part: str) -> float:
+        names = [name for name in self.kept if not part or self.frame.parts[name] == part]
+        lost = sum(stored[name].squared_error if name in stored else self.job.analyses[name].norm for name in names)
+        return relative_error(lost, sum(self.job.analyses[name].norm for name in names))
+
+    def _noise(self) -> float:
+        """Squared relative error that storing adds, to begin with."""
+        if self._mixed:
+            return 0.0
+        if self._form is not None:
+            return 2 * _DISTORTION[int(self.job.settings.quantization.bits or 8)]
+        return _PLAIN_NOISE.get(self.job.dtype, 0.0)
+
+
+def _less(target: float, squared: float) -> float:
+    """sqrt(target^2 - squared), kept above zero: a target that coding alone exceeds is tried with next to no pruning."""
+    return max(target**2 - squared, 1e-4 * target**2) ** 0.5
+
+
+def _plain_overhead(shape: Entry) -> int:
+    """Bytes of a module's alpha and header entries, offsets of nine digits taken."""
+    keys = shape.keys.specs(shape.name, (1, shape.inputs, *shape.kernel), (shape.outputs, 1), torch.float32)
+    return sum(len(key) + _ENTRY_BYTES for key in keys) + 4

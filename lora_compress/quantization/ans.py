@@ -1,0 +1,137 @@
+"""A stack of symbols coded by integer tables (asymmetric numeral systems), on the `constriction` package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError, LoraCompressError
+from .tables import PRECISION, normalise
+
+__all__ = ["AnsReader", "AnsWriter", "MissingPackageError", "coder_model", "joint_counts", "uniform"]
+
+_INTEGER_BYTES = 4
+_TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
+
+
+class MissingPackageError(LoraCompressError, ImportError):
+    """A package that this codec needs is not installed."""
+
+
+def _constriction() -> Any:
+    try:
+        import constriction
+    except ImportError as error:
+        raise MissingPackageError("entropy-coded files need the package constriction: pip install constriction") from error
+    return constriction
+
+
+@lru_cache(maxsize=4096)
+def coder_model(counts_of: Callable[..., np.ndarray], *key: Any) -> Any:
+    """constriction's model with exactly the counts of `counts_of(*key)`: each is a float32, and their sum is 1."""
+    probabilities = (counts_of(*key) / (1 << PRECISION)).astype(np.float32)
+    return _constriction().stream.model.Categorical(probabilities, perfect=True)
+
+
+@cache
+def uniform(count: int) -> np.ndarray:
+    """Counts of `count` symbols of equal probability."""
+    return normalise([1] * count)
+
+
+@cache
+def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
+    """Counts of groups of symbols that counts_of(*key) codes one by one: of 8 bits, or of 5 of three kinds, the first highest."""
+    counts = counts_of(*key).tolist()
+    masses = [1]
+    for _ in range(_TOGETHER[len(counts)]):
+        masses = [mass * count for mass in masses for count in counts]
+    return normalise(masses)
+
+
+@cache
+def _digits(kinds: int) -> np.ndarray:
+    """The symbols of each group, (groups, symbols of a group), int32."""
+    width = _TOGETHER[kinds]
+    return np.arange(kinds**width, dtype=np.int32)[:, None] // kinds ** np.arange(width - 1, -1, -1, dtype=np.int32) % kinds
+
+
+class AnsWriter:
+    """Symbols in the order in which they will be read; `to_bytes` codes them backwards."""
+
+    def __init__(self) -> None:
+        self._symbols: list[tuple[np.ndarray, Any]] = []
+
+    def write(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: Any) -> None:
+        """Append symbols (n,) coded by the table counts_of(*key)."""
+        if len(symbols):
+            self._symbols.append((np.ascontiguousarray(symbols, dtype=np.int32), coder_model(counts_of, *key)))
+
+    def write_grouped(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: Any) -> None:
+        """Append symbols (n,) of two or three kinds: groups of them as one symbol, then, one by one, those that fill none."""
+        kinds = len(counts_of(*key))
+        width = _TOGETHER[kinds]
+        whole = len(symbols) // width * width
+        grouped = symbols[:whole].reshape(-1, width)
+        if kinds == 2:
+            self.write(np.packbits(grouped.astype(np.uint8), axis=1)[:, 0], joint_counts, counts_of, *key)
+        else:
+            powers = (kinds ** np.arange(width - 1, -1, -1)).astype(np.float32)
+            self.write(grouped.astype(np.float32) @ powers, joint_counts, counts_of, *key)
+        self.write(symbols[whole:], counts_of, *key)
+
+    def write_integers(self, values: np.ndarray) -> None:
+        """Append integers (n,) from 0 to 2^32 - 1: the number of bytes of each, less one, then all the bytes."""
+        octets = values.astype("<u4").view(np.uint8).reshape(-1, _INTEGER_BYTES)
+        lengths = (_INTEGER_BYTES - (octets[:, ::-1] != 0).argmax(axis=1)) * octets.any(axis=1)
+        lengths = np.maximum(lengths, 1)
+        self.write(lengths - 1, uniform, _INTEGER_BYTES)
+        self.write(octets[np.arange(_INTEGER_BYTES) < lengths[:, None]], uniform, 256)
+
+    def to_bytes(self) -> bytes:
+        """The stack as 32-bit little-endian words without the zero bytes at its end; the first symbols are in the last word."""
+        coder = _constriction().stream.stack.AnsCoder()
+        for symbols, model in reversed(self._symbols):
+            coder.encode_reverse(symbols, model)
+        return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+class AnsReader:
+    """Undoes an `AnsWriter`."""
+
+    def __init__(self, chunk: bytes) -> None:
+        words = np.frombuffer(bytes(chunk) + bytes(-len(chunk) % 4), dtype="<u4").astype(np.uint32)
+        if chunk and not chunk[-1]:
+            raise FormatError("an entropy-coded payload ends in a zero byte, which no encoder writes: get the file again")
+        self._coder = _constriction().stream.stack.AnsCoder(words)
+
+    def read(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
+        """The next `count` symbols, int32."""
+        return self._coder.decode(coder_model(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
+
+    def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
+        """The next `count` symbols of `write_grouped`, int32."""
+        kinds = len(counts_of(*key))
+        groups, rest = divmod(count, _TOGETHER[kinds])
+        grouped = self.read(groups, joint_counts, counts_of, *key)
+        symbols = _digits(kinds).take(grouped, axis=0).reshape(-1)
+        return np.concatenate([symbols, self.read(rest, counts_of, *key)]) if rest else symbols
+
+    def read_integers(self, count: int) -> np.ndarray:
+        """The next `count` integers of `write_integers`, int64."""
+        lengths = self.read(count, uniform, _INTEGER_BYTES) + 1
+        octets = np.zeros((count, _INTEGER_BYTES), dtype=np.uint8)
+        octets[np.arange(_INTEGER_BYTES) < lengths[:, None]] = self.read(int(lengths.sum()), uniform, 256)
+        return octets.view("<u4").reshape(count).astype(np.int64)
+
+    def finish(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            FormatError: bytes are left over, or there were too few.
+        """
+        if not self._coder.is_empty():
+            raise FormatError("an entropy-coded payload does not end where its module does: get the file again")

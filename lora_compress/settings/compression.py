@@ -1,0 +1,168 @@
+"""All settings together: parsed from flat names and values, checked against each other, all problems in one error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from ..errors import SettingsError
+from .budget import BudgetSettings
+from .pruning import PruningSettings
+from .quantization import QuantizationSettings
+
+__all__ = ["SAVE_FORMATS", "CompressionSettings", "refuse_setting", "setting_names", "split_settings"]
+
+SAVE_FORMATS = ("kohya", "fp8", "packed", "both")
+_NOT_YET = ("iterative_pruning", "max_iterations")
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """Everything that decides what is written. Build it with `parse`, which reports all problems at once.
+
+    Raises:
+        SettingsError: a value is out of range or two values contradict each other.
+    """
+
+    pruning: PruningSettings = field(default_factory=PruningSettings)
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    save_format: str | None = field(default=None, metadata={"help": "kohya, fp8, packed or both; default packed under 16 bits"})
+    quantization_device: str = field(default="cpu", metadata={"help": "where the SVD and the quantizers run: cpu, cuda, cuda:1"})
+
+    def __post_init__(self) -> None:
+        problems = [problem for part in self._parts for problem in part.problems()]
+        problems = problems or self.quantization.budget_problems(self.budget.enabled)
+        quantized = self.quantization.enabled
+        if self.save_format is None:
+            object.__setattr__(self, "save_format", "packed" if quantized else "kohya")
+        elif self.save_format not in SAVE_FORMATS:
+            problems.append(f"save_format={self.save_format}: must be one of {', '.join(SAVE_FORMATS)}")
+        elif self.save_format in ("packed", "both") and not quantized:
+            problems.append(f"save_format={self.save_format} stores quantized weights: set bits under 16, or save_format=kohya")
+        elif self.save_format == "fp8" and quantized:
+            problems.append("save_format=fp8 has 8-bit floats of its own: set bits=16, or save_format=packed")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.quantization_device):
+            problems.append(f"quantization_device={self.quantization_device}: must be cpu, cuda or cuda:<number>")
+        elif self.quantization_device != "cpu" and not torch.cuda.is_available():
+            problems.append(f"quantization_device={self.quantization_device}: torch finds no CUDA device here: use cpu")
+        if problems:
+            raise SettingsError(problems)
+
+    @property
+    def _parts(self) -> tuple[PruningSettings, QuantizationSettings, BudgetSettings]:
+        return self.pruning, self.quantization, self.budget
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a saved file differs at all from what the host would have written."""
+        return any(part.enabled for part in self._parts) or self.save_format != "kohya"
+
+    @property
+    def size_is_open(self) -> bool:
+        """Whether the size of the file depends on the weights, and not on the settings alone."""
+        pruning, budget = self.pruning, self.budget
+        thresholds = pruning.norm_threshold or pruning.layer_threshold or pruning.channel_threshold
+        return budget.size is None and (bool(thresholds) or pruning.dynamic_method is not None or budget.enabled)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> CompressionSettings:
+        """Build settings from flat `{name: text or number}` pairs such as `{"bits": "4", "rank_ratio": 0.5}`.
+
+        Raises:
+            SettingsError: unknown names, values of the wrong type or range, contradictions; all of them in one error.
+        """
+        known = setting_names()
+        problems = [refuse_setting(name, known) for name in values if name not in known]
+        parsed: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in known:
+                try:
+                    parsed[name] = _convert(value, known[name])
+                except (KeyError, TypeError, ValueError, OverflowError):
+                    problems.append(f"{name}={value!r}: must be {_TYPE_NAMES[known[name]]}")
+        try:
+            parts: list[Any] = [part(**_pick(parsed, part)) for part in _PARTS]
+            settings = cls(*parts, **_pick(parsed, cls))
+        except SettingsError as error:  # a default that stands in for what did not parse is not the user's mistake
+            stand_ins = tuple(f"{name}=" for name in values if name not in parsed)
+            raise SettingsError(problems + [problem for problem in error.problems if not problem.startswith(stand_ins)]) from None
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as flat `{name: value}` pairs, in order, with defaults filled in and None for what is off."""
+        flat = {f.name: getattr(part, f.name) for part in self._parts for f in fields(part)}
+        quantization, pruning = self.quantization, self.pruning
+        flat["bits"] = quantization.bits if quantization.averages else quantization.bits or 16
+        flat["min_rank"] = pruning.rank_floor
+        flat["group_size"] = quantization.block_size if quantization.enabled else None
+        flat["scale"] = quantization.static_scale if quantization.enabled else None
+        if quantization.strategy != "entropy":
+            flat["progressive"] = flat["refine"] = None
+        for name in ("layer_threshold", "channel_threshold"):
+            flat[name] = flat[name] or None
+        return flat | {"save_format": self.save_format, "quantization_device": self.quantization_device}
+
+
+_PARTS = (PruningSettings, QuantizationSettings, BudgetSettings)
+_TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+
+
+def setting_names() -> dict[str, type]:
+    """Every name that `CompressionSettings.parse` takes, with its type."""
+    hints = {name: hint for part in _PARTS for name, hint in get_type_hints(part).items()}
+    return {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items()} | {"save_format": str, "quantization_device": str}
+
+
+def split_settings(values: Mapping[str, Any], host_names: Iterable[str]) -> tuple[CompressionSettings, dict[str, Any]]:
+    """Part `values` into our settings and the host's own arguments (`host_names`).
+
+    Raises:
+        SettingsError: a name belongs to neither, or our values do not parse.
+    """
+    host = set(host_names)
+    ours = {name: value for name, value in values.items() if name not in host}
+    known = {*setting_names(), *host}
+    strangers = [name for name in ours if name not in setting_names()]
+    problems = [refuse_setting(name, known) for name in strangers]
+    try:
+        settings = CompressionSettings.parse({name: value for name, value in ours.items() if name not in strangers})
+    except SettingsError as error:
+        raise SettingsError([*problems, *error.problems]) from None
+    if problems:
+        raise SettingsError(problems)
+    return settings, {name: value for name, value in values.items() if name in host}
+
+
+def refuse_setting(name: str, known: Iterable[str]) -> str:
+    """The sentence that refuses `name`: the closest of the names that are `known`, or all of them."""
+    if name in _NOT_YET:
+        return f"{name}: pruning during training is not part of this version: remove it"
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f", did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+    return f"{name}: unknown setting{hint}"
+
+
+def _convert(value: Any, kind: type) -> Any:
+    if kind is bool:
+        return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).strip().lower()]
+    if isinstance(value, bool) or value is None:
+        raise ValueError
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value.strip().lower()
+    if kind is int and isinstance(value, float):
+        raise ValueError
+    return kind(value)
+
+
+def _pick(parsed: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    return {f.name: parsed[f.name] for f in fields(cls) if f.name in parsed}

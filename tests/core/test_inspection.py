@@ -1,0 +1,69 @@
+"""What inspect tells, against dense singular values and brute force."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from core.factories import dense, mixed_updates, update_of_spectrum
+from safetensors.torch import save_file
+
+from lora_compress import FormatError, as_kohya
+from lora_compress.inspection import effective_rank, inspect_file
+
+
+def test_effective_rank_counts_equal_components() -> None:
+    assert effective_rank([3.0] * 7) == pytest.approx(7.0)
+    assert effective_rank([5.0, 0.0, 0.0]) == pytest.approx(1.0)
+    assert effective_rank([]) == effective_rank([0.0]) == 0.0
+    shares = [0.8, 0.2]
+    assert effective_rank([2.0, 1.0]) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
+
+
+def test_modules_are_told_as_they_are(tmp_path: Path) -> None:
+    updates = mixed_updates(rank=6)
+    path = tmp_path / "a.safetensors"
+    save_file(as_kohya(updates), path, {"ss_output_name": "x"})
+    found = inspect_file(str(path))
+    assert (found.layout, found.dtype, found.bytes, found.ranks) == ("kohya", "float32", path.stat().st_size, (6, 6))
+    assert {module.name for module in found.modules} == updates.keys()
+    for module in found.modules:
+        update = updates[module.name]
+        expected = torch.linalg.svdvals(dense(update))[:6]
+        assert torch.tensor(module.sigma, dtype=torch.float64).allclose(expected, rtol=1e-9, atol=0)
+        assert module.shape == (update.up.shape[0], *update.down.shape[1:])
+        assert module.bytes == 4 * (update.numel + 1)
+        assert module.norm == pytest.approx(float(dense(update).norm()))
+    told = json.loads(json.dumps(found.as_json()))
+    assert told["metadata"] == {"ss_output_name": "x"} and len(told["modules"]) == 4
+
+
+def test_smaller_files_are_what_truncation_gives(tmp_path: Path) -> None:
+    """Each point is a choice of ranks: the error is that of some truncation within the budget, and no cheaper one does it."""
+    sigma = {"lora_unet_a": [4.0, 1.0, 0.5], "lora_unet_b": [3.0, 2.0, 0.1]}
+    updates = {name: update_of_spectrum(values, seed=seed) for seed, (name, values) in enumerate(sigma.items())}
+    path = tmp_path / "a.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, path)
+    total = sum(value**2 for values in sigma.values() for value in values)
+    choices = [
+        (44 * 4 * (a + b), (sum(v**2 for v in sigma["lora_unet_a"][a:] + sigma["lora_unet_b"][b:]) / total) ** 0.5)
+        for a in (1, 2, 3)
+        for b in (1, 2, 3)
+    ]
+    overhead = path.stat().st_size - 2 * 44 * 3 * 4 - 2 * 4
+    found = inspect_file(str(path)).curve
+    assert found
+    for size, error in found:
+        weight = size - overhead
+        assert any(weight == cost and error == pytest.approx(lost, rel=1e-5) for cost, lost in choices)
+        assert not any(cost < weight and lost < error * (1 - 1e-6) for cost, lost in choices)
+    assert [size for size, _ in found] == sorted((size for size, _ in found), reverse=True)
+
+
+def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
+    save_file({"model.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(FormatError, match=r"a\.safetensors: holds no low-rank update"):
+        inspect_file(str(tmp_path / "a.safetensors"))
