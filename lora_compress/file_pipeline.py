@@ -15,6 +15,7 @@ from .assembly import Assembly
 from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .curve import size_curve
+from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
@@ -163,7 +164,7 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     begun = time.monotonic()
     check_target(source, target, force)
     before, lora = os.path.getsize(source), PackedFile(source)
-    if not (lora.entries and all(int(entry.parameters.get("layers", 1)) > 1 for entry in lora.entries.values())):
+    if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
         raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
     metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more
     carried, room = _specs(lora.others), size
