@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from core.layouts.files import dense, random, save
+from core.mutations import pack, unpack
 from core.samples import CARRIED, dense_file, kohya_file, packed_file, relative_error, sample, sample_file
 from safetensors.torch import load_file
 
@@ -306,6 +307,17 @@ def test_what_cannot_be_truncated_is_refused(form: str, size: int, message: str,
     packed = packed_file(form, source, tmp_path / "packed.safetensors")
     with pytest.raises(FormatError, match=message):
         truncate_file(packed, tmp_path / "cut.safetensors", size)
+    assert not (tmp_path / "cut.safetensors").exists()
+
+
+@pytest.mark.parametrize("layers", [[3], "12", None, 1.5, 2**70])
+def test_layers_that_are_no_number_are_refused(layers: object, source: Path, tmp_path: Path) -> None:
+    packed = packed_file("progressive", source, tmp_path / "packed.safetensors")
+    metadata, index, payload, others = unpack(packed.read_bytes())
+    index["modules"]["parameters"][1]["layers"] = layers
+    packed.write_bytes(pack(metadata, index, payload, others))
+    with pytest.raises(FormatError, match=r"layers|parameters"):
+        truncate_file(packed, tmp_path / "cut.safetensors", packed.stat().st_size * 2 // 3)
     assert not (tmp_path / "cut.safetensors").exists()
 
 
