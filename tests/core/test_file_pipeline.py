@@ -130,35 +130,36 @@ SMALL_DISK = """
 import resource, signal, sys
 from lora_compress import CompressionSettings, SaveError
 from lora_compress.file_pipeline import compress_file, expand_file, truncate_file
-import torch
-source, packed, target, what = sys.argv[1:]
+source, packed, target = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-try:
-    if what == "expand":
-        expand_file(packed, target)
-    elif what == "truncate":
-        truncate_file(packed, target, 12_000)
-    else:
-        values = {"plain": {"new_rank": 8}, "packed": {"bits": 8}, "both": {"bits": 8, "save_format": "both"}}[what]
-        compress_file(source, target, CompressionSettings.parse(values))
-except SaveError as error:
-    print(error)
+for write in (
+    lambda: compress_file(source, target, CompressionSettings.parse({"new_rank": 8})),
+    lambda: compress_file(source, target, CompressionSettings.parse({"bits": 8})),
+    lambda: compress_file(source, target, CompressionSettings.parse({"bits": 8, "save_format": "both"})),
+    lambda: expand_file(packed, target),
+    lambda: truncate_file(packed, target, 12_000),
+):
+    try:
+        write()
+    except SaveError as error:
+        print(error)
 """
 
 
 @posix
-@pytest.mark.parametrize("what", ["plain", "both", "expand", "truncate"])
-def test_a_full_disk_is_one_clear_error_and_harms_nothing(what: str, source: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_error_and_harms_nothing(source: Path, tmp_path: Path) -> None:
     packed = packed_file("progressive", source, tmp_path / "packed.safetensors")
     target = tmp_path / "out.safetensors"
     target.write_text("old")
     before = sorted(path.name for path in tmp_path.iterdir())
-    command = [sys.executable, "-c", SMALL_DISK, str(source), str(packed), str(target), what]
+    command = [sys.executable, "-c", SMALL_DISK, str(source), str(packed), str(target)]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert ": cannot be written (" in done.stdout
-    assert "free disk space or choose another output folder" in done.stdout
+    errors = done.stdout.splitlines()
+    assert len(errors) == 5
+    for error in errors:
+        assert ": cannot be written (" in error and "free disk space or choose another output folder" in error
     assert target.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -177,7 +178,7 @@ for values in forms:
     wanted.append(open(target, "rb").read())
 os.unlink(target)
 roll, seen = random.Random(0), set()
-for attempt in range(12):
+for attempt in range(8):
     if (child := os.fork()) == 0:
         while True:
             for values in forms:
