@@ -6,7 +6,8 @@ Files of real shapes are made first (see lora_files.py). Each measured side work
 either side. sd-scripts' side takes minutes, so one module of each shape stands for all of that shape, and what it spends on
 reading and writing files is left out; --all runs its script over the whole file instead. What is compared with reading and
 writing is the whole of compress_file, fsync included, against safetensors loading every tensor of the input into memory and
-saving the tensors of the output, fsync included. --every N takes every N-th module, for a quick look.
+saving the tensors of the output, fsync included. Seconds are those of the clock; beside them stand seconds of processor time,
+which other work on the machine moves less. --every N takes every N-th module, for a quick look.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ def ours(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any
 
 def plain_io(source: str, result: str, target: str) -> dict[str, Any]:
     """Read every tensor of `source` into memory and write the tensors of `result`, with safetensors alone."""
+    torch.set_num_threads(1)  # a copy gains nothing by more, and on a busy machine they wait for each other
     output = {key: tensor.clone() for key, tensor in load_file(result).items()}
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     tensors = {key: tensor.clone() for key, tensor in load_file(source).items()}  # cloned: it maps the file and reads nothing
     save_file(output, target)
     with open(target, "rb+") as file:
         os.fsync(file.fileno())
-    return {"seconds": time.monotonic() - started, "tensors": len(tensors)}
+    return {"seconds": time.monotonic() - started, "cpu": time.process_time() - used, "tensors": len(tensors)}
 
 
 def sd_modules(source: str, names: list[str], rank: int, target: str) -> dict[str, Any]:
@@ -75,17 +77,17 @@ def sd_modules(source: str, names: list[str], rank: int, target: str) -> dict[st
     # isort: split
     from networks.resize_lora import resize_lora_model
 
-    results, seconds = {}, {}
+    results, seconds, cpu = {}, {}, {}
     with safe_open(source, "pt") as file:
         for name in names:
             endings = ("lora_down.weight", "lora_up.weight", "alpha")
             module = {f"{name}.{ending}": file.get_tensor(f"{name}.{ending}").float() for ending in endings}
-            started = time.monotonic()
+            started, used = time.monotonic(), time.process_time()
             made, _, _ = resize_lora_model(module, rank, rank, torch.float32, "cpu", None, None, False)
-            seconds[name] = time.monotonic() - started
+            seconds[name], cpu[name] = time.monotonic() - started, time.process_time() - used
             results |= made
     save_file(results, target)
-    return {"seconds": sum(seconds.values()), "each": seconds}
+    return {"seconds": sum(seconds.values()), "each": seconds, "each_cpu": cpu}
 
 
 def sd_command(source: str, rank: int, target: str) -> dict[str, Any]:
@@ -96,9 +98,9 @@ def sd_command(source: str, rank: int, target: str) -> dict[str, Any]:
     from networks.resize_lora import resize, setup_parser
 
     command = ["--model", source, "--save_to", target, "--new_rank", str(rank), "--save_precision", "float"]
-    started = time.monotonic()
+    started, used = time.monotonic(), time.process_time()
     resize(setup_parser().parse_args(command))
-    return {"seconds": time.monotonic() - started}
+    return {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
 
 
 def decode(path: str) -> dict[str, Any]:
@@ -155,6 +157,7 @@ def resize_line(model: str, folder: Path, every: int, whole: bool, repeats: int)
         "seconds_with_import": us.seconds,
         "peak_megabytes": us.peak / 1e6,
         "read_write_seconds": io.said["seconds"],
+        "read_write_cpu_seconds": io.said["cpu"],
         "error": us.said["error"],
     }
     root = find_sd_scripts()
@@ -165,10 +168,11 @@ def resize_line(model: str, folder: Path, every: int, whole: bool, repeats: int)
     line |= {"sd_scripts": sd_scripts_version(root), "sd_sample": modules if whole else len(sample)}
     if whole:
         told = fresh(_SCRIPT, "sd_command", source=source, rank=rank // 2, target=theirs)
-        line["sd_seconds"] = told.said["seconds"]
+        line |= {"sd_seconds": told.said["seconds"], "sd_cpu_seconds": told.said["cpu"]}
     else:
         told = fresh(_SCRIPT, "sd_modules", source=source, names=list(sample), rank=rank // 2, target=theirs)
-        line["sd_seconds"] = sum(told.said["each"][name] * count for name, count in sample.items())
+        for key, each in (("sd_seconds", "each"), ("sd_cpu_seconds", "each_cpu")):
+            line[key] = sum(told.said[each][name] * count for name, count in sample.items())
     line["sd_peak_megabytes"] = told.peak / 1e6
     return line | {"agreement": disagreement(source, target, theirs, list(sample))}
 

@@ -133,9 +133,8 @@ def load_compressed_lora(lora_path: PathLike, dtype: torch.dtype = torch.float16
     Raises:
         FormatError: the file cannot be read.
     """
-    file = load_lora(lora_path)
-    tensors = as_kohya(file.updates)
-    return {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in tensors.items()} | file.others
+    file = load_lora(lora_path, dtype)
+    return as_kohya(file.updates) | file.others
 
 
 def _compress(lora_path: PathLike, output_path: PathLike, **settings: Any) -> FileReport:

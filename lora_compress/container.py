@@ -136,6 +136,12 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     def close(self) -> None:
         """The file is open only while something is read."""
 
+    def __enter__(self) -> PackedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _tensor(self, key: str) -> Tensor:
         spec, _ = self._places[key]
         data = bytearray(self._read(key))

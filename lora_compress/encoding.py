@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from .quantization.entropy import decode_entropy, encode_entropy, predict_entrop
 from .settings import QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "spread_channels"]
+__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "layer_count", "spread_channels"]
 
 
 _LAYERS = 12  # of a progressive payload: each halves what a further bit is worth
+_LARGEST = 1 << 31  # of a whole number among the parameters
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
 
@@ -112,13 +114,14 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:
     parameters = entry.parameters
     try:
         if entry.codec == "entropy":
-            step, layers = float(parameters["step"]), int(parameters["layers"])
+            step, layers = float(_number(parameters["step"], float)), int(_number(parameters["layers"]))
             with np.errstate(over="ignore"):
                 rows = decode_entropy(chunks, entry.rank, inputs, outputs, step, layers)
             if not all(torch.isfinite(row).all() for row in rows):
                 raise FormatError(f"step {step} makes weights that are no numbers: the file is damaged")
             return rows
-        form = FixedFormat(entry.codec, int(parameters["block"]) or None, scale_dtype=_DTYPES[parameters["scales"]])
+        block = int(_number(parameters["block"]))
+        form = FixedFormat(entry.codec, block or None, scale_dtype=_DTYPES[parameters["scales"]])
         if len(chunks) != 1:
             raise FormatError(f"{len(chunks)} layers, {entry.codec} has one: the file is damaged")
         bits = _unroll(parameters["bits"], entry.rank) if entry.codec == MIXED else None
@@ -127,6 +130,25 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})") from None
+
+
+def layer_count(entry: Entry) -> int:
+    """Layers that a whole payload of the module has.
+
+    Raises:
+        FormatError: the index says no number.
+    """
+    layers = entry.parameters.get("layers", 1)
+    if type(layers) is not int:
+        raise FormatError(f"{entry.name}: {layers!r} layers: the file is damaged")
+    return layers
+
+
+def _number(value: Any, kind: type = int) -> float:
+    """A parameter of the index; what turns into one, such as text, is none."""
+    if type(value) not in (int, kind) or (kind is int and not 0 <= value < _LARGEST):
+        raise ValueError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def spread_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

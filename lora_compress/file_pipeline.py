@@ -15,6 +15,7 @@ from .assembly import Assembly
 from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .curve import size_curve
+from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
@@ -115,7 +116,7 @@ def compress_file(
         (before, os.path.getsize(target) if written else after),
         time.monotonic() - begun,
         modules,
-        (*lora.notes, *(rules.notes(planned) if written and not job.packed else ())),
+        (*lora.notes, *((*rules.notes(planned), *_channel_notes(job)) if written and not job.packed else ())),
         settings.as_dict(),
         curve,
     )
@@ -136,6 +137,7 @@ def expand_file(
     """
     begun = time.monotonic()
     check_target(source, target, force)
+    before = os.path.getsize(source)
     lora = PackedFile(source) if is_packed(source) else None
     if lora is None:
         raise FormatError(f"{source}: is no packed file: there is nothing to expand")
@@ -149,7 +151,7 @@ def expand_file(
         modules.append(
             ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
         )
-    return _report(source, target, lora, modules, begun)
+    return _report((source, target), before, lora, modules, begun)
 
 
 def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str], size: int, *, force: bool = False) -> FileReport:
@@ -161,32 +163,48 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     """
     begun = time.monotonic()
     check_target(source, target, force)
-    lora = PackedFile(source)
-    if not all(int(entry.parameters.get("layers", 1)) > 1 for entry in lora.entries.values()):
+    before, lora = os.path.getsize(source), PackedFile(source)
+    if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
         raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
+    metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more
     carried, room = _specs(lora.others), size
     for _ in range(8):  # a shorter payload has a shorter index
         index, payload = lora.index.cut(max(room, 0))
         encoded = index.encode()
         specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
-        whole = safetensors_size(specs, lora.metadata)
+        whole = safetensors_size(specs, metadata)
         if whole <= size:
             break
         room = min(room, payload) - max(whole - size, 1)
     if whole > size or len({module for module, _, _ in index.chunks}) < len(lora.index.entries):
         raise FormatError(f"{source}: {size} bytes have no room for the first layer of every module: take a larger --truncate")
-    with atomic_path(target) as temporary, TensorWriter(temporary, specs, lora.metadata) as writer:
-        _write(writer, lora.others)
-        _write(writer, {INDEX_KEY: encoded, PAYLOAD_KEY: torch.frombuffer(bytearray(lora.payload(payload)), dtype=torch.uint8)})
-    cut = PackedFile(target)
+    with atomic_path(target) as temporary:
+        with TensorWriter(temporary, specs, metadata) as writer:
+            _write(writer, lora.others)
+            _write(writer, {INDEX_KEY: encoded, PAYLOAD_KEY: torch.frombuffer(bytearray(lora.payload(payload)), dtype=torch.uint8)})
+        modules = _truncated(lora, PackedFile(temporary))
+    return _report((source, target), before, lora, modules, begun)
+
+
+def _truncated(lora: PackedFile, cut: PackedFile) -> list[ModuleReport]:
+    """What became of the modules of a file that was cut."""
     modules = []
     for name in lora:
-        whole_update, less = lora[name], cut[name]
-        error, norm = squared_error(whole_update, less)
-        before, after = lora.factor_bytes(name), cut.factor_bytes(name)
-        shape = (whole_update.up.shape[0], *whole_update.down.shape[1:])
-        modules.append(ModuleReport(name, lora.part(name), shape, (whole_update.rank, less.rank), (before, after), error, norm))
-    return _report(source, target, lora, modules, begun)
+        whole, less = lora[name], cut[name]
+        error, norm = squared_error(whole, less)
+        sizes, shape = (lora.factor_bytes(name), cut.factor_bytes(name)), (whole.up.shape[0], *whole.down.shape[1:])
+        modules.append(ModuleReport(name, lora.part(name), shape, (whole.rank, less.rank), sizes, error, norm))
+    return modules
+
+
+def _channel_notes(job: Job) -> list[str]:
+    """What a plain file makes of channels that were dropped."""
+    shapes = [analysis.shape for analysis in job.analyses.values()]
+    counts = [(shape.outputs, shape.kept[0]) for shape in shapes] + [(shape.inputs, shape.kept[1]) for shape in shapes]
+    dropped = sum(count - len(kept) for count, kept in counts if kept is not None)
+    if not dropped:
+        return []
+    return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
 
 
 def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], force: bool) -> None:
@@ -202,12 +220,15 @@ def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str],
 
 
 def _report(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], lora: Source, modules: Iterable[ModuleReport], begun: float
+    paths: tuple[str | os.PathLike[str], str | os.PathLike[str]],
+    before: int,
+    lora: PackedFile,
+    modules: Iterable[ModuleReport],
+    begun: float,
 ) -> FileReport:
-    sizes, seconds = (os.path.getsize(source), os.path.getsize(target)), time.monotonic() - begun
-    return FileReport(
-        str(source), str(target), "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes)
-    )
+    source, target = map(str, paths)
+    sizes, seconds = (before, os.path.getsize(target)), time.monotonic() - begun
+    return FileReport(source, target, "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -211,6 +212,8 @@ class Job:
         if not threshold:
             return (None, None), 0.0
         chosen = select_channels(update, threshold)
+        if not math.isfinite(chosen.squared_norm):
+            raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
         counts = (update.up.shape[0], update.down.shape[1])
         outputs, inputs = (
             None if len(kept) == count else tuple(kept.tolist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .container import PackedFile
@@ -33,8 +34,12 @@ class LoraFile:
     packed: bool
 
 
-def load_lora(path: str | os.PathLike[str]) -> LoraFile:
+def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
     """Read a LoRA file of any layout as a whole.
+
+    Args:
+        path: of the file.
+        dtype: of the factors; None for that of the file, float32 of a packed one.
 
     Raises:
         FormatError: as `open_lora`; a module does not decode; a packed file was cut so early that modules are missing.
@@ -46,7 +51,11 @@ def load_lora(path: str | os.PathLike[str]) -> LoraFile:
         others = dict(source.others)
         for name in source:
             others |= source.extras(name)
-        updates = each_module(lambda name, update: update, source)  # decoded on all cores
+        updates = each_module(lambda name, update: _as(update, dtype), source)  # decoded on all cores
         return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
     finally:
         source.close()
+
+
+def _as(update: LowRankUpdate, dtype: torch.dtype | None) -> LowRankUpdate:
+    return update if dtype is None else LowRankUpdate(update.down.to(dtype), update.up.to(dtype), update.alpha)

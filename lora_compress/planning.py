@@ -109,7 +109,12 @@ class _Search:
         inner = {part: _less(target, noise) for part, target in wanted.items()}
         best, most, tried = None, -1.0, None
         for _ in range(_ATTEMPTS):
-            choices = self._allocate(None, inner)
+            try:
+                choices = self._allocate(None, inner)
+            except SettingsError:
+                if tried is None:
+                    raise
+                break  # nothing stricter is possible: what was reached tells more than the reason
             if choices == tried:
                 if best is not None:
                     break

@@ -59,6 +59,12 @@ def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int |
     return Plan({name: found.choices.get(name, Choice(0)) for name in kept}, stored)
 
 
+def _leaves_something(job: Job, name: str) -> float:
+    """A step at which neither row of the first component rounds to zero: the largest of n weights is 1 / sqrt(n) at least."""
+    analysis = job.analyses[name]
+    return float(analysis.spectrum.sigma[0]) / math.sqrt(max(analysis.shape.stored))
+
+
 class _Part:
     """Some modules of a file, coded with one step; and what that would take if their weights were Gaussian."""
 
@@ -79,9 +85,12 @@ class _Part:
         least = job.settings.pruning.min_rank or 0
         self._least = {name: min(max(least, int(name in frame.protected)), self._ranks[name]) for name in names}
         self._coded = np.ones(len(self._squares), dtype=bool)
+        self._largest = {name: step for name in names if name in frame.protected and (step := _leaves_something(job, name))}
 
     def fit(self, budget: float, measure: Callable[[Mapping[str, Stored]], float], rising: bool) -> Plan:
         """The step at which what `measure` says comes closest to the budget from below; what is not worth its bits is left out."""
+        if rising and (least := relative_error(self._gone, self._norm)) >= budget:
+            raise SettingsError([f"the error of {budget:g} that is asked for cannot be reached: pruning alone costs {least:.4g}"])
         self._trim(budget, rising)
         best: tuple[float, float, dict[str, Stored]] | None = None  # value, step and modules; a run is a whole file, one is kept
 
@@ -91,7 +100,9 @@ class _Part:
                 stored = self._run(step)
             except SettingsError:  # finer than any value can be told
                 if rising:
-                    raise
+                    raise SettingsError(
+                        [f"the error of {budget:g} that is asked for cannot be reached: take a larger one"]
+                    ) from None
                 return math.inf
             value = measure(stored)
             if value <= budget and (best is None or value > best[0]):
@@ -138,7 +149,8 @@ class _Part:
         return relative_error(lost, self._norm)
 
     def _choices(self, step: float) -> dict[str, Choice]:
-        return {n: Choice(self._ranks[n], step=step / self._finer[n]) for n in self.names if self._ranks[n]}
+        steps = {name: min(step / self._finer[name], self._largest.get(name, math.inf)) for name in self.names}
+        return {name: Choice(self._ranks[name], step=steps[name]) for name in self.names if self._ranks[name]}
 
     def _trim(self, budget: float, rising: bool) -> None:
         """Leave out components that would cost more than they are worth at the step that the budget comes to."""

@@ -42,7 +42,6 @@ def uniform(count: int) -> np.ndarray:
     return normalise([1] * count)
 
 
-@cache
 def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
     """Counts of groups of symbols that counts_of(*key) codes one by one: of 8 bits, or of 5 of three kinds, the first highest."""
     counts = counts_of(*key).tolist()

@@ -30,7 +30,7 @@ def choose_models(values: np.ndarray, *, symbols_only: bool = False) -> tuple[np
     spread = magnitudes.sum(axis=1, dtype=np.int64) * (1.2533 / max(width, 1))  # sigma, if Gaussian and wider than a step
     guess = 25 + 8 * np.log2(np.maximum(spread, 1e-3))
     highest = 0 if symbols_only else (LARGEST_SCALE - MAX_SCALE) // 8
-    planes = np.clip(np.ceil((guess - MAX_SCALE + 1) / 8), 0, highest).astype(np.int64)
+    planes = np.clip(np.ceil((guess - MAX_SCALE - 1) / 8), 0, highest).astype(np.int64)
     scale, shape, bits = np.zeros(rows, dtype=np.int64), np.zeros(rows, dtype=np.int64), np.zeros(rows)
     for plane in sorted(set(planes.tolist())):
         chosen = planes == plane

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from core.layouts.files import PAIRS, cp, product, random, save, scaled
+from core.layouts.files import PAIRS, cp, dense, product, random, save, scaled
 from torch import Tensor
 
-from lora_compress import CompressionSettings
+from lora_compress import CompressionSettings, LowRankUpdate, open_lora
 from lora_compress.file_pipeline import compress_file
 
 LAYOUTS = (*PAIRS, "mid", "loha", "lokr", "glora", "full")
@@ -43,41 +43,42 @@ def sample(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     magnitude: float = 0.3,
+    power: float = 1.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of one module in a layout, and its dense update (out, in * kernel), float64.
 
     GLoRA and LoKr have no convolutions here, and alpha counts for nothing where the layout has none.
     """
     ones = (1,) * len(kernel)
-    down = (falling(rank, inputs, *kernel, seed=seed) * magnitude).to(dtype)
+    down = (falling(rank, inputs, *kernel, seed=seed, power=power) * magnitude).to(dtype)
     up = random(outputs, rank, *ones, seed=seed + 1).to(dtype)
     if layout in PAIRS:
         _, down_end, up_end = PAIRS[layout]
-        tensors, dense, divisor = {name + down_end: down, name + up_end: up}, product(up, down), rank
+        tensors, matrix, divisor = {name + down_end: down, name + up_end: up}, product(up, down), rank
     elif layout == "mid":
         mid, narrow = random(rank, rank, *kernel, seed=seed + 2).to(dtype), (random(rank, inputs, *ones, seed=seed)).to(dtype)
         tensors = {f"{name}.lora_down.weight": narrow, f"{name}.lora_mid.weight": mid, f"{name}.lora_up.weight": up}
-        dense, divisor = cp(mid, up.double().flatten(1).T, narrow.double().flatten(1)).flatten(1), rank
+        matrix, divisor = cp(mid, up.double().flatten(1).T, narrow.double().flatten(1)).flatten(1), rank
     elif layout == "loha":
         other = [random(outputs, rank, seed=seed + 2).to(dtype), random(rank, inputs, *kernel, seed=seed + 3).to(dtype)]
         parts = {"hada_w1_a": up.reshape(outputs, rank), "hada_w1_b": down, "hada_w2_a": other[0], "hada_w2_b": other[1]}
         tensors = {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        dense, divisor = product(up, down) * product(*other), rank
+        matrix, divisor = product(up, down) * product(*other), rank
     elif layout == "lokr":
         small, a, b = random(2, 2, seed=seed).to(dtype), random(outputs, rank, seed=seed + 2).to(dtype), down.flatten(1)
         tensors = {f"{name}.lokr_w1": small, f"{name}.lokr_w2_a": a, f"{name}.lokr_w2_b": b}
-        dense, divisor = torch.kron(small.double(), product(a, b)), rank
+        matrix, divisor = torch.kron(small.double(), product(a, b)), rank
     elif layout == "glora":
         parts = {"a1": random(inputs, rank), "a2": torch.zeros(rank, inputs), "b1": up.flatten(1), "b2": down.flatten(1)}
         tensors = {f"{name}.{part}.weight": tensor.to(dtype) for part, tensor in parts.items()}
-        dense, divisor = product(up, down), rank
+        matrix, divisor = product(up, down), rank
     else:
         whole = product(up, down).reshape(outputs, inputs, *kernel).to(dtype)
         return {f"{name}.diff": whole}, whole.double().flatten(1)
     if alpha is not None and layout != "control_lora":
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
-        dense = dense * scaled(alpha, divisor)
-    return tensors, dense
+        matrix = matrix * scaled(alpha, divisor)
+    return tensors, matrix
 
 
 def sample_file(layout: str, folder: Path, carried: Mapping[str, Tensor] = CARRIED, name: str = "lora.safetensors") -> Path:
@@ -106,6 +107,7 @@ def kohya_file(path: Path, count: int = 6, power: float = 1.0, width: int = 48, 
             alpha=rank / 2,
             seed=100 * index,
             magnitude=0.5 ** (index % 4),
+            power=power,
         )
         channel = torch.linspace(0.05, 1.5, width).view(1, -1, *[1] * len(kernel))  # some inputs matter more than others
         pair[f"{name.format(index)}.lora_down.weight"] *= channel
@@ -119,3 +121,15 @@ def packed_file(codec: str, source: Path, target: Path) -> Path:
     report = compress_file(source, target, CompressionSettings.parse({"save_format": "packed", **values}))
     assert report.status == "written", codec
     return target
+
+
+def relative_error(updates: Mapping[str, LowRankUpdate], exact: Mapping[str, Tensor]) -> float:
+    """||dW - dW'|| / ||dW|| over dense updates; modules that are absent count as zero."""
+    lost = sum(float((m - (dense(updates[n]) if n in updates else 0.0)).square().sum()) for n, m in exact.items())
+    return (lost / sum(float(m.square().sum()) for m in exact.values())) ** 0.5
+
+
+def dense_file(path: Path) -> dict[str, Tensor]:
+    """Dense updates of a file, (out, in * kernel), float64."""
+    with open_lora(path) as source:
+        return {name: dense(source[name]) for name in source}

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from core.factories import mixed_updates, random_update
+from core.mutations import joined, split
+from core.samples import CODECS, dense_file, kohya_file, packed_file, relative_error
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_compress import (
     CompressionSettings,
     FormatError,
+    LoraSource,
     LowRankUpdate,
     as_kohya,
     compress,
     is_packed,
     kohya_partner,
     load_lora,
+    open_lora,
     save,
 )
+from lora_compress.container import INDEX_KEY, PAYLOAD_KEY, PackedFile
+from lora_compress.file_pipeline import compress_file
 
 SETTINGS = [
     {"bits": 4},
@@ -179,3 +189,146 @@ def test_metadata_tells_what_was_done(tmp_path: Path) -> None:
         "relative_error": f"{report.total.relative_error:.6e}",
     }
     assert json.loads(told["components"].split("/")[0]) == sum(update.rank for update in load_lora(path).updates.values())
+
+
+PROGRESSIVE = {"bits": 5, "strategy": "entropy", "progressive": True}
+
+
+@pytest.fixture(scope="module")
+def progressive(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A progressive file, and the dense updates that it was made of."""
+    folder = tmp_path_factory.mktemp("progressive")
+    source = kohya_file(folder / "source.safetensors", count=5, width=64, rank=16)
+    compress_file(source, folder / "lora.safetensors", CompressionSettings.parse(PROGRESSIVE))
+    return folder / "lora.safetensors", dense_file(source)
+
+
+def beginning(path: Path, size: int, folder: Path) -> PackedFile:
+    """The first bytes of a file, opened as any file is."""
+    cut = folder / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:size])
+    source = open_lora(cut)
+    assert isinstance(source, PackedFile)
+    return source
+
+
+def index_end(path: Path) -> int:
+    """Where the payload begins, which is last in the file."""
+    return path.stat().st_size - sum(length for _, length, _ in PackedFile(path).index.chunks)
+
+
+def test_every_beginning_of_a_progressive_file_is_a_smaller_lora(progressive, tmp_path: Path) -> None:
+    """At any byte at all: it opens, decodes, and its error only falls with what is there."""
+    path, exact = progressive
+    first, end = index_end(path), path.stat().st_size
+    sizes = sorted({first, first + 1, end - 1, end, *(random.Random(0).randrange(first, end) for _ in range(40))})
+    errors = []
+    for size in sizes:
+        source = beginning(path, size, tmp_path)
+        assert set(source) | set(source.missing) == exact.keys()
+        assert source.complete == (size == end)
+        assert source.available <= size - first
+        assert bool(source.notes) == (size < end)
+        errors.append(relative_error({name: source[name] for name in source}, exact))
+    assert errors[0] == 1.0
+    assert all(later <= 1.0001 * earlier for earlier, later in itertools.pairwise(errors))
+    assert relative_error(load_lora(path).updates, exact) == errors[-1] < 0.05
+    half = errors[next(i for i, size in enumerate(sizes) if size > first + 0.5 * (end - first))]
+    assert half < 0.3, "the first half holds most of it"
+
+
+def test_a_packed_file_is_opened_as_any_other(progressive) -> None:
+    """All that a source of another layout has, a packed one has."""
+    path, exact = progressive
+    with open_lora(path) as source:
+        assert isinstance(source, PackedFile)
+        missing = [name for name in dir(LoraSource) if not name.startswith("_") and not hasattr(source, name)]
+        assert missing == []
+        with open_lora(path.with_name("source.safetensors")) as original:
+            assert (source.layout, source.family, source.path) == (original.layout, original.family, path)
+        assert {source.part(name) for name in source} == {"U-Net", "text encoder"}
+        assert source.shapes.keys() == exact.keys()
+        assert sum(source.factor_bytes(name) for name in source) == path.stat().st_size - index_end(path)
+
+
+def test_a_beginning_without_the_whole_index_is_refused(progressive, tmp_path: Path) -> None:
+    path, _ = progressive
+    for size in {0, 7, 8, 100, index_end(path) - 1, *range(200, index_end(path), 211)}:
+        with pytest.raises(FormatError, match=r"^.*cut\.safetensors: "):
+            beginning(path, size, tmp_path)
+
+
+def test_a_beginning_that_lacks_modules_is_no_whole_lora(progressive, tmp_path: Path) -> None:
+    path, exact = progressive
+    source = beginning(path, index_end(path) + 40, tmp_path)
+    assert 0 < len(source.missing) < len(exact)
+    with pytest.raises(FormatError, match=f"{len(source.missing)} modules are missing: get it again"):
+        load_lora(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("codec", ["int4", "mixed", "entropy"])
+def test_the_beginning_of_another_file_has_whole_modules_alone(codec: str, tmp_path: Path) -> None:
+    path = packed_file(codec, kohya_file(tmp_path / "source.safetensors", width=32), tmp_path / "lora.safetensors")
+    whole = load_lora(path).updates
+    seen = set()
+    for size in range(index_end(path), path.stat().st_size, 97):
+        source = beginning(path, size, tmp_path)
+        assert_same(dict(source), {name: whole[name] for name in source})
+        assert [*source] == [*whole][: len(source)]
+        seen.add(len(source))
+    assert seen == set(range(len(whole)))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_changed_byte_of_the_payload_is_noticed(codec: str, tmp_path: Path) -> None:
+    """The module that it belongs to is refused, every other one is what it was."""
+    path = packed_file(codec, kohya_file(tmp_path / "source.safetensors", count=3, width=24, rank=6), tmp_path / "lora.safetensors")
+    data, whole, begin = path.read_bytes(), dict(PackedFile(path)), index_end(path)
+    for place in random.Random(codec).sample(range(begin, len(data)), 12):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        source, refused = PackedFile(path), []
+        for name in source:
+            try:
+                assert_same({name: source[name]}, {name: whole[name]})
+            except FormatError as error:
+                assert f"{path}: {name}: " in str(error)
+                refused.append(name)
+        assert len(refused) == 1
+
+
+HEADERS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "metadata of numbers": lambda header: header.update(__metadata__={"a": 1}),
+    "metadata as a list": lambda header: header.update(__metadata__=["a"]),
+    "a payload of floats": lambda header: header[PAYLOAD_KEY].update(dtype="F64"),
+    "an unknown dtype": lambda header: header[INDEX_KEY].update(dtype="Q2"),
+    "a payload longer than its chunks": lambda header: header[PAYLOAD_KEY].update(shape=[2**30], data_offsets=[0, 2**30]),
+    "a negative offset": lambda header: header[INDEX_KEY].update(data_offsets=[-100, -1]),
+    "a shape of fractions": lambda header: header[INDEX_KEY].update(shape=[2.0]),
+    "no offsets": lambda header: header[INDEX_KEY].pop("data_offsets"),
+    "an entry that is none": lambda header: header.update({INDEX_KEY: 7}),
+    "an index beyond the file": lambda header: header[INDEX_KEY].update(shape=[9], data_offsets=[2**40, 2**40 + 9]),
+    "a tensor under the key of a module": lambda header: header.update(
+        {"lora_unet_mid_block_attentions_0_proj_in.alpha": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", HEADERS)
+def test_a_header_that_lies_is_refused(lie: str, tmp_path: Path) -> None:
+    path = packed_file(
+        "int4", kohya_file(tmp_path / "source.safetensors", count=2, width=24, rank=6), tmp_path / "lora.safetensors"
+    )
+    header, body = split(path.read_bytes())
+    HEADERS[lie](header)
+    path.write_bytes(joined(header, body))
+    with pytest.raises(FormatError, match=rf"^{path}: "):
+        load_lora(path)
+
+
+def test_large_and_long_headers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    for data in (b"\xff" * 8 + b"{}", (2**25).to_bytes(8, "little") + b" " * 2**25, (2**20).to_bytes(8, "little") + b"[" * 2**20):
+        path.write_bytes(data)
+        with pytest.raises(FormatError, match=r"no safetensors file, or cut short"):
+            PackedFile(path)
+        assert not is_packed(path)

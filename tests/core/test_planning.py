@@ -144,7 +144,18 @@ def test_bits_are_an_average_over_the_payload(strategy: str, bits: float, source
 
 
 def test_ranks_that_pruning_leaves_bound_what_a_budget_may_keep(source: Path, tmp_path: Path) -> None:
-    report = compressed(source, tmp_path, "entropy", target_error=0.5, new_rank=5, new_conv_rank=3)
+    report = compressed(source, tmp_path, "entropy", target_error=0.7, new_rank=5, new_conv_rank=3)
     for module in report.modules:
         assert module.rank[1] <= (3 if len(module.shape) > 2 else 5)
     assert max(update.rank for update in load_lora(tmp_path / "out.safetensors").updates.values()) <= 5
+
+
+@pytest.mark.parametrize("form", ["kohya", "entropy", "mixed", "int8"])
+def test_an_error_that_pruning_alone_exceeds_is_refused(form: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"error .* (reached|met)"):
+        compressed(source, tmp_path, form, target_error=0.1, new_rank=2)
+
+
+def test_an_error_finer_than_any_code_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"error .* cannot be reached"):
+        compressed(source, tmp_path, "entropy", target_error=1e-12)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from lora_compress.errors import FormatError, LoraCompressError, SettingsError
 from lora_compress.quantization.entropy import decode_entropy, encode_entropy, predict_entropy
-from lora_compress.quantization.estimate import EntropySketch, entropy_bits
 from lora_compress.quantization.integers import quantize_module, restore_module
 from lora_compress.quantization.refine import refine_module, rows_squared_error
 from tests.core.quantization import reference_decoder
@@ -167,13 +166,6 @@ def test_error_from_factors_is_that_of_the_dense_matrices() -> None:
         assert found == pytest.approx(dense_error(rows, placed), rel=1e-3)
 
 
-@pytest.mark.parametrize("step", [0.1, 0.03, 0.01, 0.001])
-def test_size_is_estimated_without_coding(step: float) -> None:
-    rows = module(16, 1280, 640, lambda i: i**-0.5)
-    encoded = encode_entropy(*rows, step, refine=False)
-    assert entropy_bits(*rows, step) == pytest.approx(coded_bits(encoded), rel=0.01, abs=40)
-
-
 @pytest.mark.parametrize("step", [1e9, 0.1, 0.03, 0.01, 0.001])
 @pytest.mark.parametrize("layers", [1, 5])
 def test_a_prediction_is_the_module_without_its_bytes(step: float, layers: int) -> None:
@@ -184,17 +176,6 @@ def test_a_prediction_is_the_module_without_its_bytes(step: float, layers: int) 
     decoded = decode_entropy(coded.chunks, coded.rank, 640, 320, step, layers)
     assert all(torch.equal(a, b) for a, b in zip(coded.rows, decoded, strict=True))
     assert coded_bits(predicted) == pytest.approx(coded_bits(coded), rel=0.001 if layers == 1 else 0.02, abs=40 * layers)
-
-
-@pytest.mark.parametrize("step", [0.03, 0.01, 0.001])
-def test_a_sample_of_columns_tells_size_and_error_of_a_file(step: float) -> None:
-    modules = [module(16, 1280, 640, lambda i: i**-0.5, seed) for seed in range(8)]
-    encoded = [encode_entropy(*rows, step, refine=False) for rows in modules]
-    guesses = [EntropySketch(*rows).at(step) for rows in modules]
-    assert sum(guess.bits for guess in guesses) == pytest.approx(sum(map(coded_bits, encoded)), rel=0.01)
-    errors = [dense_error(rows, whole(each, rows, step)) for rows, each in zip(modules, encoded, strict=True)]
-    assert sum(guess.squared_error for guess in guesses) == pytest.approx(sum(errors), rel=0.02)
-    assert sum(guess.rank for guess in guesses) == sum(each.rank for each in encoded)
 
 
 def test_components_that_round_to_zero_cost_nothing() -> None:
