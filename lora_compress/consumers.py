@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from .errors import SettingsError
-from .update import LowRankUpdate
 
 __all__ = [
     "CONSUMERS",
@@ -23,7 +22,6 @@ __all__ = [
     "PlannedFile",
     "PlannedModule",
     "opened_by",
-    "pad_rank",
 ]
 
 _SD = frozenset({"sd1", "sd2", "sdxl"})
@@ -146,7 +144,7 @@ class Adaptation:
     """What the writer has to do.
 
     Args:
-        ranks: of each module as written; `pad_rank` adds the zero components.
+        ranks: of each module as written, components of zeros included.
         alpha: the one alpha of the file, the rest of each scale folded into the factors; None: alphas stay as they are.
         merge_mid: modules whose lora_mid has to be multiplied into down.
     """
@@ -230,16 +228,6 @@ class ConsumerRules:
                 example = next(key for key in strange if key not in dora)
                 found.append(f"{consumer.title} leaves out {rest} other tensors, {example} among them")
         return found
-
-
-def pad_rank(update: LowRankUpdate, rank: int) -> LowRankUpdate:
-    """The same update with zero components up to `rank`; alpha grows with the rank, so that alpha / r stays as it is."""
-    missing = rank - update.rank
-    if missing <= 0:
-        return update
-    down = torch.cat([update.down, update.down.new_zeros(missing, *update.down.shape[1:])], dim=0)
-    up = torch.cat([update.up, update.up.new_zeros(len(update.up), missing, *update.up.shape[2:])], dim=1)
-    return LowRankUpdate(down, up, update.alpha * rank / max(update.rank, 1))
 
 
 def opened_by(save_format: str, family: str = "unknown") -> str:
