@@ -100,7 +100,7 @@ def test_our_launcher_trains_saves_and_tells_the_trackers(sd_scripts_at: Path, m
     }
     flags = [*config(model, pictures, tmp_path, **more), "--save_every_n_steps=2", "--save_last_n_steps=1"]
     printed = train(flags, SD_SCRIPTS_DIR=str(sd_scripts_at))
-    for part in ("expected file size", "compressed LoRA", "opens in: LoRA Compress alone", "opens in: every program"):
+    for part in ("expected file size", "compressed LoRA", "opens in: LoRA Compress alone", "opens in: ComfyUI"):
         assert part in printed
 
     file = load_lora(tmp_path / "lora.safetensors")
