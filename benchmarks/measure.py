@@ -87,12 +87,12 @@ def settled(task: Callable[[], Run], repeats: int) -> Run:
 
 def goal_table(goals: Sequence[Goal]) -> str:
     """Goal, what was reached and the ratio of the two, a line each."""
-    lines = [f"{'':66}{'goal':>12}{'reached':>12}{'ratio':>8}"]
+    lines = [f"{'':76}{'goal':>12}{'reached':>12}{'ratio':>8}"]
     for goal in goals:
         ratio = goal.reached / goal.goal if goal.goal else float("inf")
         sign = "at least" if goal.at_least else "at most"
         asked = f"{sign} {goal.goal:.4g}"
-        lines.append(f"{goal.name:60}{asked:>18}{goal.reached:12.4g}{ratio:8.2f}  {'met' if goal.met else 'MISSED'}")
+        lines.append(f"{goal.name:70}{asked:>18}{goal.reached:12.4g}{ratio:8.2f}  {'met' if goal.met else 'MISSED'}")
     return "\n".join(lines)
 
 
