@@ -54,7 +54,7 @@ def plan(job: Job, frame: Frame) -> Plan:
     if settings.quantization.strategy == "entropy":
         found = fit_steps(job, kept, frame, payload)
         return found if job.packed else _of_what_is_left(found)
-    search = _Search(job, frame, kept)
+    search = _Search(job, frame, kept, payload is not None)
     if payload is not None:
         return search.for_size(payload, payload_size)
     return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
@@ -75,10 +75,15 @@ def _payload_budget(job: Job, ranks: Mapping[str, int]) -> int | None:
 
 
 class _Search:
-    """Ranks, or ranks and bits, for a budget: allocate by the spectra, make the modules, correct by what came out."""
+    """Ranks, or ranks and bits, for a budget: allocate by the spectra, make the modules, correct by what came out.
 
-    def __init__(self, job: Job, frame: Frame, kept: Mapping[str, Tensor]) -> None:
-        self.job, self.frame, self.kept = job, frame, kept
+    Args:
+        payload: the budget is one of codes alone, whatever file they are in.
+    """
+
+    def __init__(self, job: Job, frame: Frame, kept: Mapping[str, Tensor], payload: bool) -> None:
+        self.job, self.frame, self.kept, self.payload = job, frame, kept, payload
+        self.index_bytes = 0 if payload else _INDEX_BYTES
         self._form = FixedFormat.of_settings(job.settings.quantization) if job.settings.quantization.enabled else None
         self._mixed = job.settings.quantization.strategy == "mixed"
 
@@ -139,7 +144,7 @@ class _Search:
         common: dict[str, Any] = {"weights": frame.weights, "protected": frame.protected}
         if self._mixed:
             widths = {name: sum(self.job.analyses[name].shape.stored) for name in self.kept}
-            common |= {"overhead": dict.fromkeys(self.kept, _INDEX_BYTES), "component_bytes": self._bytes}
+            common |= {"overhead": dict.fromkeys(self.kept, self.index_bytes), "component_bytes": self._bytes}
             if size is not None:
                 bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
             else:
@@ -147,7 +152,8 @@ class _Search:
                 bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
             return {name: Choice(len(b), b) for name, b in bits.items()}
         costs = {name: self._bytes(name) for name in self.kept}
-        fixed = {name: _INDEX_BYTES if self.job.packed else _plain_overhead(self.job.analyses[name].shape) for name in self.kept}
+        shapes = {name: self.job.analyses[name].shape for name in self.kept}
+        fixed = {name: self.index_bytes if self.job.packed else _plain_overhead(shape) for name, shape in shapes.items()}
         common |= {"min_rank_stored": 1 if self.job.packed else 2}
         common |= {"min_rank": self.job.settings.pruning.min_rank or 0}
         if size is not None:
@@ -160,7 +166,7 @@ class _Search:
     def _bytes(self, name: str, bits: int | None = None) -> int:
         """Of one component."""
         shape = self.job.analyses[name].shape
-        if self.job.packed and self._form is not None:
+        if (self.job.packed or self.payload) and self._form is not None:
             return component_size(*shape.stored, self._form, bits)
         return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.job.dtype.itemsize
 
