@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,17 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """Of the plain file that it stands for."""
         return self.index.layout
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """What the index says of each module that can be read."""
         return {name: entry for name, (_, entry) in self._entries.items()}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, ModuleShape]:
         """Of the modules that can be read."""
         return {n: ModuleShape(e.outputs, e.inputs, e.kernel, e.rank) for n, e in self.entries.items()}
 
-    @property
+    @cached_property
     def family(self) -> str:
         """See `layouts.families.family_of`."""
         return family_of(self.shapes)
