@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ class Assembly:
     Args:
         job: that makes its modules.
         layout: key layout of the plain file.
-        metadata: of the input.
+        metadata: of the input, made true for the ranks that the file holds.
         carried: tensors of the input that belong to no module.
         extras: and those that go with a module, by its name.
         more: to tell in the metadata, as ss_compress_* keys.
@@ -33,7 +33,7 @@ class Assembly:
 
     job: Job
     layout: str = "kohya"
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Callable[[Mapping[str, int]], Mapping[str, str]] = lambda ranks: {}
     carried: Mapping[str, TensorSpec] = field(default_factory=dict)
     extras: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     more: Mapping[str, str] = field(default_factory=dict)
@@ -58,15 +58,14 @@ class Assembly:
         """Index and payload of a packed file."""
         return packed_tensors(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None])
 
-    def finished_metadata(self, stored: Mapping[str, Stored], save_format: str | None = None) -> dict[str, str]:
-        """The metadata of the file, or of its kohya partner."""
-        settings = self.job.settings
-        form = save_format or settings.save_format
-        packed = form in ("packed", "both")
-        ranks = [module.rank if packed else module.padded for module in stored.values()]
+    def finished_metadata(self, stored: Mapping[str, Stored]) -> dict[str, str]:
+        """The metadata of the file."""
+        packed = self.job.packed
+        ranks = {name: module.rank if packed else module.padded for name, module in stored.items()}
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
-        details = {**settings.as_dict(), **self.details(stored), "save_format": form, "quantization_device": None, **self.more}
-        return finish_metadata(self.metadata, ranks, alphas, details) | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
+        details = {**self.job.settings.as_dict(), **self.details(stored), "quantization_device": None, **self.more}
+        finished = finish_metadata(self.metadata(ranks), ranks.values(), alphas, details)
+        return finished | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
 
     def details(self, stored: Mapping[str, Stored]) -> dict[str, Any]:
         """What was done, for the metadata."""

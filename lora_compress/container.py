@@ -18,6 +18,7 @@ from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
 from .index import Chunk, Entry, PackedIndex, read_index
 from .layouts.families import family_of, part_of
+from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
 from .update import LowRankUpdate
 
@@ -131,8 +132,9 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         return self._entries[name][1].keys.tensors(name, LowRankUpdate(down, up, alpha))
 
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
-        """The metadata for a plain file."""
-        return {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
+        """The metadata for a plain file that holds these modules at these ranks."""
+        metadata = {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
+        return PeftConfig.rewritten(metadata, ranks, self.path)
 
     def close(self) -> None:
         """The file is open only while something is read."""

@@ -266,9 +266,8 @@ def _prepare(
         return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
 
     job = Job(lora, settings, dtype, decompose, keys, pad)
-    metadata = lora.plain_metadata({name: shape.rank for name, shape in lora.shapes.items()})
     extras = {name: _specs(lora.extras(name)) for name in lora}
-    return job, Assembly(job, lora.layout, metadata, _specs(lora.others), extras, details)
+    return job, Assembly(job, lora.layout, lora.plain_metadata, _specs(lora.others), extras, details)
 
 
 def _components(
@@ -350,7 +349,9 @@ def _write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[
         specs |= entry.keys.specs(name, down, up, dtype)
         alpha = 1.0 if entry.keys.alpha is not None else float(rank)
         outline[name] = LowRankUpdate(torch.empty(down, device="meta"), torch.empty(up, device="meta"), alpha)
-    with TensorWriter(path, specs, partner_metadata(packed.plain_metadata({}), outline)) as writer:
+    with TensorWriter(
+        path, specs, partner_metadata(packed.plain_metadata({name: update.rank for name, update in outline.items()}), outline)
+    ) as writer:
         _write(writer, packed.others)
         for name in packed:
             keys = packed.entries[name].keys

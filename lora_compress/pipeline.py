@@ -71,7 +71,7 @@ def compress(
         SettingsError: pruning leaves nothing, or the budget cannot be met.
     """
     job = Job(updates, settings, FP8 if settings.save_format == "fp8" else dtype or torch.float32)
-    assembly = Assembly(job, metadata=metadata or {})
+    assembly = Assembly(job, metadata=lambda ranks: metadata or {})
     chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}))
     stored = dict(job.run(chosen.choices)) if chosen.stored is None else chosen.stored
     if updates and not stored:

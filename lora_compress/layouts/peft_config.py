@@ -77,6 +77,14 @@ class PeftConfig:
             raise FormatError(f"{self.source}: lora_alpha {alpha!r} of {name}, allowed: a number")
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
+    @classmethod
+    def rewritten(cls, metadata: Mapping[str, str], ranks: Mapping[str, int], where: object) -> dict[str, str]:
+        """The metadata of a file, its configuration if it has one made true for a plain file of these ranks."""
+        if METADATA_KEY not in metadata:
+            return dict(metadata)
+        old = metadata[METADATA_KEY]
+        return {**metadata, METADATA_KEY: cls._parse(old, f"{where}: {METADATA_KEY}").metadata(ranks, old)}
+
     def metadata(self, ranks: Mapping[str, int], old: str) -> str:
         """The same JSON for a file of these ranks whose scales are in its factors: lora_alpha = r for every module."""
         values = json.loads(old)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..update import LowRankUpdate
 from .families import family_of, part_of
-from .peft_config import METADATA_KEY, PeftConfig
+from .peft_config import PeftConfig
 from .registry import LAYOUTS
 from .survey import Module, ModuleShape, Survey
 from .tensors import TensorFile, open_tensors
@@ -152,10 +152,7 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         The configuration that PEFT and diffusers keep there is rewritten: its ranks are true and its scales are 1, because
         `plain` has put them into the factors.
         """
-        metadata = dict(self.metadata)
-        if METADATA_KEY in metadata:
-            metadata[METADATA_KEY] = PeftConfig.of(self._file).metadata(ranks, metadata[METADATA_KEY])
-        return metadata
+        return PeftConfig.rewritten(self.metadata, ranks, self.path)
 
     def close(self) -> None:
         """Let go of the file, for instance to replace it; tensors that were read stay valid."""
