@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .allocation import bits_for_error, ranks_for_error
+from .allocation import bits_for_error, truncation_points
 from .job import Job
 from .quantization import FixedFormat, component_size
 
@@ -37,21 +37,16 @@ def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
             return component_size(*shape.stored, form, bits)
         return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * job.dtype.itemsize
 
-    points = {}
-    for error in _ERRORS if total else ():
-        inner = error**2 - noise
-        if inner <= 0.0:
-            continue
-        if quantization.strategy == "mixed":
-            widths = {name: sum(analysis.shape.stored) for name, analysis in job.analyses.items()}
-            bits = bits_for_error(sigmas, widths, _DISTORTION, error, component_bytes=price)
-            size = sum(price(name, width) for name, chosen in bits.items() for width in chosen)
-        else:
-            costs = {name: price(name) for name in sigmas}
-            ranks = ranks_for_error(sigmas, costs, dict.fromkeys(sigmas, 0), inner**0.5)
-            size = sum(costs[name] * rank for name, rank in ranks.items())
-        points[overhead + size] = error
-    return tuple(points.items())
+    inner = [(error**2 - noise) ** 0.5 for error in _ERRORS if error**2 > noise] if total else []
+    if quantization.strategy != "mixed":
+        points = truncation_points([*sigmas.values()], [price(name) for name in sigmas], inner)
+        return tuple((overhead + size, (error**2 + noise) ** 0.5) for size, error in points)
+    widths = {name: sum(analysis.shape.stored) for name, analysis in job.analyses.items()}
+    mixed = {}
+    for error in inner:
+        bits = bits_for_error(sigmas, widths, _DISTORTION, error, component_bytes=price)
+        mixed[overhead + sum(price(name, width) for name, chosen in bits.items() for width in chosen)] = error
+    return tuple(mixed.items())
 
 
 def _entropy_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:

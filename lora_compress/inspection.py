@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from .allocation import ranks_for_error
+from .allocation import truncation_points
 from .errors import FormatError
 from .layouts import open_lora
 from .parallel import each_module
 from .spectrum import thin_svd
-from .update import relative_error
 
 __all__ = ["FileInspection", "ModuleInspection", "effective_rank", "inspect_file", "truncation_curve"]
 
@@ -170,12 +169,8 @@ def truncation_curve(
         bytes_per_weight: of the file's precision.
         overhead: bytes of the file that are no factors.
     """
-    sigmas = {m.name: torch.tensor(m.sigma, dtype=torch.float64) for m in modules if m.norm > 0.0}
-    costs = {m.name: m.component_weights * bytes_per_weight for m in modules}
-    total = math.fsum(m.norm**2 for m in modules)
-    points = {}
-    for error in errors if sigmas else ():
-        ranks = ranks_for_error(sigmas, costs, dict.fromkeys(sigmas, 0), error, min_rank=1)
-        lost = math.fsum(float(sigma[ranks[name] :].square().sum()) for name, sigma in sigmas.items())
-        points[overhead + sum(costs[name] * rank for name, rank in ranks.items())] = relative_error(lost, total)
-    return tuple(points.items())
+    kept = [module for module in modules if module.norm > 0.0]
+    sigmas = [torch.tensor(module.sigma, dtype=torch.float64) for module in kept]
+    costs = [module.component_weights * bytes_per_weight for module in kept]
+    points = truncation_points(sigmas, costs, errors, min_rank=1)
+    return tuple({overhead + size: error for size, error in points}.items())

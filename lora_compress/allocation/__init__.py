@@ -2,6 +2,6 @@
 
 from .bits import bits_for_error, bits_for_size
 from .fit import StepFit, fit_step
-from .ranks import ranks_for_error, ranks_for_size
+from .ranks import ranks_for_error, ranks_for_size, truncation_points
 
-__all__ = ["StepFit", "bits_for_error", "bits_for_size", "fit_step", "ranks_for_error", "ranks_for_size"]
+__all__ = ["StepFit", "bits_for_error", "bits_for_size", "fit_step", "ranks_for_error", "ranks_for_size", "truncation_points"]

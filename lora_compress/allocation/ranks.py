@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .ladders import Ladder, climb_to_error, climb_to_size
 
-__all__ = ["groups_of", "ranks_for_error", "ranks_for_size", "squared_norms"]
+__all__ = ["groups_of", "ranks_for_error", "ranks_for_size", "squared_norms", "truncation_points"]
 
 
 def ranks_for_size(
@@ -78,6 +78,34 @@ def ranks_for_error(
     ladders = _ladders(sigmas, bytes_per_component, fixed_bytes, weights, protected, min_rank, min_rank_stored, distortion)
     errors, groups = groups_of(list(sigmas), error, part_errors, parts)
     return climb_to_error(ladders, squared_norms(sigmas, weights), errors, groups)
+
+
+def truncation_points(
+    sigmas: Sequence[Tensor], bytes_per_component: Sequence[int], errors: Sequence[float], *, min_rank: int = 0
+) -> list[tuple[int, float]]:
+    """(bytes, relative error) of the files that truncation comes to on its way to each of `errors`, one sort for all of them.
+
+    Components are taken in order of sigma^2 per byte until no more than an error is lost: at the sizes that it passes through no
+    other choice is better, and the size that is needed is missed by less than a component.
+
+    Args:
+        sigmas: effective singular values (or scores) of each module, each (k,), falling.
+        bytes_per_component: of each module.
+        errors: relative, in (0, 1).
+        min_rank: components that every module keeps, or all it has.
+    """
+    squares = np.concatenate([np.zeros(0), *(sigma.double().square().cpu().numpy() for sigma in sigmas)])
+    costs = np.repeat(np.asarray(bytes_per_component, dtype=np.int64), [len(sigma) for sigma in sigmas])
+    free = np.concatenate([np.zeros(0, dtype=bool), *(np.arange(len(sigma)) >= min_rank for sigma in sigmas)])
+    total = float(squares.sum())
+    if not total > 0.0:
+        return []
+    order = np.lexsort((-squares / costs, free))
+    bytes_taken = np.concatenate([[0], np.cumsum(costs[order])])
+    lost = np.concatenate([np.cumsum(squares[order][::-1])[::-1], [0.0]])  # with the first i taken
+    least = int((~free).sum())
+    counts = (max(int(np.argmax(lost <= error**2 * total)), least) for error in errors)
+    return [(int(bytes_taken[count]), float((lost[count] / total) ** 0.5)) for count in counts]
 
 
 def groups_of(

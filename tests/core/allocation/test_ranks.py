@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_compress import SettingsError
-from lora_compress.allocation import ranks_for_error, ranks_for_size
+from lora_compress.allocation import ranks_for_error, ranks_for_size, truncation_points
 
 Problem = tuple[dict[str, Tensor], dict[str, int], dict[str, int], dict[str, float], int]
 
@@ -166,3 +166,17 @@ def test_a_hundred_thousand_components_meet_an_error(error: float) -> None:
     lost = sum(float(sigma[ranks[name] :].square().sum()) for name, sigma in sigmas.items())
     reached = (lost / sum(float(sigma.square().sum()) for sigma in sigmas.values())) ** 0.5
     assert 0.999 * error <= reached <= error
+
+
+@given(problems())
+@settings(max_examples=100, deadline=None)
+def test_the_points_of_truncation_are_missed_by_less_than_a_component(problem: Problem) -> None:
+    sigmas, costs, _, _, least = problem
+    total = sum(float(sigma.square().sum()) for sigma in sigmas.values())
+    errors = [0.05, 0.3, 0.7]
+    points = truncation_points([*sigmas.values()], [*costs.values()], errors, min_rank=least)
+    assert len(points) == (len(errors) if total else 0)
+    for error, (size, reached) in zip(errors, points, strict=False):
+        best = ranks_for_error(sigmas, costs, dict.fromkeys(sigmas, 0), error, min_rank=least)
+        assert reached <= error + 1e-12
+        assert size < sum(costs[name] * rank for name, rank in best.items()) + max(costs.values())
