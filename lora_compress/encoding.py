@@ -17,7 +17,7 @@ from .quantization.entropy import decode_entropy, encode_entropy, predict_entrop
 from .settings import QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "layer_count", "spread_channels"]
+__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "layer_count", "spread_channels", "take_channels"]
 
 
 _LAYERS = 12  # of a progressive payload: each halves what a further bit is worth
@@ -158,6 +158,16 @@ def spread_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Ten
         up = _spread(up, kept_out, entry.outputs)
     if kept_in is not None:
         down = _spread(down.unflatten(1, (len(kept_in), -1)), kept_in, entry.inputs).flatten(1)
+    return down, up
+
+
+def take_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """What `spread_channels` put there: the kept channels alone."""
+    kept_out, kept_in = entry.kept
+    if kept_out is not None:
+        up = up[:, list(kept_out)]
+    if kept_in is not None:
+        down = down.unflatten(1, (entry.inputs, -1))[:, list(kept_in)].flatten(1)
     return down, up
 
 

@@ -19,7 +19,7 @@ from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
-from .job import Components, Job, Stored, pad_to_two
+from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
 from .pipeline import kohya_partner, partner_metadata, plain_partner
 from .plain import FP8, PlainKeys
@@ -104,7 +104,7 @@ def compress_file(
         if written and job.packed:
             _write_packed(assembly, lora, stored, target, save_dtype)
         elif written:
-            stored = _write_plain(assembly, lora, stored, _watched(job, chosen, progress), target)
+            stored = _write_plain(assembly, lora, stored, chosen, target, progress)
         modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
         curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
     return FileReport(
@@ -245,7 +245,7 @@ def _prepare(
     settings: CompressionSettings,
     save_dtype: torch.dtype | None,
     rules: ConsumerRules,
-    decompose: Callable[[str, LowRankUpdate], Components],
+    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]],
     details: Mapping[str, str],
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
@@ -272,13 +272,18 @@ def _prepare(
 
 def _components(
     lora: Source, settings: CompressionSettings, calibration: Calibration | None
-) -> Callable[[str, LowRankUpdate], Components]:
-    """What takes a module apart: by activations where they are known, as it came where it came taken apart."""
+) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]]:
+    """What takes modules of one shape apart: by activations where they are known, as they came where they came taken apart."""
     whole = not settings.pruning.channel_threshold
     if calibration is not None and not whole:
         raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
 
-    def decompose(name: str, update: LowRankUpdate) -> Components:
+    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
+        if calibration is None and not (whole and any(lora.is_balanced(name) for name in updates)):
+            return by_svd(updates)
+        return {name: one(name, update) for name, update in updates.items()}
+
+    def one(name: str, update: LowRankUpdate) -> Components:
         if calibration is not None:
             found = weighted_spectrum(update, calibration.gram(name, update))
             return Spectrum(found.norms, found.mix_down, found.mix_up, update), found.sigma
@@ -298,9 +303,11 @@ def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
 
 
-def _watched(job: Job, chosen: Plan, progress: Progress | None) -> Iterator[tuple[str, Stored]]:
+def _watched(
+    job: Job, chosen: Plan, progress: Progress | None, sink: Callable[[str, Stored], Stored] | None = None
+) -> Iterator[tuple[str, Stored]]:
     """The modules one by one, told to `progress`."""
-    for done, named in enumerate(job.run(chosen.choices), 1):
+    for done, named in enumerate(job.run(chosen.choices, sink=sink), 1):
         yield named
         if progress:
             progress(done, len(chosen.choices))
@@ -310,18 +317,21 @@ def _write_plain(
     assembly: Assembly,
     lora: Source,
     outline: Mapping[str, Stored],
-    modules: Iterable[tuple[str, Stored]],
+    chosen: Plan,
     target: str | os.PathLike[str],
+    progress: Progress | None,
 ) -> dict[str, Stored]:
-    """The second pass: modules come, are written, and go. What is left of them is what the report needs."""
-    stored: dict[str, Stored] = {}
+    """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
+
+    def write(name: str, module: Stored) -> Stored:
+        assert module.plain is not None
+        _write(writer, assembly.job.analyses[name].shape.keys.tensors(name, module.plain))
+        return module.without_factors()
+
     with atomic_path(target) as temporary:
         with TensorWriter(temporary, assembly.specs(outline), assembly.finished_metadata(outline)) as writer:
             _pass_on(writer, lora, outline)
-            for name, module in modules:
-                assert module.plain is not None
-                _write(writer, assembly.job.analyses[name].shape.keys.tensors(name, module.plain))
-                stored[name] = module.without_factors()
+            stored = dict(_watched(assembly.job, chosen, progress, write))
             writer.metadata = assembly.finished_metadata(stored)
     return stored
 

@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ DTYPE_NAMES = {
 }
 _ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
 _NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
+_SYNCED_AT_A_TIME = 1 << 25  # bytes
 _LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
 
 
@@ -61,7 +64,7 @@ class TensorSpec:
 
 
 class TensorWriter:
-    """A safetensors file of known shapes, written tensor by tensor in any order: bytes as safetensors' own writer gives them.
+    """A safetensors file of known shapes, written tensor by tensor in any order and by any thread, as safetensors would write it.
 
     On leaving the `with` block it takes the two hashes by which A1111 knows a LoRA, sha256 over the data with the ss_* keys
     of the metadata, and puts them into the header. Metadata is sorted, so that the same content gives the same bytes.
@@ -79,7 +82,8 @@ class TensorWriter:
         self.metadata = dict(metadata)
         self._specs = _in_file_order(specs)
         self._waiting = set(specs)
-        header = _header(self._specs, self.metadata | _NO_HASHES)
+        self._entries = _entries(self._specs)
+        header = _header(self._entries, self.metadata | _NO_HASHES)
         self._data = len(header)  # where it begins
         self._offsets: dict[str, int] = {}
         offset = self._data
@@ -89,14 +93,24 @@ class TensorWriter:
         self._file = open(path, "wb+")  # noqa: SIM115 - closed in __exit__
         self._file.write(header)
         self._file.truncate(offset)
+        self._lock = threading.Lock()
+        self._unsynced = 0
+        self._disk = ThreadPoolExecutor(1)
+        self._syncing: Future[None] = self._disk.submit(lambda: None)
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write one tensor, of the dtype and shape that were announced."""
         if TensorSpec.of(tensor) != self._specs[key]:
             raise ValueError(f"{key}: announced as {self._specs[key]}, given as {TensorSpec.of(tensor)}")
-        self._waiting.discard(key)
-        self._file.seek(self._offsets[key])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+        with self._lock:
+            self._waiting.discard(key)
+            self._file.seek(self._offsets[key])
+            self._file.write(data)
+            self._unsynced += len(data)
+            if self._unsynced > _SYNCED_AT_A_TIME:
+                self._unsynced = 0
+                self._sync()
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -107,9 +121,21 @@ class TensorWriter:
                 if self._waiting:
                     raise ValueError(f"never written: {', '.join(sorted(self._waiting)[:3])}")
                 self._file.flush()
+                self._sync()
                 self._finish()
+                self._syncing.result()
         finally:
+            self._disk.shutdown()
             self._file.close()
+
+    def _sync(self) -> None:
+        """Bring what is written to the disk in the background, so that at the end nobody waits for it.
+
+        A system tells an error of the disk once: it must not get lost here.
+        """
+        if self._syncing.done():
+            self._syncing.result()
+            self._syncing = self._disk.submit(os.fsync, self._file.fileno())
 
     def _finish(self) -> None:
         """Hash the data and mend the header in place."""
@@ -118,7 +144,7 @@ class TensorWriter:
         while block := self._file.read(1 << 22):
             digest.update(block)
         hashes = dict(zip(_NO_HASHES, (digest.hexdigest(), self._legacy_hash()), strict=True))
-        header = _header(self._specs, self.metadata | hashes, self._data)
+        header = _header(self._entries, self.metadata | hashes, self._data)
         if len(header) != self._data:
             raise ValueError("the final metadata need more room than those that were announced")
         self._file.seek(0)
@@ -126,7 +152,7 @@ class TensorWriter:
 
     def _legacy_hash(self) -> str:
         """sha256 over 64 KiB of the file that has the ss_* metadata alone."""
-        header = _header(self._specs, {key: value for key, value in self.metadata.items() if key.startswith("ss_")})
+        header = _header(self._entries, {key: value for key, value in self.metadata.items() if key.startswith("ss_")})
         begin = max(_LEGACY_HASHED.start - len(header), 0)
         end = max(_LEGACY_HASHED.stop - len(header), 0)
         self._file.seek(self._data + begin)
@@ -171,7 +197,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 def safetensors_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
     """Bytes of the file that `TensorWriter` writes: 8, a JSON header padded to 8, the data."""
-    return len(_header(_in_file_order(specs), {**metadata, **_NO_HASHES})) + sum(spec.nbytes for spec in specs.values())
+    return len(_header(_entries(_in_file_order(specs)), {**metadata, **_NO_HASHES})) + sum(spec.nbytes for spec in specs.values())
 
 
 def _in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -181,17 +207,26 @@ def _in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {key: specs[key] for dtype in sorted(by_dtype, key=_ORDER.__getitem__) for key in sorted(by_dtype[dtype])}
 
 
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None, least: int = 0) -> bytes:
-    """Length, JSON and padding, up to where the data begin; `least` bytes in all."""
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
-    offset = 0
+def _entries(specs: Mapping[str, TensorSpec]) -> str:
+    """The tensors as members of the header's JSON object."""
+    header, offset = {}, 0
     for key, spec in specs.items():
         end = offset + spec.nbytes
         header[key] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (offset, end)}
         offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return _json(header)[1:-1]
+
+
+def _header(entries: str, metadata: Mapping[str, str], least: int = 0) -> bytes:
+    """Length, JSON and padding, up to where the data begin; `least` bytes in all."""
+    members = ['"__metadata__":' + _json(dict(sorted(metadata.items()))), *([entries] if entries else [])]
+    text = ("{" + ",".join(members) + "}").encode()
     padded = max(-(-len(text) // 8) * 8, least - 8)
     return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def _reason(error: Exception) -> str:

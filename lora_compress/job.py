@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .encoding import Choice, encode_module, spread_channels
+from .encoding import Choice, encode_module, spread_channels, take_channels
 from .errors import FormatError
 from .index import Entry
 from .parallel import each_module, stream_modules
-from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_update
+from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows
 from .pruning import select_channels
 from .quantization import FixedFormat, fixed_size
 from .settings import CompressionSettings
-from .spectrum import Spectrum, thin_svd
+from .spectrum import NOT_FINITE, Spectrum, quick_svds, thin_svd
 from .update import LowRankUpdate, difference
 
-__all__ = ["Analysis", "Components", "Job", "Stored", "pad_to_two"]
+__all__ = ["Analysis", "Components", "Job", "Stored", "by_svd", "pad_to_two"]
 
 Components = tuple[Spectrum, Tensor]  # of a module, best first, and the falling scores by which they are so
 _SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
 _LEAST_SAMPLE = 4
+_BATCH = 16  # modules that are looked at together
+_GROUP_WEIGHTS = 1 << 20  # of modules of one shape, which are held in float64
 _GOLDEN = 0.6180339887498949
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 
@@ -77,9 +79,10 @@ class Stored:
         return replace(self, plain=None)
 
 
-def _svd(name: str, update: LowRankUpdate) -> Components:
-    spectrum = thin_svd(update)
-    return spectrum, spectrum.sigma
+def by_svd(updates: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
+    found = zip(updates.items(), quick_svds([*updates.values()]), strict=True)
+    spectra = {name: quick or thin_svd(update) for (name, update), quick in found}
+    return {name: (spectrum, spectrum.sigma) for name, spectrum in spectra.items()}
 
 
 def _sampled(names: list[str], every: int) -> list[str]:
@@ -114,7 +117,7 @@ class Job:
         updates: by module name; read twice, a module at a time, if it is lazy.
         settings: what to remove and how to store the rest.
         dtype: of plain factors.
-        decompose: (name, update) to its components; the singular value decomposition unless something else is to be kept.
+        decompose: updates of one shape to their components; the singular value decomposition unless something else is to be kept.
         keys: of a module in a plain file.
         pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
 
@@ -127,28 +130,41 @@ class Job:
         updates: Mapping[str, LowRankUpdate],
         settings: CompressionSettings,
         dtype: torch.dtype = torch.float32,
-        decompose: Callable[[str, LowRankUpdate], Components] = _svd,
+        decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]] = by_svd,
         keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
         pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
         self.decompose, self.keys, self.pad = decompose, keys, pad
-        self.analyses = each_module(self._analyse, updates)
+        names = list(updates)
+        batches = {names[first]: names[first : first + _BATCH] for first in range(0, len(names), _BATCH)}
+        found = each_module(lambda _, batch: self._analyse(batch), batches)
+        self.analyses = {name: analysis for batch in found.values() for name, analysis in batch.items()}
 
     @property
     def packed(self) -> bool:
         """Whether the main file is a packed one."""
         return self.settings.save_format in ("packed", "both")
 
-    def run(self, choices: Mapping[str, Choice], *, predict: bool = False) -> Iterator[tuple[str, Stored]]:
+    def run(
+        self, choices: Mapping[str, Choice], *, predict: bool = False, sink: Callable[[str, Stored], Stored] | None = None
+    ) -> Iterator[tuple[str, Stored]]:
         """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too.
 
-        With `predict`, zeros stand for what the entropy coder would say, and nothing is refined.
+        Args:
+            choices: by module name.
+            predict: zeros stand for what the entropy coder would say, and nothing is refined.
+            sink: gets each module in the thread that made it, to write it away; what it returns takes the module's place.
         """
+
+        def store(name: str, choice: Choice) -> Stored:
+            stored = self._store(name, choice, padded[name], alpha, predict)
+            return sink(name, stored) if sink and stored.rank else stored
+
         kept = {name: choice for name, choice in choices.items() if choice.rank}
         padded = self.pad({name: choice.stored for name, choice in kept.items()})
         alpha = self._file_alpha(kept, padded)
-        for name, stored in stream_modules(lambda name, choice: self._store(name, choice, padded[name], alpha, predict), kept):
+        for name, stored in stream_modules(store, kept):
             if stored.rank:
                 yield name, stored
 
@@ -195,25 +211,54 @@ class Job:
         products = each_module(lambda name, choice: padded[name] * self._product(name, choice.rank), choices)
         return fp8_alpha(list(products.values()))
 
-    def _analyse(self, name: str, update: LowRankUpdate) -> Analysis:
-        try:
-            kept, lost = self._channels(update)
-            spectrum, scores = self.decompose(name, self._part(update, kept))
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
-        norm = lost + float(spectrum.sigma.square().sum())
-        kernel, sizes = update.kernel, (update.up.shape[0], update.down.shape[1])
-        shape = Entry(name, sizes[0], sizes[1], kernel, update.rank, "", {}, kept, self.keys(name))
-        return Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm)
+    def _analyse(self, names: Sequence[str]) -> dict[str, Analysis]:
+        """Neighbours in the file, those of one shape at once: a module alone costs as much in calls as in arithmetic."""
+        found: dict[str, Analysis] = {}
+        alike: dict[tuple[torch.Size, torch.Size], dict[str, LowRankUpdate]] = {}
+        for name in names:
+            update = self.updates[name]
+            group = alike.setdefault((update.down.shape, update.up.shape), {})
+            group[name] = update
+            if update.numel * len(group) > _GROUP_WEIGHTS:
+                found |= self._analyse_alike(group)
+                group.clear()
+        for group in alike.values():
+            found |= self._analyse_alike(group) if group else {}
+        return {name: found[name] for name in names}
 
-    def _channels(self, update: LowRankUpdate) -> tuple[Channels, float]:
+    def _analyse_alike(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, Analysis]:
+        channels, parts = {}, {}
+        for name, update in updates.items():
+            channels[name] = self._channels(name, update)
+            parts[name] = self._part(update, channels[name][0])
+        found = {}
+        for name, (spectrum, scores) in self._decomposed(parts).items():
+            update, (kept, lost) = updates[name], channels[name]
+            norm = lost + float(spectrum.sigma.square().sum())
+            sizes = (update.up.shape[0], update.down.shape[1])
+            shape = Entry(name, sizes[0], sizes[1], update.kernel, update.rank, "", {}, kept, self.keys(name))
+            found[name] = Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm)
+        return found
+
+    def _decomposed(self, parts: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
+        """Raises: FormatError: names the module that has no components."""
+        if len({part.down.shape for part in parts.values()} | {part.up.shape for part in parts.values()}) > 2:
+            return {name: self._decomposed({name: part})[name] for name, part in parts.items()}  # different channels are left
+        try:
+            return self.decompose(parts)
+        except FormatError as error:
+            if len(parts) == 1:
+                raise FormatError(f"{next(iter(parts))}: {error}") from None
+            return {name: self._decomposed({name: part})[name] for name, part in parts.items()}
+
+    def _channels(self, name: str, update: LowRankUpdate) -> tuple[Channels, float]:
         """Output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""
         threshold = self.settings.pruning.channel_threshold
         if not threshold:
             return (None, None), 0.0
         chosen = select_channels(update, threshold)
         if not math.isfinite(chosen.squared_norm):
-            raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
+            raise FormatError(f"{name}: {NOT_FINITE}")
         counts = (update.up.shape[0], update.down.shape[1])
         outputs, inputs = (
             None if len(kept) == count else tuple(kept.tolist())
@@ -259,11 +304,12 @@ class Job:
             return Stored(len(found[0]), lost, None, entry, tuple(chunks), payload=sum(map(len, chunks)))
         own_alpha = None if shape.keys.alpha is None else alpha
         try:
-            plain = plain_update(*spread_channels(shape, *found), shape.kernel, self.dtype, own_alpha, padded)
+            plain = plain_rows(*spread_channels(shape, *found), self.dtype, own_alpha, padded)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
-        written = self._part(plain, shape.kept)
+        update = LowRankUpdate.from_matrices(plain[0], plain[1].T.contiguous(), own_alpha or float(padded), shape.kernel)
+        written = take_channels(shape, *plain)
         rank = len(found[0])  # without the padding
-        rows = (written.down_matrix.float() * plain.scale)[:rank].cpu(), written.up_matrix.float().T[:rank].cpu()
+        rows = (written[0][:rank].float() * update.scale, written[1][:rank].float())
         lost = analysis.lost + tail + difference(down, up, *rows)
-        return Stored(rank, lost, plain, alpha=plain.alpha, padded=padded, payload=sum(map(len, chunks)))
+        return Stored(rank, lost, update, alpha=update.alpha, padded=padded, payload=sum(map(len, chunks)))

@@ -13,7 +13,7 @@ from .errors import FormatError
 from .files import TensorSpec
 from .update import LowRankUpdate
 
-__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "fp8_alpha", "plain_update"]
+__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "fp8_alpha", "plain_rows", "plain_update"]
 
 FP8 = torch.float8_e4m3fn
 _FP8_AMAX = 8.0  # e4m3 is as exact anywhere from 1 to 128; 8 keeps products of factors finite in fp16
@@ -63,7 +63,19 @@ KOHYA_KEYS = PlainKeys("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")
 def plain_update(
     down: Tensor, up: Tensor, kernel: tuple[int, ...], dtype: torch.dtype, alpha: float | None = 1.0, least_rank: int = 2
 ) -> LowRankUpdate:
-    """The update up^T down with the factors and the alpha that a plain file gets.
+    """The update up^T down with the factors and the alpha that a plain file gets; arguments and errors as `plain_rows`.
+
+    Args:
+        kernel: kernel size of a convolution, () for a linear layer.
+    """
+    down, up = plain_rows(down, up, dtype, alpha, least_rank)
+    return LowRankUpdate.from_matrices(down, up.T.contiguous(), float(len(down)) if alpha is None else alpha, kernel)
+
+
+def plain_rows(
+    down: Tensor, up: Tensor, dtype: torch.dtype, alpha: float | None = 1.0, least_rank: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Rows of the factors that a plain file gets, down (rank, in * kernel) and up^T (rank, out).
 
     The scale of a module goes into its factors, half into each, because diffusers mixes up alphas that differ between
     modules; stable-diffusion.cpp misreads rank 1, so components of zeros fill the rank up to `least_rank`.
@@ -71,7 +83,6 @@ def plain_update(
     Args:
         down: (k, in * kernel), rows of the balanced basis.
         up: (k, out).
-        kernel: kernel size of a convolution, () for a linear layer.
         dtype: of the factors in the file.
         alpha: of the file; None where the layout has none, which means alpha = rank.
         least_rank: to pad to.
@@ -81,15 +92,16 @@ def plain_update(
     """
     rank = max(len(down), least_rank)
     gain = 1.0 if alpha is None else math.sqrt(rank / alpha)
-    balance = _power_of_two_balance(down, up)
-    factors = []
-    for rows, scale in ((down, gain * balance), (up, gain / balance)):
-        scaled = torch.nn.functional.pad(rows * scale, (0, 0, 0, rank - len(rows)))
-        factors.append(scaled.to(dtype))
-        largest = scaled.abs().amax() if scaled.numel() else scaled.new_zeros(())  # rounding keeps order, and NaN
-        if not torch.isfinite(largest.to(dtype).float()):
-            raise FormatError(f"weights up to {float(largest):.3g} do not fit {dtype}: save as float32")
-    return LowRankUpdate.from_matrices(factors[0], factors[1].T.contiguous(), float(rank) if alpha is None else alpha, kernel)
+    largest = [_largest(rows) for rows in (down, up)]
+    balance = _power_of_two_balance(*largest)
+    rows = []
+    for factor, scale, most in ((down, gain * balance, largest[0]), (up, gain / balance, largest[1])):
+        if not math.isfinite(float((factor.new_tensor(most) * scale).to(dtype))):  # rounding keeps order, and NaN
+            raise FormatError(f"weights up to {most * scale:.3g} do not fit {dtype}: save as float32")
+        scaled = factor * scale
+        scaled = scaled if len(scaled) == rank else torch.nn.functional.pad(scaled, (0, 0, 0, rank - len(scaled)))
+        rows.append(scaled.to(dtype))
+    return rows[0], rows[1]
 
 
 def fp8_alpha(products: list[float]) -> float:
@@ -104,9 +116,14 @@ def fp8_alpha(products: list[float]) -> float:
     return 2.0 ** min(max(math.ceil(math.log2(largest / _FP8_AMAX**2)), -126), 127)  # alpha is stored in float32
 
 
-def _power_of_two_balance(down: Tensor, up: Tensor) -> float:
-    """c = 2^k for which max|down c| and max|up / c| are closest; a power of two costs no precision."""
-    largest_down, largest_up = float(down.abs().amax()), float(up.abs().amax())
-    if largest_down == 0.0 or largest_up == 0.0:
+def _largest(rows: Tensor) -> float:
+    """max|rows|, NaN if there is one."""
+    least, most = torch.aminmax(rows) if rows.numel() else (rows.new_zeros(()),) * 2
+    return float(torch.maximum(-least, most))
+
+
+def _power_of_two_balance(largest_down: float, largest_up: float) -> float:
+    """c = 2^k for which c max|down| and max|up| / c are closest; a power of two costs no precision."""
+    if not (0.0 < largest_down < math.inf and 0.0 < largest_up < math.inf):
         return 1.0
     return 2.0 ** round(0.5 * math.log2(largest_up / largest_down))

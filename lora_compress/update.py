@@ -107,15 +107,28 @@ def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -
         other_down: (k', in * kernel), k' at most k: the components beyond have been dropped.
         other_up: (k', out).
     """
-    missing = len(down) - len(other_down)
-    if missing:
-        other_down, other_up = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in (other_down, other_up))
-    aligned = float((other_down * down).sum() / down.square().sum().clamp_min(torch.finfo(down.dtype).tiny))
-    if aligned > 0.0 and math.isfinite(aligned):
-        other_down, other_up = other_down / aligned, other_up * aligned
-    left = torch.cat([up - other_up, other_up])  # (2k, out)
-    right = torch.cat([down, down - other_down])  # (2k, in * kernel)
-    return max(float(((left @ left.T).double() * (right @ right.T).double()).sum()), 0.0)
+    kept, other_down, other_up = len(other_down), other_down.to(down), other_up.to(up)
+    square = float(_inner(down[:kept], down[:kept]))
+    gain = float(_inner(down[:kept], other_down)) / square if square > 0.0 else 1.0  # of the other's balance
+    gain = gain if 0.0 < gain < math.inf else 1.0
+    lost_down, lost_up = down.clone(), up.clone()
+    lost_down[:kept].sub_(other_down, alpha=1.0 / gain)
+    lost_up[:kept].sub_(other_up, alpha=gain)
+    both = _gram(lost_up, lost_up), _gram(down, down)
+    cross = _gram(lost_up, other_up) * gain, _gram(down, lost_down[:kept])
+    other = _gram(other_up, other_up) * gain**2, _gram(lost_down[:kept], lost_down[:kept])
+    found = (both[0] * both[1]).sum() + 2.0 * (cross[0] * cross[1]).sum() + (other[0] * other[1]).sum()
+    return max(float(found), 0.0)
+
+
+def _gram(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products of rows, (k, k'), as float64."""
+    return (one @ other.T).double()
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Sum over the product of two matrices."""
+    return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
 def relative_error(squared: float, norm: float) -> float:

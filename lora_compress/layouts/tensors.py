@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import threading
 import zipfile
@@ -40,7 +41,7 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _LONGEST_KEY = 1000  # what examines names may then take the square of it
-_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError)
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -130,18 +131,46 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 
 
 def _open_safetensors(path: Path) -> TensorFile:
-    """The header is read a second time, as JSON: asking safe_open for the shape of one tensor after another takes a second."""
+    """The header is read as JSON: asking safe_open for the shape of one tensor after another takes a second.
+
+    Tensors are views of the mapped file, since a copy of every weight would take as long as the arithmetic on some of them. The
+    mapping is private: whoever writes into such a tensor changes memory, never the file.
+    """
     try:
-        handle = safe_open(path, framework="pt")  # checks that the header is sound and fits the file
+        with safe_open(path, framework="pt") as handle:  # checks that the header is sound and fits the file
+            metadata = handle.metadata()
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         header.pop("__metadata__", None)
         in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
         infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
-        metadata = handle.metadata()
     except _UNREADABLE as error:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error}): get it again") from error
-    return TensorFile(path, infos, handle.get_tensor, metadata, lambda: handle.__exit__(None, None, None))
+    places = {key: 8 + length + entry["data_offsets"][0] for key, entry in in_order}
+    data = _Mapped(mapped, infos, places)
+    return TensorFile(path, infos, data.read, metadata, data.close)
+
+
+class _Mapped:
+    """Tensors as views of a mapped file, which lives as long as one of them."""
+
+    def __init__(self, mapped: mmap.mmap, infos: Mapping[str, TensorInfo], places: Mapping[str, int]) -> None:
+        self._mapped, self._infos, self._places = mapped, infos, places
+
+    def read(self, key: str) -> Tensor:
+        info, place = self._infos[key], self._places[key]
+        if not info.numel:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if place % info.dtype.itemsize:  # some writers align nothing
+            raw = bytearray(self._mapped[place : place + info.nbytes])
+            return torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
+        return torch.frombuffer(self._mapped, dtype=info.dtype, count=info.numel, offset=place).reshape(info.shape)
+
+    def close(self) -> None:
+        """Tensors hold the mapping themselves, but not against mmap.close(): the last of them lets it go."""
+        del self._mapped
 
 
 def _dtype(key: str, name: str) -> torch.dtype:

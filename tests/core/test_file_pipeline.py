@@ -172,18 +172,19 @@ from lora_compress import CompressionSettings, load_lora
 from lora_compress.file_pipeline import compress_file
 source, target = sys.argv[1:]
 forms = [{"new_rank": 8}, {"bits": 8}, {"bits": 4}]
-wanted = []
+wanted, begun = [], time.monotonic()
 for values in forms:
     compress_file(source, target, CompressionSettings.parse(values))
     wanted.append(open(target, "rb").read())
 os.unlink(target)
+once = (time.monotonic() - begun) / len(forms)
 roll, seen = random.Random(0), set()
 for attempt in range(8):
     if (child := os.fork()) == 0:
         while True:
             for values in forms:
                 compress_file(source, target, CompressionSettings.parse(values))
-    time.sleep(roll.uniform(0.05, 0.4))
+    time.sleep(roll.uniform(0.5, 5.0) * once)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     if os.path.exists(target):

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from core.factories import dense, random_update
+from core.factories import dense, random_update, update_of_spectrum
 
 from lora_compress import CompressionSettings, FormatError, LowRankUpdate, compress, thin_svd
+from lora_compress.spectrum import quick_svds
 
 
 def _rank_deficient() -> LowRankUpdate:
@@ -20,6 +21,13 @@ def _rank_deficient() -> LowRankUpdate:
 def _duplicated_rows() -> LowRankUpdate:
     update = random_update(rank=3)
     return LowRankUpdate(update.down.repeat(2, 1), update.up.repeat(1, 2), 3.0)
+
+
+def _far_apart() -> LowRankUpdate:
+    """Singular values 1, 1e-4 and 1e-8, in factors whose rows mix them."""
+    update = update_of_spectrum([1.0, 1e-4, 1e-8])
+    mix = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    return LowRankUpdate(mix @ update.down.double(), update.up.double() @ mix.T, update.alpha)
 
 
 CASES = {
@@ -127,3 +135,34 @@ def test_a_decomposition_that_went_wrong_is_noticed(broken: Any, monkeypatch: py
     monkeypatch.setattr(torch.linalg, "svd", broken)
     with pytest.raises(FormatError, match="decomposition failed"):
         thin_svd(update)
+
+
+def test_updates_of_one_shape_come_apart_together_as_they_do_alone() -> None:
+    updates = [random_update(rank=6, seed=seed, kernel=(3, 3), alpha=alpha) for seed, alpha in enumerate((4.0, -3.0, 0.5))]
+    for update, found in zip(updates, quick_svds(updates), strict=True):
+        alone = thin_svd(update)
+        assert found is not None
+        torch.testing.assert_close(found.sigma, alone.sigma, rtol=1e-12, atol=0.0)
+        down, up = found.balanced(6)
+        torch.testing.assert_close((up.T @ down).double(), dense(update), rtol=0, atol=1e-5 * float(alone.sigma[0]))
+
+
+@pytest.mark.parametrize(
+    "update",
+    [CASES["rank above out"], CASES["rank 0"], CASES["rank deficient"], CASES["duplicated rows"], CASES["zero"]]
+    + [random_update(magnitude=float("nan")), _far_apart()],
+)
+def test_what_needs_more_care_is_not_taken_apart_quickly(update: LowRankUpdate) -> None:
+    assert quick_svds([update]) == [None]
+    regular = random_update(rank=len(update.down), inputs=update.down.shape[1], outputs=len(update.up))
+    if 0 < len(update.down) <= min(len(update.up), update.down.shape[1]):
+        first, second = quick_svds([update, regular])
+        assert first is None and second is not None  # the others do not suffer
+
+
+def test_eigenvectors_that_went_wrong_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.linalg.eigh
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda matrix: (real(matrix)[0], torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix))
+    )
+    assert quick_svds([random_update()]) == [None]
