@@ -1,0 +1,125 @@
+"""base=lycoris.kohya: a LyCORIS network (LoCon, DoRA, LoHa, LoKr, ...) with compressed saving.
+
+LyCORIS writes its own file, and that is compressed as any file is: what is no pair of down and up is converted to one where that is
+possible, dora_scale and norms are carried over as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_compress import (
+    CompressionReport,
+    CompressionSettings,
+    LowRankUpdate,
+    SettingsError,
+    atomic_path,
+    compress_file,
+    is_packed,
+    open_lora,
+)
+from lora_compress.report import PartReport
+
+__all__ = ["LycorisNetwork", "check_lycoris"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_lycoris(network: Any, settings: CompressionSettings) -> None:
+    """Refuse settings that do nothing to a network, and tell of modules that will be saved as they are.
+
+    Raises:
+        SettingsError: compression is asked for, and none of the network's modules can be read as a low-rank update.
+    """
+    modules = _modules(network)
+    kinds = {type(module).__name__: module for module in modules}
+    if not settings.enabled or not kinds:
+        return
+    readable = _readable(kinds)
+    names = ", ".join(sorted(kinds.keys() - readable))
+    if not readable:
+        raise SettingsError(
+            [f"{names} of LyCORIS cannot be compressed: choose algo=lora, loha, lokr, glora or full, or switch compression off"]
+        )
+    if names:
+        count = sum(type(module).__name__ not in readable for module in modules)
+        logger.warning("%d modules (%s) cannot be compressed and will be saved as they are", count, names)
+
+
+class LycorisNetwork:
+    """Goes before `CompressNetwork` in a network of LyCORIS."""
+
+    compression: CompressionSettings
+
+    def updates(self) -> dict[str, LowRankUpdate]:
+        """The live weights of LoCon modules, of DoRA without its magnitudes; what has no pair of down and up is left out."""
+        return {module.lora_name: _pair(module) for module in _modules(self) if _is_pair(module)}
+
+    def load_weights(self, file: str) -> Any:
+        """LoCon and DoRA: a file of any kind, as `CompressNetwork` does; other algorithms: LyCORIS's own files.
+
+        Raises:
+            SettingsError: a packed file, whose modules are pairs, and the network has others.
+        """
+        if all(_is_pair(module) for module in _modules(self)):
+            return super().load_weights(file)  # type: ignore[misc]
+        if is_packed(file):
+            raise SettingsError(["its modules were converted to plain LoRA, which this algo cannot hold: use algo=lora"], file)
+        return _host(self).load_weights(self, file)
+
+    def _write(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> CompressionReport:
+        """Write LyCORIS's file beside `file`, compress it into `file`, and remove it."""
+        with tempfile.TemporaryDirectory(dir=Path(file).parent, prefix=".lycoris-") as folder:
+            whole = Path(folder) / "lora.safetensors"
+            with atomic_path(whole) as temporary:
+                _host(self).save_weights(self, str(temporary), torch.float32, dict(metadata or {}))
+            found = compress_file(whole, file, self.compression, save_dtype=dtype or torch.float32)
+            weights = sum(tensor.numel() for tensor in nn.Module.state_dict(self).values())  # type: ignore[arg-type]
+            before = os.path.getsize(whole) - weights * (4 - (dtype or torch.float32).itemsize)
+        modules = {
+            module.name: PartReport((1, int(module.rank[1] > 0)), module.rank, module.squared_error, module.squared_norm)
+            for module in found.modules
+        }
+        return CompressionReport.of_modules(modules, (before, found.bytes[1]))
+
+
+def _host(network: Any) -> Any:
+    """LyCORIS's own class of a network, whose methods are behind ours."""
+    return next(cls for cls in type(network).__mro__ if cls.__module__.startswith("lycoris."))
+
+
+def _modules(network: Any) -> list[Any]:
+    return network.text_encoder_loras + network.unet_loras
+
+
+def _is_pair(module: Any) -> bool:
+    return module.name == "locon" and not module.tucker
+
+
+def _pair(module: Any) -> LowRankUpdate:
+    up = module.lora_up.weight.detach() * module.scalar.detach()
+    return LowRankUpdate(module.lora_down.weight.detach(), up, float(module.scale) * module.lora_dim)
+
+
+def _readable(kinds: dict[str, Any]) -> set[str]:
+    """The kinds of modules that the readers of files make an update of: asked with a file that holds one of each."""
+    tensors = {
+        f"lora_unet_{kind}.{key}": tensor.detach().clone().contiguous()
+        for kind, module in kinds.items()
+        for key, tensor in module.state_dict().items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "kinds.safetensors")
+        source = open_lora(Path(folder) / "kinds.safetensors")
+        try:
+            return {kind for kind in kinds if f"lora_unet_{kind}" in source}
+        finally:
+            source.close()
