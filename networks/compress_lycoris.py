@@ -19,6 +19,7 @@ from torch import nn
 from lora_compress import (
     CompressionReport,
     CompressionSettings,
+    FormatError,
     LowRankUpdate,
     SettingsError,
     atomic_path,
@@ -47,7 +48,8 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     names = ", ".join(sorted(kinds.keys() - readable))
     if not readable:
         raise SettingsError(
-            [f"{names} of LyCORIS cannot be compressed: choose algo=lora, loha, lokr, glora or full, or switch compression off"]
+            [f"{names} of LyCORIS cannot be compressed: choose algo=lora, loha, lokr, glora or full, or switch compression off"],
+            "base=lycoris.kohya",
         )
     if names:
         count = sum(type(module).__name__ not in readable for module in modules)
@@ -118,7 +120,10 @@ def _readable(kinds: dict[str, Any]) -> set[str]:
     }
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "kinds.safetensors")
-        source = open_lora(Path(folder) / "kinds.safetensors")
+        try:
+            source = open_lora(Path(folder) / "kinds.safetensors")
+        except FormatError:  # it holds nothing that can be read
+            return set()
         try:
             return {kind for kind in kinds if f"lora_unet_{kind}" in source}
         finally:
