@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora_compress import (
     CompressionReport,
@@ -29,7 +30,7 @@ from lora_compress import (
 )
 from lora_compress.report import PartReport
 
-__all__ = ["LycorisNetwork", "check_lycoris"]
+__all__ = ["LycorisNetwork", "check_lycoris", "shape_like_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,25 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     if names:
         count = sum(type(module).__name__ not in readable for module in modules)
         logger.warning("%d modules (%s) cannot be compressed and will be saved as they are", count, names)
+
+
+def shape_like_layers(weights: Mapping[str, Tensor], text_encoder: Any, unet: nn.Module) -> dict[str, Tensor]:
+    """`weights` with the factors of convolutions in the shapes of convolutions: what was converted may have come as matrices.
+
+    LyCORIS builds a module of the layer's kind and copies the factors into it as they are.
+    """
+    encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder] if text_encoder else []
+    several = isinstance(text_encoder, list)
+    roots = {"lora_unet": unet, **{f"lora_te{i if several else ''}": encoder for i, encoder in enumerate(encoders, 1)}}
+    layers = {f"{prefix}_{name}".replace(".", "_"): layer for prefix, root in roots.items() for name, layer in root.named_modules()}
+    shaped = dict(weights)
+    for key, tensor in weights.items():
+        name, _, factor = key.partition(".")
+        layer = layers.get(name)
+        if isinstance(layer, nn.Conv2d) and tensor.ndim == 2 and factor in ("lora_down.weight", "lora_up.weight"):
+            shape = layer.weight.shape[1:] if factor == "lora_down.weight" else (tensor.shape[1], 1, 1)
+            shaped[key] = tensor.reshape(tensor.shape[0], *shape)
+    return shaped
 
 
 class LycorisNetwork:

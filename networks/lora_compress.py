@@ -37,7 +37,7 @@ from lora_compress import (
     split_settings,
 )
 from networks.compress_bases import LYCORIS, base_module, host_arguments
-from networks.compress_lycoris import LycorisNetwork, check_lycoris
+from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
 from networks.compress_modules import live_update, module_tensors
 from networks.compress_split import SplitNetwork, split_network
 
@@ -70,6 +70,8 @@ def create_network_from_weights(multiplier, file, vae, text_encoder, unet, weigh
     if weights_sd is None and is_packed(file):
         lora = load_lora(file)
         weights_sd = as_kohya(lora.updates) | lora.others
+        if base.__name__ == LYCORIS:
+            weights_sd = shape_like_layers(weights_sd, text_encoder, unet)
     network, weights_sd = base.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **host_args
     )

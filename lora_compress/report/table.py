@@ -59,8 +59,9 @@ class CompressionReport:
     def of_modules(cls, modules: Mapping[str, PartReport], sizes: tuple[int, int]) -> CompressionReport:
         """Sum up the reports of single modules by the part that their name begins with."""
         parts: dict[str, PartReport] = {}
+        family = "sd1" if any(part_of(name, "") == "U-Net" for name in modules) else ""  # conv_in alone could be of either
         for name, module in modules.items():
-            part = part_of(name, "")
+            part = part_of(name, family)
             parts[part] = parts[part] + module if part in parts else module
         return cls(parts, sizes)
 
