@@ -58,17 +58,34 @@ def create(ours: ModuleType, unet: torch.nn.Module, **network_args: str) -> Any:
     return ours.create_network(1.0, 4, 2.0, None, torch.nn.Module(), unet, neuron_dropout=None, dropout=None, **arguments)
 
 
-def trained(ours: ModuleType, unet: torch.nn.Module, steps: int = 2, **network_args: str) -> Any:
+def trained(ours: ModuleType, unet: torch.nn.Module, **network_args: str) -> Any:
+    """A network after one step through the U-Net, and some noise, so that its modules do not all work in one direction."""
     network = create(ours, unet, **network_args)
     network.apply_to(torch.nn.Module(), unet, False, True)
     parameters, _ = network.prepare_optimizer_params(1e-2, 1e-2, 1e-2)
     optimizer = torch.optim.AdamW([{**group, "params": list(group["params"])} for group in parameters], lr=1e-2)
     network.train()
-    for _ in range(steps):
-        (predict(unet) + 1).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    (predict(unet) + 1).square().mean().backward()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(parameter, old) for parameter, old in zip(network.parameters(), before, strict=True))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
     return network.eval()
+
+
+@torch.no_grad()
+def changes(network: Any) -> torch.Tensor:
+    """What a network adds to the outputs of all its layers for fixed inputs, in their real forward."""
+    added = []
+    for lora in sorted(network.unet_loras, key=lambda lora: lora.lora_name):
+        layer, generator = lora.org_module[0], torch.Generator().manual_seed(5)
+        inputs = layer.weight.shape[1]
+        shape = (1, 5, inputs) if isinstance(layer, torch.nn.Linear) else (1, inputs, 6, 6)
+        x = torch.randn(shape, generator=generator)
+        added.append((layer(x) - lora.org_forward(x)).flatten())
+    return torch.cat(added)
 
 
 def lost(reference: torch.Tensor, other: torch.Tensor, base: torch.Tensor) -> float:
@@ -94,7 +111,7 @@ def test_a_saved_network_draws_as_it_did(ours: ModuleType, unet: Any, tmp_path: 
         base = predict(unet)
     network = trained(ours, unet, bits="8", **network_args)
     with torch.no_grad():
-        full = predict(unet)
+        full, whole_change = predict(unet), changes(network)
         network.save_weights(packed, torch.float16, {"ss_network_dim": "4"})
         error = network.report.total.relative_error
         network.compression = type(network.compression).parse({"rank_ratio": "0.9999"})
@@ -109,15 +126,16 @@ def test_a_saved_network_draws_as_it_did(ours: ModuleType, unet: Any, tmp_path: 
         for key, tensor in load_lora(packed).others.items():  # dora_scale, to the bit
             assert torch.equal(tensor, kept[key])
         assert (network_args.get("dora_wd") is None) == (not any("dora_scale" in key for key in load_lora(packed).others))
-        files = [(ours, packed, 0.05), (lycoris, whole, 1e-3)]
+        files = [(ours, packed, 2 * error), (lycoris, whole, 1e-5)]
         if network_args["algo"] in ("lora", "locon"):  # LyCORIS wants pairs of convolutions as such, converted ones are matrices
-            files.append((lycoris, plain, 1e-3))
+            files.append((lycoris, plain, 1e-4))
         for module, file, limit in files:
             arguments = {"base": "lycoris.kohya"} if module is ours else {}
             again, weights = module.create_network_from_weights(1.0, file, None, None, unet, **arguments)
             again.apply_to(None, unet, False, True)
             again.load_state_dict(weights, False)
-            assert lost(full, predict(unet), base) < limit
+            assert (changes(again) - whole_change).norm() < limit * whole_change.norm()
+            assert lost(full, predict(unet), base) < 30 * limit  # the U-Net is no linear map of its weights
             again.restore()
     assert not list(tmp_path.glob(".lycoris*"))
 
@@ -143,7 +161,7 @@ def test_dora_goes_on_from_a_packed_file(ours: ModuleType, unet: Any, tmp_path: 
         again = create(ours, unet, algo="lora", dora_wd="True")
         again.apply_to(None, unet, False, True)
         assert not again.load_weights(file).unexpected_keys
-        assert lost(full, predict(unet), base) < 0.05
+        assert lost(full, predict(unet), base) < 0.1
 
 
 @pytest.mark.parametrize("algo", ["diag-oft", "boft"])
