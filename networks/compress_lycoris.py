@@ -41,6 +41,8 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     Raises:
         SettingsError: compression is asked for, and none of the network's modules can be read as a low-rank update.
     """
+    if getattr(settings, "acts_in_training", False):
+        raise SettingsError(["pruning and quantizing while training cannot be used with base=lycoris.kohya: leave one out"])
     modules = _modules(network)
     kinds = {type(module).__name__: module for module in modules}
     if not settings.enabled or not kinds:
