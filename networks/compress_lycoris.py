@@ -51,7 +51,7 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     names = ", ".join(sorted(kinds.keys() - readable))
     if not readable:
         raise SettingsError(
-            [f"{names} of LyCORIS cannot be compressed: choose algo=lora, loha, lokr, glora or full, or switch compression off"],
+            [f"{names} of LyCORIS cannot be compressed: choose algo=lora, loha, lokr or full, or switch compression off"],
             "base=lycoris.kohya",
         )
     if names:
@@ -125,7 +125,7 @@ def _modules(network: Any) -> list[Any]:
 
 
 def _is_pair(module: Any) -> bool:
-    return module.name == "locon" and not module.tucker
+    return type(module).__name__ == "LoConModule" and not module.tucker
 
 
 def _pair(module: Any) -> LowRankUpdate:
@@ -136,7 +136,7 @@ def _pair(module: Any) -> LowRankUpdate:
 def _readable(kinds: dict[str, Any]) -> set[str]:
     """The kinds of modules that the readers of files make an update of: asked with a file that holds one of each."""
     tensors = {
-        f"lora_unet_{kind}.{key}": tensor.detach().clone().contiguous()
+        f"lora_unet_{kind}.{key}": torch.ones_like(tensor, memory_format=torch.contiguous_format)  # zeros are an update of anything
         for kind, module in kinds.items()
         for key, tensor in module.state_dict().items()
     }
