@@ -164,7 +164,7 @@ def test_dora_goes_on_from_a_packed_file(ours: ModuleType, unet: Any, tmp_path: 
         assert lost(full, predict(unet), base) < 0.1
 
 
-@pytest.mark.parametrize("algo", ["diag-oft", "boft", "ia3", "glora", "tlora"])
+@pytest.mark.parametrize("algo", ["diag-oft", "boft", "ia3", "glora"])
 def test_what_is_no_update_is_refused_only_with_compression(ours: ModuleType, unet: Any, algo: str) -> None:
     with pytest.raises(SettingsError, match=r"cannot be compressed: choose algo=lora"):
         create(ours, unet, algo=algo, bits="8")
