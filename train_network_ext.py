@@ -10,16 +10,22 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import networks.sd_scripts_path  # noqa: F401  joins our packages with those of sd-scripts: must come before either is used
 
 # isort: split
 from library import train_util
 from library.compress_config import add_arguments, check_host_values, forget_own_sections, merge_network_args, read_toml
+from library.compress_flux import adapt_flux_sizes
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
 from lora_compress import LoraCompressError
-from networks.lora_compress import host_arguments
+from networks.compress_bases import host_arguments, import_base
+
+
+def _leave_as_is(args: argparse.Namespace) -> None:
+    """For a trainer that builds its model in one size."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +33,34 @@ class Host:
     """A trainer of sd-scripts.
 
     Args:
+        name: the model type.
         script: its module.
         trainer: its class.
         network: the network module that `networks.lora_compress` extends for it.
-        adapt: lets sd-scripts build the model in a diffusers folder that is narrower than the usual one.
+        adapt: lets sd-scripts build a model that is narrower than the usual one.
+        timesteps: the module whose show_timesteps its script calls, in versions that have it.
     """
 
+    name: str
     script: str
     trainer: str
     network: str
-    adapt: Callable[[str], None]
+    adapt: Callable[[argparse.Namespace], None] = _leave_as_is
+    timesteps: str = ""
 
 
-HOSTS = {
-    "sd": Host("train_network", "NetworkTrainer", "networks.lora", adapt_sd_widths),
-    "sdxl": Host("sdxl_train_network", "SdxlNetworkTrainer", "networks.lora", adapt_sdxl_widths),
-}
+_FLUX = ("flux_train_network", "FluxNetworkTrainer", "networks.lora_flux", adapt_flux_sizes, "library.flux_train_utils")
+_HOSTS = (
+    Host("sd", "train_network", "NetworkTrainer", "networks.lora", adapt_sd_widths),
+    Host("sdxl", "sdxl_train_network", "SdxlNetworkTrainer", "networks.lora", adapt_sdxl_widths),
+    Host("sd3", "sd3_train_network", "Sd3NetworkTrainer", "networks.lora_sd3"),
+    Host("flux", *_FLUX),
+    Host("chroma", *_FLUX),
+    Host("lumina", "lumina_train_network", "LuminaNetworkTrainer", "networks.lora_lumina"),
+    Host("hunyuan_image", "hunyuan_image_train_network", "HunyuanImageNetworkTrainer", "networks.lora_hunyuan_image"),
+    Host("anima", "anima_train_network", "AnimaNetworkTrainer", "networks.lora_anima", timesteps="library.anima_train_utils"),
+)
+HOSTS = {host.name: host for host in _HOSTS}
 
 
 def choose_host(argv: list[str]) -> Host:
@@ -56,6 +74,8 @@ def choose_host(argv: list[str]) -> Host:
     for name in ("--model_type", "--pretrained_model_name_or_path"):
         early.add_argument(name, default=None)
     given, _ = early.parse_known_args(argv)
+    if {"-h", "--help"} & set(argv):
+        return HOSTS.get(given.model_type, HOSTS["sd"])
     config = read_toml(given.config_file)
     flat = {**config, **{key: value for section in config.values() if isinstance(section, dict) for key, value in section.items()}}
     model = require_model(given.pretrained_model_name_or_path or flat.get("pretrained_model_name_or_path"))
@@ -71,7 +91,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     Raises:
         SettingsError: wrong or unknown settings.
     """
-    parser = importlib.import_module(host.script).setup_parser()
+    parser = _script(host).setup_parser()
     add_arguments(parser, HOSTS)
     args = parser.parse_args(argv)
     train_util.verify_command_line_training_args(args)
@@ -79,19 +99,34 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     check_host_values(config, parser, args.config_file)
     args = train_util.read_config_from_file(args, parser)
     forget_own_sections(args, config, parser)
-    network_args = merge_network_args(args, config, host_arguments(importlib.import_module(host.network)))
+    network_args = merge_network_args(args, config, lambda base: host_arguments(import_base(base or host.network)))
     args.network_args = network_args or args.network_args
+    args.model_type = host.name  # the FLUX trainer reads it, under the same two names
+    if getattr(args, "attn_mode", None) == "sdpa":
+        args.attn_mode = "torch"  # as the scripts of HunyuanImage and Anima do
     return args
+
+
+def _script(host: Host) -> ModuleType:
+    try:
+        return importlib.import_module(host.script)
+    except ModuleNotFoundError as error:
+        if error.name != host.script:
+            raise
+        raise LoraCompressError(f"model_type={host.name}: this sd-scripts has no {host.script}.py: use a newer version") from error
 
 
 def main() -> int:
     """Exit status 0, or 2 after one line that says what is wrong."""
     argv = sys.argv[1:]
     try:
-        host = HOSTS["sd"] if {"-h", "--help"} & set(argv) else choose_host(argv)
+        host = choose_host(argv)
         args = parse_arguments(argv, host)
-        host.adapt(args.pretrained_model_name_or_path)
-        trainer = getattr(importlib.import_module(host.script), host.trainer)
+        if host.timesteps and getattr(args, "show_timesteps", None):
+            importlib.import_module(host.timesteps).show_timesteps(args)
+            return 0
+        host.adapt(args)
+        trainer = getattr(_script(host), host.trainer)
         type(f"Compress{host.trainer}", (CompressTrainerMixin, trainer), {})().train(args)
     except LoraCompressError as error:
         print(f"error: {error}", file=sys.stderr)

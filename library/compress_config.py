@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -
     """Add our options to the host's parser."""
     group = parser.add_argument_group("LoRA Compress")
     group.add_argument("--config", dest="config_file", type=str, default=None, help="same as --config_file")
-    group.add_argument("--model_type", choices=[*model_types, "auto"], default="auto", help="auto looks at the checkpoint")
+    theirs = next((action for action in parser._actions if action.dest == "model_type"), None)  # the FLUX trainer's: flux, chroma
+    model_type = theirs or group.add_argument("--model_type")
+    model_type.choices, model_type.default = [*model_types, "auto"], "auto"
+    model_type.help = "the trainer to use; auto (default) looks at the checkpoint. FLUX's own --model_type is this one"
     for section, names in _SECTIONS.items():
         group.add_argument(
             f"--{section}", nargs="+", default=None, metavar="KEY=VALUE", help=f"enabled, {', '.join(names)}; overrides [{section}]"
@@ -88,8 +91,15 @@ def check_host_values(config: Mapping[str, Any], parser: argparse.ArgumentParser
         raise SettingsError(problems, str(path))
 
 
-def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], host_names: Iterable[str]) -> list[str]:
+def merge_network_args(
+    args: argparse.Namespace, config: Mapping[str, Any], host_names: Callable[[str | None], Iterable[str]]
+) -> list[str]:
     """network_args as the network will get them. The command line wins over network_args, those over our sections.
+
+    Args:
+        args: of the host's parser.
+        config: the config file.
+        host_names: the arguments of the network that is extended, by the value of the argument base.
 
     Raises:
         SettingsError: settings that nobody knows, contradict each other, or go to a network that cannot use them.
@@ -111,7 +121,7 @@ def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], host
     merged = {**below, **network_args, **above}
     ours = {name: value for name, value in merged.items() if name in setting_names()}
     if args.network_module == NETWORK_MODULE:
-        split_settings(merged, host_names)
+        split_settings(merged, host_names(merged.get("base")))
     elif any(name not in network_args for name in ours):
         raise SettingsError(
             [f"{', '.join(ours)} given, but network_module is {args.network_module}: set network_module = {NETWORK_MODULE}"],

@@ -5,11 +5,9 @@ It trains exactly as `networks.lora` does and takes the same network_args; what 
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
-import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +21,6 @@ import networks.sd_scripts_path  # noqa: F401  joins our packages with those of 
 from lora_compress import (
     CompressionReport,
     CompressionSettings,
-    LoraCompressError,
     LowRankUpdate,
     SaveError,
     SettingsError,
@@ -39,61 +36,54 @@ from lora_compress import (
     settings_table,
     split_settings,
 )
+from networks.compress_bases import LYCORIS, base_module, host_arguments
+from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
+from networks.compress_modules import live_update, module_tensors
+from networks.compress_split import SplitNetwork, split_network
 
 __all__ = ["CompressNetwork", "base_module", "create_network", "create_network_from_weights", "host_arguments"]
 
-_BASES = {  # sd-scripts' network module by the class of the model it fits
-    "UNet2DConditionModel": "networks.lora",
-    "InferUNet2DConditionModel": "networks.lora",
-    "SdxlUNet2DConditionModel": "networks.lora",
-    "InferSdxlUNet2DConditionModel": "networks.lora",
-}
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 
 
 def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=None, **kwargs):
-    """The host's network for this model, extended by `CompressNetwork`. `kwargs` are network_args, all of them strings.
+    """The network of `base_module` for this model, extended by `CompressNetwork`. `kwargs` are network_args, all of them strings.
 
     Raises:
         SettingsError: a network_arg that neither we nor the host know, or values that contradict each other.
     """
-    base = base_module(unet)
-    settings, host_args = split_settings(kwargs, host_arguments(base))
+    base, settings, host_args = _read_arguments(unet, kwargs)
+    split = base.__name__ != LYCORIS and str(host_args.pop("split_qkv", "")).lower() == "true"
     network = base.create_network(
         multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=neuron_dropout, **host_args
     )
-    return _extend(network, settings)
+    if split:
+        split_network(network, host_args)
+    if base.__name__ == LYCORIS:
+        check_lycoris(network, settings)
+    return _extend(network, settings, split)
 
 
 def create_network_from_weights(multiplier, file, vae, text_encoder, unet, weights_sd=None, for_inference=False, **kwargs):
     """The host's network at the ranks of `file`, which may be packed; returns it with the file's weights in kohya's layout."""
-    base = base_module(unet)
-    settings, host_args = split_settings(kwargs, host_arguments(base))
+    base, settings, host_args = _read_arguments(unet, kwargs)
     if weights_sd is None and is_packed(file):
-        weights_sd = as_kohya(load_lora(file).updates)
+        lora = load_lora(file)
+        weights_sd = as_kohya(lora.updates) | lora.others
+        if base.__name__ == LYCORIS:
+            weights_sd = shape_like_layers(weights_sd, text_encoder, unet)
     network, weights_sd = base.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **host_args
     )
     return _extend(network, settings), weights_sd
 
 
-def base_module(model) -> ModuleType:
-    """sd-scripts' network module for `model`, told by its class.
-
-    Raises:
-        LoraCompressError: no network of sd-scripts fits it.
-    """
-    for cls in type(model).__mro__:
-        if cls.__name__ in _BASES:
-            return importlib.import_module(_BASES[cls.__name__])
-    raise LoraCompressError(
-        f"networks.lora_compress: found a {type(model).__name__}, it can extend the LoRA of {', '.join(_BASES)}"
-    )
-
-
-def host_arguments(base: ModuleType) -> set[str]:
-    """The network_args that the host's module reads, as its source has them: it keeps no list and ignores unknown ones."""
-    return {"dropout", *re.findall(r'kwargs\.get\(\s*"(\w+)"', inspect.getsource(base))}
+def _read_arguments(unet: Any, kwargs: Mapping[str, Any]) -> tuple[ModuleType, CompressionSettings, dict[str, Any]]:
+    """The module to extend, our settings, and its own arguments; it compares truth values with "True", so that is how they come."""
+    base = base_module(unet, kwargs.get("base"))
+    settings, host_args = split_settings(kwargs, host_arguments(base))
+    host_args.pop("base", None)
+    return base, settings, {name: {"true": "True", "false": "False"}.get(str(v).lower(), v) for name, v in host_args.items()}
 
 
 class CompressNetwork:
@@ -128,19 +118,16 @@ class CompressNetwork:
         super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
         if not self._announced:
             self._announced = True
-            size = estimate_size(self.updates(), self.compression, self._save_dtype)
-            most = "at most " if self.compression.size_is_open else ""
-            values = self.compression.as_dict() | {"expected file size": f"{most}{size / 1e6:.2f} MB"}
+            updates, values = self.updates(), self.compression.as_dict()
+            if len(updates) == len(self.text_encoder_loras + self.unet_loras):  # what LyCORIS has beside pairs is not known yet
+                size = estimate_size(updates, self.compression, self._save_dtype)
+                most = "at most " if self.compression.size_is_open else ""
+                values |= {"expected file size": f"{most}{size / 1e6:.2f} MB"}
             tqdm.write(settings_table(values, "compression"))
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """The live weights of all modules, detached, by name."""
-        return {
-            lora.lora_name: LowRankUpdate(
-                lora.lora_down.weight.detach(), lora.lora_up.weight.detach(), float(lora.scale) * lora.lora_dim
-            )
-            for lora in self.text_encoder_loras + self.unet_loras
-        }
+        return {lora.lora_name: live_update(lora) for lora in self.text_encoder_loras + self.unet_loras}
 
     def compress(self, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None):
         """The live weights, compressed as the settings say, in memory."""
@@ -157,10 +144,13 @@ class CompressNetwork:
             with atomic_path(file) as temporary:
                 super().save_weights(str(temporary), dtype, metadata)
             return
-        self.report = save(self.compress(dtype, metadata), file, dtype)
+        self.report = self._write(file, dtype, metadata)
         tqdm.write(f"{self.report}\n{opened_by(file, str(self.compression.save_format))}")
         if self.compression.save_format == "both":
             self._with_partner = (*self._with_partner, Path(file))
+
+    def _write(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> CompressionReport:
+        return save(self.compress(dtype, metadata), file, dtype)
 
     def load_weights(self, file):
         """Load a kohya or packed file into the live modules, whatever its ranks (up to theirs) and alphas.
@@ -174,8 +164,10 @@ class CompressNetwork:
         """
         loaded = load_lora(file)
         modules = {lora.lora_name: lora for lora in self.text_encoder_loras + self.unet_loras}
-        fitted = {name: _fit(name, file, update, modules.get(name)) for name, update in loaded.updates.items()}
-        return self.load_state_dict(as_kohya(fitted) | loaded.others, False)
+        tensors = dict(loaded.others)
+        for name, update in loaded.updates.items():
+            tensors |= module_tensors(modules[name], update, str(file)) if name in modules else as_kohya({name: update})
+        return self.load_state_dict(tensors, False)
 
     def _remove_lone_partners(self) -> None:
         """The host deletes old files by the name it gave them: the kohya partner of a file that is gone goes too."""
@@ -185,27 +177,12 @@ class CompressNetwork:
         self._with_partner = tuple(packed for packed in self._with_partner if packed.exists())
 
 
-def _extend(network: torch.nn.Module, settings: CompressionSettings) -> torch.nn.Module:
+def _extend(network: torch.nn.Module, settings: CompressionSettings, split: bool = False) -> torch.nn.Module:
     cls = type(network)
-    network.__class__ = type(f"Compress{cls.__name__}", (CompressNetwork, cls), {})
+    bases = (LycorisNetwork, CompressNetwork) if cls.__module__ == LYCORIS else (CompressNetwork,)
+    network.__class__ = type(f"Compress{cls.__name__}", (*bases, *([SplitNetwork] if split else []), cls), {})
     network.compression = settings
     return network
-
-
-def _fit(name: str, file: Any, update: LowRankUpdate, module: Any) -> LowRankUpdate:
-    """`update` at the rank and scale of `module`; as it is where they agree or the network has no such module."""
-    if module is None or (update.rank == module.lora_dim and update.scale == module.scale):
-        return update
-    if update.rank > module.lora_dim:
-        raise SettingsError(
-            [f"{name} has rank {update.rank}, the network {module.lora_dim}: raise network_dim, or train with dim_from_weights"],
-            str(file),
-        )
-    gain = update.scale / module.scale
-    down, up = module.lora_down.weight.detach().clone(), torch.zeros_like(module.lora_up.weight)
-    down[: update.rank] = update.down.to(down) * abs(gain) ** 0.5
-    up[:, : update.rank] = update.up.to(up) * (gain / abs(gain) ** 0.5 if gain else 0.0)
-    return LowRankUpdate(down, up, module.scale * module.lora_dim)
 
 
 def _check_writable(folder: str | None) -> None:

@@ -79,6 +79,60 @@ def write_random_sdxl(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def write_random_flux(folder: Path, *, seed: int = 0) -> dict[str, str]:
+    """The four files of a FLUX.1 model, 64 channels wide and two blocks deep, and a tokenizer cache: options of its trainer."""
+    import networks.sd_scripts_path  # noqa: F401
+
+    # isort: split
+    from safetensors.torch import save_file
+    from transformers import CLIPTextModel, T5Config, T5EncoderModel
+
+    from library import flux_models
+
+    sizes = {"hidden_size": 64, "num_heads": 2, "axes_dim": [4, 14, 14], "depth": 2, "depth_single_blocks": 2}
+    with torch.device("meta"):
+        models: dict[str, Any] = {
+            "pretrained_model_name_or_path": flux_models.Flux(
+                flux_models.FluxParams(
+                    in_channels=64,
+                    vec_in_dim=32,
+                    context_in_dim=32,
+                    mlp_ratio=4.0,
+                    theta=10000,
+                    qkv_bias=True,
+                    guidance_embed=True,
+                    **sizes,  # type: ignore[arg-type]
+                )
+            ),
+            "ae": flux_models.AutoEncoder(flux_models.AutoEncoderParams(256, 3, 32, 3, [1, 1, 1, 1], 1, 16, 0.3611, 0.1159)),
+            "clip_l": CLIPTextModel(_text_config((32, 64, 2, 1), 1024)),
+            "t5xxl": T5EncoderModel(
+                T5Config(vocab_size=128, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+            ),
+        }
+    _fill(models, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {option: str(folder / f"{option}.safetensors") for option in models}
+    for option, model in models.items():
+        tensors = {key: tensor.clone() for key, tensor in model.state_dict().items() if not key.endswith("position_ids")}
+        save_file(tensors, options[option])
+    cache = folder / "tokenizer_cache"
+    shutil.copytree(TINY_SD / "tokenizer", cache / "openai_clip-vit-large-patch14")
+    _t5_tokenizer().save_pretrained(str(cache / "google_t5-v1_1-xxl"))
+    return options | {"tokenizer_cache_dir": str(cache)}
+
+
+def _t5_tokenizer() -> Any:
+    """T5's kind of tokenizer, over single letters."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)
+
+
 def remove(folder: Path) -> None:
     """Give the disk space of a full-size model back."""
     shutil.rmtree(folder, ignore_errors=True)

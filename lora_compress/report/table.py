@@ -9,16 +9,15 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from ..layouts.families import part_of
 from ..update import relative_error
 
 __all__ = ["CompressionReport", "PartReport", "render", "settings_table"]
 
-_PARTS = {"lora_unet": "U-Net", "lora_te": "text encoder", "lora_te1": "text encoder 1", "lora_te2": "text encoder 2"}
-
 
 @dataclass(frozen=True)
 class PartReport:
-    """What became of one part of the model, U-Net or a text encoder; pairs are (before, after).
+    """What became of one part of the model, U-Net, DiT or a text encoder; pairs are (before, after).
 
     Args:
         modules: modules with an update.
@@ -60,9 +59,9 @@ class CompressionReport:
     def of_modules(cls, modules: Mapping[str, PartReport], sizes: tuple[int, int]) -> CompressionReport:
         """Sum up the reports of single modules by the part that their name begins with."""
         parts: dict[str, PartReport] = {}
+        family = "sd1" if any(part_of(name, "") == "U-Net" for name in modules) else ""  # conv_in alone could be of either
         for name, module in modules.items():
-            prefix = "_".join(name.split("_")[:2])
-            part = _PARTS.get(prefix, prefix)
+            part = part_of(name, family)
             parts[part] = parts[part] + module if part in parts else module
         return cls(parts, sizes)
 

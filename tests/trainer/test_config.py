@@ -13,9 +13,10 @@ from types import ModuleType
 import pytest
 import toml
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_compress import LoraCompressError, SettingsError, setting_names
+from tests import architectures
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"pruning", "quantization", "quantization_device", "model_type"}
@@ -211,25 +212,99 @@ def test_a_config_that_is_missing_or_no_toml_is_one_line_and_exit_status_2(
         assert error.startswith("error: ") and part in error and str(path) in error and "\n" not in error
 
 
-def test_the_model_type_is_told_from_keys_alone(ext: ModuleType, tmp_path: Path) -> None:
-    def checkpoint(name: str, *keys: str) -> str:
-        save_file({key: torch.zeros(1) for key in keys}, tmp_path / name)
-        return str(tmp_path / name)
+D = "model.diffusion_model."
+CHECKPOINTS = {
+    "sd": ["cond_stage_model.transformer.x", D + "out.0.weight"],
+    "sd ": [D + "input_blocks.0.0.weight"],  # a U-Net alone
+    "sdxl": ["conditioner.embedders.1.model.ln_final.weight", D + "input_blocks.0.0.weight"],
+    "sd3": [D + "joint_blocks.0.x_block.attn.qkv.weight", "text_encoders.clip_l.x"],
+    "flux": ["double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"],
+    "flux ": [D + "double_blocks.0.img_attn.qkv.weight", D + "vector_in.in_layer.weight"],
+    "flux  ": [
+        "transformer_blocks.0.attn.add_k_proj.bias",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "single_transformer_blocks.0.attn.to_k.bias",
+    ],
+    "chroma": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight", "distilled_guidance_layer.in_proj.weight"],
+    "lumina": ["cap_embedder.0.weight", "noise_refiner.0.attention.qkv.weight"],
+    "hunyuan_image": ["double_blocks.0.img_attn_qkv.weight", "byt5_in.fc1.weight"],
+    "anima": ["net.blocks.0.self_attn.q_proj.weight", "net.llm_adapter.embed.weight"],
+}
+RELATIVES = {  # that sd-scripts does not train
+    "FLUX.2": ["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"],
+    "Z-Image": ["cap_embedder.0.weight", "noise_refiner.0.attention.qkv.weight", "cap_pad_token"],
+    "HunyuanVideo": ["double_blocks.0.img_attn_qkv.weight", "vector_in.in_layer.weight"],
+    "Cosmos": ["net.blocks.0.self_attn.q_proj.weight"],
+    "Qwen-Image": ["transformer_blocks.0.attn.add_k_proj.bias", "transformer_blocks.0.img_mlp.net.0.proj.weight"],
+}
 
-    sd = checkpoint("sd.safetensors", "cond_stage_model.transformer.x", "model.diffusion_model.out.0.weight")
-    sdxl = checkpoint("sdxl.safetensors", "conditioner.embedders.1.model.ln_final.weight", "model.diffusion_model.out.0.weight")
-    other = checkpoint("flux.safetensors", "double_blocks.0.img_attn.qkv.weight")
-    torch.save({"state_dict": {"cond_stage_model.x": torch.zeros(1)}}, tmp_path / "sd.ckpt")
-    assert ext.detect_model_type(sd) == ext.detect_model_type(str(tmp_path / "sd.ckpt")) == "sd"
-    assert ext.detect_model_type(sdxl) == "sdxl"
-    with pytest.raises(LoraCompressError, match="--model_type"):
-        ext.detect_model_type(other)
-    for pipeline, expected in (("StableDiffusionPipeline", "sd"), ("StableDiffusionXLPipeline", "sdxl")):
+
+def checkpoint(path: Path, keys: list[str]) -> str:
+    tensors = {key: torch.zeros(1, 1) for key in keys} | {"img_in.proj.weight": torch.zeros(1, 1, 1, 1)}
+    save_file(tensors, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_model_type_is_told_from_keys_alone(ext: ModuleType, tmp_path: Path, kind: str) -> None:
+    file = checkpoint(tmp_path / "model.safetensors", CHECKPOINTS[kind])
+    assert ext.detect_model_type(file) == kind.strip()
+    assert ext.choose_host(["--pretrained_model_name_or_path", file]) is ext.HOSTS[kind.strip()]
+    torch.save({"state_dict": load_file(file)}, tmp_path / "model.ckpt")
+    assert ext.detect_model_type(str(tmp_path / "model.ckpt")) == kind.strip()
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_relatives_of_the_models_are_not_taken_for_them(ext: ModuleType, tmp_path: Path, relative: str) -> None:
+    with pytest.raises(LoraCompressError, match="no model that sd-scripts trains"):
+        ext.detect_model_type(checkpoint(tmp_path / "model.safetensors", RELATIVES[relative]))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "lumina", "hunyuan_image", "anima"])
+@pytest.mark.parametrize("prefix", ["", D])
+def test_the_hosts_own_models_have_the_keys_that_tell_them(ext: ModuleType, tmp_path: Path, kind: str, prefix: str) -> None:
+    """Of narrow instances of sd-scripts' real classes, so that the table of keys above cannot be made up."""
+    keys = architectures.make(kind).model.state_dict()
+    shapes = {prefix + key: torch.zeros([1] * tensor.ndim) for key, tensor in keys.items()}
+    save_file(shapes, tmp_path / "model.safetensors")
+    assert ext.detect_model_type(str(tmp_path / "model.safetensors")) == kind
+
+
+def test_the_model_type_is_told_from_a_folder_of_diffusers(ext: ModuleType, tmp_path: Path) -> None:
+    pipelines = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
+    for pipeline in (*pipelines, "StableDiffusion3Pipeline", "Lumina2Pipeline"):
         folder = tmp_path / pipeline
         folder.mkdir()
         (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-        assert ext.detect_model_type(str(folder)) == expected
-        assert ext.choose_host(["--pretrained_model_name_or_path", str(folder)]) is ext.HOSTS[expected]
+        if pipeline in pipelines:
+            assert ext.detect_model_type(str(folder)) == pipelines[pipeline]
+        else:
+            with pytest.raises(LoraCompressError, match=f"{pipeline}.*single file"):
+                ext.detect_model_type(str(folder))
+
+
+@pytest.mark.parametrize(("kind", "given"), [("flux", []), ("flux", ["--model_type=flux"]), ("chroma", ["--model_type=chroma"])])
+def test_the_flux_trainer_gets_its_own_model_type(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, given: list[str]
+) -> None:
+    argv = ["--network_module=networks.lora_compress", "--network_args", "split_qkv=True", "--quantization", "bits=4", *given]
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
+    args = ext.parse_arguments(argv, ext.HOSTS[kind])
+    assert args.model_type == kind
+    assert args.network_args == ["split_qkv=True", "bits=4"]
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_image", "anima"])
+def test_what_the_hosts_scripts_do_before_training_is_done(ext: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", "--attn_mode=sdpa"])
+    assert ext.parse_arguments(["--attn_mode=sdpa"], ext.HOSTS[kind]).attn_mode == "torch"
+
+
+def test_every_host_is_there(ext: ModuleType) -> None:
+    base = importlib.import_module("train_network").NetworkTrainer
+    for host in ext.HOSTS.values():
+        assert issubclass(getattr(importlib.import_module(host.script), host.trainer), base)
+        assert host.timesteps == "" or hasattr(importlib.import_module(host.timesteps), "show_timesteps")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +313,10 @@ def test_the_model_type_is_told_from_keys_alone(ext: ModuleType, tmp_path: Path)
         ([], ["pretrained_model_name_or_path: not set"]),
         (["--pretrained_model_name_or_path=./absent.safetensors"], ["./absent.safetensors", "no such file"]),
         (["--pretrained_model_name_or_path=/absent/folder"], ["/absent/folder", "no such file"]),
-        (["--pretrained_model_name_or_path=/", "--model_type=flex"], ["model_type=flex", "sd, sdxl, auto"]),
+        (
+            ["--pretrained_model_name_or_path=/", "--model_type=flex"],
+            ["model_type=flex", "sd, sdxl, sd3, flux, chroma, lumina, hunyuan_image, anima, auto"],
+        ),
         (["--pretrained_model_name_or_path=/"], ["model_index.json"]),
     ],
 )
@@ -269,4 +347,4 @@ def test_a_unet_that_differs_in_more_than_widths_is_refused(
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text(json.dumps(unet))
     with pytest.raises(LoraCompressError, match=message):
-        ext.HOSTS[kind].adapt(str(tmp_path))
+        ext.HOSTS[kind].adapt(argparse.Namespace(pretrained_model_name_or_path=str(tmp_path)))

@@ -156,6 +156,24 @@ def test_sdxl(sd_scripts_at: Path, sd_scripts: Path, pictures: Path, tmp_path: P
     assert {name.split("_")[1] for name in file.updates} == {"unet", "te1", "te2"}
 
 
+@pytest.mark.parametrize("sd_scripts_at", ["v0.10.1", "v0.11.1"], indirect=True)
+def test_flux(sd_scripts_at: Path, sd_scripts: Path, pictures: Path, tmp_path: Path) -> None:
+    """Transformer, split, and CLIP-L; the model type told from the checkpoint, the sizes from the four files."""
+    options = models.write_random_flux(tmp_path / "model")
+    model = Path(options["pretrained_model_name_or_path"])
+    more = {**options, "t5xxl_max_token_length": 32, "guidance_scale": 1.0, "max_train_steps": 3, "cache_latents": True}
+    more |= {"network_args": ["split_qkv=True", "train_double_block_indices=1"], "quantization": {"bits": 4, "strategy": "nf4"}}
+    printed = train(config(model, pictures, tmp_path, **more), "--pruning", "rank_ratio=0.5", SD_SCRIPTS_DIR=str(sd_scripts_at))
+    assert all(part in printed for part in ("text encoder 1", "DiT", "expected file size"))
+    file = load_lora(tmp_path / "lora.safetensors")
+    assert file.packed and file.metadata["ss_base_model_version"] == "flux1" and file.metadata["ss_model_type"] == "flux"
+    assert {name.split("_")[1] for name in file.updates} == {"unet", "te1"}
+    layers = [name for name in file.updates if name.startswith("lora_unet")]
+    assert not any("double_blocks_0" in name for name in layers) and len(layers) == 10 + 2 * 3
+    single = file.updates["lora_unet_single_blocks_0_linear1"]
+    assert single.down.shape[1] == 64 and single.up.shape[0] == 64 * 7
+
+
 @pytest.mark.parametrize("sd_scripts_at", ["v0.9.1", "v0.10.1", "v0.11.1"], indirect=True)
 def test_sd_scripts_own_trainer_saves_the_same_way(
     sd_scripts_at: Path, torchvision_repair: Path, model: Path, pictures: Path, tmp_path: Path

@@ -1,0 +1,185 @@
+"""base=lycoris.kohya: LyCORIS networks on sd-scripts' real U-Net, saved compressed and read back."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_compress import SettingsError, load_lora
+
+lycoris = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is not installed", exc_type=ImportError)
+_preset = ""
+
+
+@pytest.fixture
+def ours(sd_scripts: Path) -> ModuleType:
+    return importlib.import_module("networks.lora_compress")
+
+
+@pytest.fixture
+def unet(sd_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    original_unet = importlib.import_module("library.original_unet")
+    for name, value in {"BLOCK_OUT_CHANNELS": (32, 32, 64, 64), "TIMESTEP_INPUT_DIM": 32, "TIME_EMBED_DIM": 128}.items():
+        monkeypatch.setattr(original_unet, name, value)
+    torch.manual_seed(0)
+    return original_unet.UNet2DConditionModel(8, 8, 32).requires_grad_(False).eval()
+
+
+def predict(unet: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    noisy, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
+    return unet(noisy, torch.tensor([500]), text).sample
+
+
+@pytest.fixture(autouse=True)
+def preset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The middle block alone: linear layers and convolutions, of 1x1 and of 3x3. Presets are state of LyCORIS's class."""
+    global _preset
+    file = tmp_path_factory.mktemp("preset") / "middle.toml"
+    text_encoder = "text_encoder_target_module = []\ntext_encoder_target_name = []\n"
+    file.write_text(f'enable_conv = true\nunet_target_module = []\nunet_target_name = ["mid_block.*"]\n{text_encoder}')
+    before = {name: value for name, value in vars(lycoris.LycorisNetworkKohya).items() if name.isupper()}
+    _preset = str(file)
+    yield
+    for name, value in before.items():
+        setattr(lycoris.LycorisNetworkKohya, name, value)
+
+
+def create(ours: ModuleType, unet: torch.nn.Module, **network_args: str) -> Any:
+    torch.manual_seed(2)
+    arguments = {"base": "lycoris.kohya", "preset": _preset, **network_args}
+    return ours.create_network(1.0, 4, 2.0, None, torch.nn.Module(), unet, neuron_dropout=None, dropout=None, **arguments)
+
+
+def trained(ours: ModuleType, unet: torch.nn.Module, **network_args: str) -> Any:
+    """A network after one step through the U-Net, and some noise, so that its modules do not all work in one direction."""
+    network = create(ours, unet, **network_args)
+    network.apply_to(torch.nn.Module(), unet, False, True)
+    parameters, _ = network.prepare_optimizer_params(1e-2, 1e-2, 1e-2)
+    optimizer = torch.optim.AdamW([{**group, "params": list(group["params"])} for group in parameters], lr=1e-2)
+    network.train()
+    (predict(unet) + 1).square().mean().backward()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(parameter, old) for parameter, old in zip(network.parameters(), before, strict=True))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += torch.randn_like(parameter) * 0.1
+    return network.eval()
+
+
+@torch.no_grad()
+def changes(network: Any) -> torch.Tensor:
+    """What a network adds to the outputs of all its layers for fixed inputs, in their real forward."""
+    added = []
+    for lora in sorted(network.unet_loras, key=lambda lora: lora.lora_name):
+        layer, generator = lora.org_module[0], torch.Generator().manual_seed(5)
+        inputs = layer.weight.shape[1]
+        shape = (1, 5, inputs) if isinstance(layer, torch.nn.Linear) else (1, inputs, 6, 6)
+        x = torch.randn(shape, generator=generator)
+        added.append((layer(x) - lora.org_forward(x)).flatten())
+    return torch.cat(added)
+
+
+def lost(reference: torch.Tensor, other: torch.Tensor, base: torch.Tensor) -> float:
+    return float((other - reference).norm() / (reference - base).norm())
+
+
+@pytest.mark.parametrize(
+    "network_args",
+    [
+        {"algo": "locon", "conv_dim": "2", "conv_alpha": "1"},
+        {"algo": "lora", "dora_wd": "True"},
+        {"algo": "lora", "rs_lora": "True"},
+        {"algo": "lora", "use_scalar": "True"},
+        {"algo": "loha"},
+        {"algo": "lokr", "factor": "4"},
+    ],
+    ids=lambda arguments: " ".join(arguments.values()),
+)
+def test_a_saved_network_draws_as_it_did(ours: ModuleType, unet: Any, tmp_path: Path, network_args: dict[str, str]) -> None:
+    """Reloaded by us from the packed file and by LyCORIS itself from a plain one."""
+    packed, plain, whole = (str(tmp_path / f"{name}.safetensors") for name in ("packed", "plain", "whole"))
+    with torch.no_grad():
+        base = predict(unet)
+    network = trained(ours, unet, bits="8", **network_args)
+    with torch.no_grad():
+        full, whole_change = predict(unet), changes(network)
+        network.save_weights(packed, torch.float16, {"ss_network_dim": "4"})
+        error = network.report.total.relative_error
+        network.compression = type(network.compression).parse({"rank_ratio": "0.9999"})
+        network.save_weights(plain, torch.float32, {})
+        network.compression = type(network.compression).parse({})
+        network.save_weights(whole, torch.float32, {})
+        network.set_multiplier(0.0)
+        network.restore()
+        assert torch.equal(predict(unet), base)
+        assert load_lora(packed).packed and 0 < error < 0.05
+        kept = load_file(whole)
+        for key, tensor in load_lora(packed).others.items():  # dora_scale, to the bit
+            assert torch.equal(tensor, kept[key])
+        assert (network_args.get("dora_wd") is None) == (not any("dora_scale" in key for key in load_lora(packed).others))
+        files = [(ours, packed, 2 * error), (lycoris, whole, 1e-5)]
+        if network_args["algo"] in ("lora", "locon"):  # LyCORIS wants pairs of convolutions as such, converted ones are matrices
+            files.append((lycoris, plain, 1e-4))
+        for module, file, limit in files:
+            arguments = {"base": "lycoris.kohya"} if module is ours else {}
+            again, weights = module.create_network_from_weights(1.0, file, None, None, unet, **arguments)
+            again.apply_to(None, unet, False, True)
+            again.load_state_dict(weights, False)
+            assert (changes(again) - whole_change).norm() < limit * whole_change.norm()
+            assert lost(full, predict(unet), base) < 30 * limit  # the U-Net is no linear map of its weights
+            again.restore()
+    assert not list(tmp_path.glob(".lycoris*"))
+
+
+def test_the_report_compares_with_lycoris_own_file(ours: ModuleType, unet: Any, tmp_path: Path) -> None:
+    network = trained(ours, unet, bits="8", algo="lora")
+    network.save_weights(str(tmp_path / "packed.safetensors"), torch.float16, {})
+    lycoris.LycorisNetworkKohya.save_weights(network, str(tmp_path / "whole.safetensors"), torch.float16, {})
+    before, after = network.report.bytes
+    assert after == (tmp_path / "packed.safetensors").stat().st_size
+    assert before == pytest.approx((tmp_path / "whole.safetensors").stat().st_size, rel=0.01)
+
+
+def test_dora_goes_on_from_a_packed_file(ours: ModuleType, unet: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "lora.safetensors")
+    with torch.no_grad():
+        base = predict(unet)
+    network = trained(ours, unet, bits="8", algo="lora", dora_wd="True")
+    with torch.no_grad():
+        network.save_weights(file, None, {})
+        full = predict(unet)
+        network.restore()
+        again = create(ours, unet, algo="lora", dora_wd="True")
+        again.apply_to(None, unet, False, True)
+        assert not again.load_weights(file).unexpected_keys
+        assert lost(full, predict(unet), base) < 0.1
+
+
+@pytest.mark.parametrize("algo", ["diag-oft", "boft", "ia3", "glora"])
+def test_what_is_no_update_is_refused_only_with_compression(ours: ModuleType, unet: Any, algo: str) -> None:
+    with pytest.raises(SettingsError, match=r"cannot be compressed: choose algo=lora"):
+        create(ours, unet, algo=algo, bits="8")
+    assert create(ours, unet, algo=algo).report is None
+
+
+def test_a_packed_file_does_not_go_into_a_loha(ours: ModuleType, unet: Any, tmp_path: Path) -> None:
+    network = trained(ours, unet, bits="8", algo="loha")
+    network.save_weights(str(tmp_path / "lora.safetensors"), None, {})
+    with pytest.raises(SettingsError, match="converted to plain LoRA"):
+        network.load_weights(str(tmp_path / "lora.safetensors"))
+
+
+def test_arguments_of_lycoris_and_no_others(ours: ModuleType, unet: Any) -> None:
+    found = ours.host_arguments(lycoris)
+    assert {"algo", "preset", "conv_dim", "dora_wd", "factor", "use_tucker", "train_norm", "bypass_mode", "train_t5xxl"} <= found
+    with pytest.raises(SettingsError, match="block_dims: unknown setting"):
+        create(ours, unet, algo="lora", block_dims="1")
