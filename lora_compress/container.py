@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from .encoding import decode_module
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
+from .header import read_header
 from .index import Chunk, Entry, PackedIndex, read_index
 from .layouts.families import family_of, part_of
 from .layouts.peft_config import PeftConfig
@@ -28,7 +28,6 @@ FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
 INDEX_KEY = "lora_compress.index"
 PAYLOAD_KEY = "lora_compress.payload"
-_LARGEST_HEADER = 1 << 24
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -46,7 +45,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header, self._begin, self._size = _read_header(self.path)
+        header, self._begin, self._size = read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -207,31 +206,11 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
         FormatError: there is no such file.
     """
     try:
-        return INDEX_KEY in _read_header(Path(path))[0]
+        return INDEX_KEY in read_header(Path(path))[0]
     except FormatError:
         if not Path(path).exists():
             raise
         return False
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file, where its data begin, and how many bytes of data are there."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= _LARGEST_HEADER else b""
-            header = json.loads(text)
-            size = file.seek(0, os.SEEK_END)
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
-    if len(text) != length or not isinstance(header, dict):
-        raise FormatError(f"{path}: no safetensors file, or cut short")
-    metadata = header.get("__metadata__") or {}
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
-    return header, 8 + length, size - 8 - length
 
 
 def _place(key: str, value: Any, path: str) -> tuple[TensorSpec, tuple[int, int]]:

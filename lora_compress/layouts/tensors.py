@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FormatError
+from ..header import read_header
 
 __all__ = ["TensorFile", "TensorInfo", "open_tensors"]
 
@@ -131,10 +131,9 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 
 def _open_safetensors(path: Path) -> TensorFile:
     """The header is read a second time, as JSON: asking safe_open for the shape of one tensor after another takes a second."""
+    header, _, _ = read_header(path)  # bounded, unlike what safe_open accepts
     try:
         handle = safe_open(path, framework="pt")  # checks that the header is sound and fits the file
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
         in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
         infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
