@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chunks import Chunk
 from .encoding import decode_module
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
 from .header import read_header
-from .index import Chunk, Entry, PackedIndex, read_index
+from .index import Entry, PackedIndex, read_index
 from .layouts.families import family_of, part_of
 from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
 from .update import LowRankUpdate
 
-__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "packed_tensors"]
+__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
 
 FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
@@ -57,7 +58,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
             raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
         first, end = self._places[PAYLOAD_KEY][1]
-        if sum(length for _, length, _ in index.chunks) != end - first:
+        if index.payload != end - first:
             raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
         self.index, self.available = index.cut(max(min(end, self._size) - first, 0))
         try:
@@ -189,14 +190,12 @@ class PackedFile(Mapping[str, LowRankUpdate]):
             return file.read(end - begin)
 
 
-def packed_tensors(layout: str, stored: Iterable[tuple[Entry, Sequence[bytes]]]) -> dict[str, Tensor]:
-    """Index and payload, uint8 each, of modules and their layers: first layers first, so that the beginning of a file is a LoRA."""
+def lay_out(layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]]) -> tuple[PackedIndex, list[Chunk]]:
+    """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA."""
     modules = list(stored)
     depth = max((len(layers) for _, layers in modules), default=0)
-    chunks = [Chunk(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
-    index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks)
-    payload = torch.frombuffer(bytearray(b"".join(chunk.data for chunk in chunks)) or bytearray(1), dtype=torch.uint8)
-    return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload[: sum(len(chunk.data) for chunk in chunks)]}
+    chunks = [(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
+    return PackedIndex.of(layout, [entry for entry, _ in modules], chunks), [chunk for _, chunk in chunks]
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
