@@ -89,7 +89,8 @@ def compress_file(
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
         )
-        chosen = plan(job, Frame(assembly.size, {name: lora.part(name) for name in lora}, weights, protected))
+        parts = {name: lora.part(name) for name in lora}
+        chosen = plan(job, Frame(assembly.size, parts, weights, protected, rules.one_rank(lora.layout)))
         if job.packed:
             stored = chosen.stored or {}
             for name, module in _watched(job, chosen, progress) if chosen.stored is None else ():
