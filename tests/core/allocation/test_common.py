@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_compress import CompressionSettings, SettingsError, compress_file, open_lora
 from lora_compress.allocation import common_ranks_for_error, common_ranks_for_size, ranks_for_size
+from lora_compress.spectrum import thin_svd
 
 
 @dataclass
@@ -66,7 +67,7 @@ def test_no_choice_is_much_better() -> None:
     """A budget is never exceeded, and in nine cases of ten no choice at all keeps more in it or keeps as much in less."""
     roll = random.Random(1)
     losses, excesses = [], []
-    for _ in range(150):
+    for _ in range(100):
         problem = Problem.random(roll)
         given = (problem.sigmas, problem.costs, problem.fixed)
         budget = int(problem.bytes({name: len(sigma) for name, sigma in problem.sigmas.items()}) * roll.uniform(0.2, 0.95))
@@ -133,14 +134,15 @@ def test_a_file_of_one_rank_a_part_makes_the_best_of_its_size(share: float, sour
     assert 0.98 * budget <= (tmp_path / "out.safetensors").stat().st_size == report.bytes[1] <= budget
     assert all(len(ranks) == 1 for ranks in ranks_of(tmp_path / "out.safetensors").values())
     with open_lora(source) as lora:
-        sigmas = {name: torch.linalg.svdvals(lora[name].dense().double().flatten(1))[:24] for name in lora}
+        sigmas = {name: thin_svd(lora[name]).sigma for name in lora}
         parts = {name: lora.part(name) for name in lora}
         widths = {name: 4 * (lora.shapes[name].outputs + lora[name].down_matrix.shape[1]) for name in lora}
     problem = Problem(parts, sigmas, widths, dict.fromkeys(sigmas, 0), 2)
     careless = ranks_for_size(sigmas, widths, problem.fixed, budget, min_rank_stored=2)
+    room = budget
     while problem.bytes(careless) > budget:
-        budget = int(budget * 0.99)
-        careless = ranks_for_size(sigmas, widths, problem.fixed, budget, min_rank_stored=2)
+        room = int(room * 0.95)
+        careless = ranks_for_size(sigmas, widths, problem.fixed, room, min_rank_stored=2)
     assert report.relative_error < problem.lost(careless) ** 0.5
 
 
