@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from .container import FORMAT_KEY, FORMAT_VERSION, packed_tensors
+from .chunks import Chunk
+from .container import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
 from .files import TensorSpec, safetensors_size
+from .index import PackedIndex
 from .job import Job, Stored
 from .metadata import finish_metadata
 from .update import relative_error
@@ -42,7 +44,9 @@ class Assembly:
         """What the header of the file says."""
         specs = self.passed_on(stored)
         if self.job.packed:
-            return specs | {key: TensorSpec.of(tensor) for key, tensor in self.packed(stored).items()}
+            index, _ = self.packed(stored)
+            payload = TensorSpec(torch.uint8, (index.payload,))
+            return specs | {INDEX_KEY: TensorSpec.of(index.encode()), PAYLOAD_KEY: payload}
         for name, module in stored.items():
             shape, rank = self.job.analyses[name].shape, module.padded
             ones = (1,) * len(shape.kernel)
@@ -54,9 +58,9 @@ class Assembly:
         """Tensors of the input that the file gets: what went with a module goes where the module goes."""
         return dict(self.carried) | {key: spec for name in stored for key, spec in self.extras.get(name, {}).items()}
 
-    def packed(self, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
-        """Index and payload of a packed file."""
-        return packed_tensors(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None])
+    def packed(self, stored: Mapping[str, Stored]) -> tuple[PackedIndex, list[Chunk]]:
+        """Index and chunks of a packed file."""
+        return lay_out(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None])
 
     def finished_metadata(self, stored: Mapping[str, Stored]) -> dict[str, str]:
         """The metadata of the file."""

@@ -187,17 +187,21 @@ class ConsumerRules:
         """The smallest rank that all of them scale right."""
         return max((consumer.least_rank for consumer in self.consumers), default=1)
 
+    def one_rank(self, layout: str) -> bool:
+        """Whether the modules of a part of the model need one rank in a file of `layout`."""
+        has_alpha = layout in _LAYOUTS_WITH_ALPHA
+        return any(consumer.one_rank or (consumer.one_rank_without_alpha and not has_alpha) for consumer in self.consumers)
+
     def adaptation(self, file: PlannedFile) -> Adaptation:
         """What must become of `file` so that all of them compute its update."""
-        has_alpha = file.layout in _LAYOUTS_WITH_ALPHA
         ranks = {name: max(module.rank, self.least_rank) for name, module in file.modules.items()}
-        if any(consumer.one_rank or (consumer.one_rank_without_alpha and not has_alpha) for consumer in self.consumers):
+        if self.one_rank(file.layout):
             largest: dict[str, int] = {}
             for name, module in file.modules.items():
                 largest[module.part] = max(largest.get(module.part, 0), ranks[name])
             ranks = {name: largest[module.part] for name, module in file.modules.items()}
         alphas = {module.alpha for module in file.modules.values()}
-        fold = has_alpha and self.one_alpha and (len(alphas) > 1 or min(alphas, default=1.0) <= 0.0)
+        fold = file.layout in _LAYOUTS_WITH_ALPHA and self.one_alpha and (len(alphas) > 1 or min(alphas, default=1.0) <= 0.0)
         mids = [name for name, module in file.modules.items() if any(_MID in key for key in module.extras)]
         merged = tuple(mids) if any(not consumer.merges_mid for consumer in self.consumers) else ()
         return Adaptation(ranks, 1.0 if fold else None, merged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chunks import Chunk
 from .encoding import decode_module
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
-from .index import Chunk, Entry, PackedIndex, read_index
+from .header import read_header
+from .index import Entry, PackedIndex, read_index
 from .layouts.families import family_of, part_of
 from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
 from .update import LowRankUpdate
 
-__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "packed_tensors"]
+__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
 
 FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
 INDEX_KEY = "lora_compress.index"
 PAYLOAD_KEY = "lora_compress.payload"
-_LARGEST_HEADER = 1 << 24
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -46,7 +46,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header, self._begin, self._size = _read_header(self.path)
+        header, self._begin, self._size = read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -58,7 +58,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
             raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
         first, end = self._places[PAYLOAD_KEY][1]
-        if sum(length for _, length, _ in index.chunks) != end - first:
+        if index.payload != end - first:
             raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
         self.index, self.available = index.cut(max(min(end, self._size) - first, 0))
         try:
@@ -190,14 +190,12 @@ class PackedFile(Mapping[str, LowRankUpdate]):
             return file.read(end - begin)
 
 
-def packed_tensors(layout: str, stored: Iterable[tuple[Entry, Sequence[bytes]]]) -> dict[str, Tensor]:
-    """Index and payload, uint8 each, of modules and their layers: first layers first, so that the beginning of a file is a LoRA."""
+def lay_out(layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]]) -> tuple[PackedIndex, list[Chunk]]:
+    """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA."""
     modules = list(stored)
     depth = max((len(layers) for _, layers in modules), default=0)
-    chunks = [Chunk(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
-    index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks)
-    payload = torch.frombuffer(bytearray(b"".join(chunk.data for chunk in chunks)) or bytearray(1), dtype=torch.uint8)
-    return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload[: sum(len(chunk.data) for chunk in chunks)]}
+    chunks = [(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
+    return PackedIndex.of(layout, [entry for entry, _ in modules], chunks), [chunk for _, chunk in chunks]
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -207,31 +205,11 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
         FormatError: there is no such file.
     """
     try:
-        return INDEX_KEY in _read_header(Path(path))[0]
+        return INDEX_KEY in read_header(Path(path))[0]
     except FormatError:
         if not Path(path).exists():
             raise
         return False
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a safetensors file, where its data begin, and how many bytes of data are there."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= _LARGEST_HEADER else b""
-            header = json.loads(text)
-            size = file.seek(0, os.SEEK_END)
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
-    if len(text) != length or not isinstance(header, dict):
-        raise FormatError(f"{path}: no safetensors file, or cut short")
-    metadata = header.get("__metadata__") or {}
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
-    return header, 8 + length, size - 8 - length
 
 
 def _place(key: str, value: Any, path: str) -> tuple[TensorSpec, tuple[int, int]]:

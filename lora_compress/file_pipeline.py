@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .assembly import Assembly
+from .chunks import Spool, payload_tensor
 from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .curve import size_curve
@@ -81,12 +83,14 @@ def compress_file(
     with _opened(source, repair) as lora:
         rules = ConsumerRules.named(consumers)
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
-        job, assembly = _prepare(lora, settings, save_dtype, rules, decompose, details or {})
+        spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
+        job, assembly = _prepare(lora, settings, save_dtype, rules, decompose, spool, details or {})
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
         )
-        chosen = plan(job, Frame(assembly.size, {name: lora.part(name) for name in lora}, weights, protected))
+        parts = {name: lora.part(name) for name in lora}
+        chosen = plan(job, Frame(assembly.size, parts, weights, protected, rules.one_rank(lora.layout)))
         if job.packed:
             stored = chosen.stored or {}
             for name, module in _watched(job, chosen, progress) if chosen.stored is None else ():
@@ -102,7 +106,7 @@ def compress_file(
         by_name = save_dtype is not None or settings.save_format == "fp8"  # a precision that was asked for is written
         written = after < before or by_name
         if written and job.packed:
-            _write_packed(assembly, lora, stored, target, save_dtype)
+            _write_packed(assembly, lora, stored, target, save_dtype, spool)
         elif written:
             stored = _write_plain(assembly, lora, stored, chosen, target, progress)
         modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
@@ -246,6 +250,7 @@ def _prepare(
     save_dtype: torch.dtype | None,
     rules: ConsumerRules,
     decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]],
+    spool: Callable[[], Spool],
     details: Mapping[str, str],
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
@@ -265,7 +270,7 @@ def _prepare(
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
         return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
 
-    job = Job(lora, settings, dtype, decompose, keys, pad)
+    job = Job(lora, settings, dtype, decompose, keys, pad, spool)
     extras = {name: _specs(lora.extras(name)) for name in lora}
     return job, Assembly(job, lora.layout, lora.plain_metadata, _specs(lora.others), extras, details)
 
@@ -337,14 +342,19 @@ def _write_plain(
 
 
 def _write_packed(
-    assembly: Assembly, lora: Source, stored: Mapping[str, Stored], target: str | os.PathLike[str], dtype: torch.dtype | None
+    assembly: Assembly,
+    lora: Source,
+    stored: Mapping[str, Stored],
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    spool: Callable[[], Spool],
 ) -> None:
     """The packed file, and with save_format both its plain partner: both, or neither."""
-    metadata = assembly.finished_metadata(stored)
+    metadata, (index, chunks) = assembly.finished_metadata(stored), assembly.packed(stored)
     with atomic_path(target) as temporary:
         with TensorWriter(temporary, assembly.specs(stored), metadata) as writer:
             _pass_on(writer, lora, stored)
-            _write(writer, assembly.packed(stored))
+            _write(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
         if assembly.job.settings.save_format == "both":
             with atomic_path(kohya_partner(target)) as beside:
                 _write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)

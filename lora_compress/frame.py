@@ -21,12 +21,14 @@ class Frame:
         parts: part of the model that each module is in.
         weights: of the modules' squared errors, 1 where absent.
         protected: modules that programs need in order to know the file.
+        one_rank: modules of a part are padded to one rank.
     """
 
     file_size: Callable[[Mapping[str, Stored]], int]
     parts: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     protected: Collection[str] = ()
+    one_rank: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .chunks import Chunk
 from .errors import FormatError
 from .plain import KOHYA_KEYS, PlainKeys
 
-__all__ = ["Chunk", "Entry", "PackedIndex", "read_index"]
+__all__ = ["Entry", "PackedIndex", "read_index"]
 
 _LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
 _MOST_MODULES = 1 << 16
@@ -69,14 +70,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A run of bytes of the payload: the next layer of one module."""
-
-    module: int
-    data: bytes
-
-
-@dataclass(frozen=True)
 class PackedIndex:
     """The index: modules, and the chunks that the payload is made of.
 
@@ -91,9 +84,14 @@ class PackedIndex:
     chunks: tuple[tuple[int, int, int], ...]
 
     @classmethod
-    def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[Chunk]) -> PackedIndex:
-        """The index of chunks in the order in which they stand in the payload."""
-        return cls(layout, tuple(entries), tuple((c.module, len(c.data), zlib.crc32(c.data)) for c in chunks))
+    def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[tuple[int, Chunk]]) -> PackedIndex:
+        """The index of chunks, each with the number of its module, in the order in which they stand in the payload."""
+        return cls(layout, tuple(entries), tuple((module, chunk.length, chunk.crc32) for module, chunk in chunks))
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the payload."""
+        return sum(length for _, length, _ in self.chunks)
 
     def cut(self, size: int) -> tuple[PackedIndex, int]:
         """The index of the first `size` bytes of the payload at most, cut between chunks, and the bytes that it covers."""
@@ -111,9 +109,8 @@ class PackedIndex:
             FormatError: the file promises more weights than its bytes can stand for.
         """
         weights = sum(self.entries[module].weights for module in {module for module, _, _ in self.chunks})
-        size = sum(length for _, length, _ in self.chunks)
-        if weights > _LARGEST_FACTORS + _WEIGHTS_PER_BYTE * size:
-            raise FormatError(f"{weights} weights in {size} bytes are too many to be true")
+        if weights > _LARGEST_FACTORS + _WEIGHTS_PER_BYTE * self.payload:
+            raise FormatError(f"{weights} weights in {self.payload} bytes are too many to be true")
 
     def encode(self) -> Tensor:
         """As bytes, uint8 (n,): JSON by columns, compressed with zlib.

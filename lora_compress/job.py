@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .chunks import Chunk, Spool
 from .encoding import Choice, encode_module, spread_channels, take_channels
 from .errors import FormatError
 from .index import Entry
@@ -69,7 +70,7 @@ class Stored:
     squared_error: float
     plain: LowRankUpdate | None = None
     entry: Entry | None = None
-    chunks: tuple[bytes, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
     alpha: float = 1.0
     padded: int = 0
     payload: int = 0
@@ -99,7 +100,7 @@ def _corrected(found: Mapping[str, Stored], exact: Mapping[str, Stored]) -> dict
     )
     result = {}
     for name, stored in found.items():
-        chunks = tuple(bytes(round(len(chunk) * size)) for chunk in stored.chunks)
+        chunks = tuple(Chunk.predicted(round(len(chunk) * size)) for chunk in stored.chunks)
         corrected = replace(stored, chunks=chunks, payload=round(stored.payload * size), squared_error=stored.squared_error * error)
         result[name] = exact.get(name, corrected)
     return result
@@ -120,6 +121,7 @@ class Job:
         decompose: updates of one shape to their components; the singular value decomposition unless something else is to be kept.
         keys: of a module in a plain file.
         pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
+        spool: makes the place where the chunks of a run wait; None for memory.
 
     Raises:
         FormatError: an update holds NaN or infinity.
@@ -133,9 +135,10 @@ class Job:
         decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]] = by_svd,
         keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
         pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
+        spool: Callable[[], Spool] | None = None,
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
-        self.decompose, self.keys, self.pad = decompose, keys, pad
+        self.decompose, self.keys, self.pad, self.spool = decompose, keys, pad, spool
         names = list(updates)
         batches = {names[first]: names[first : first + _BATCH] for first in range(0, len(names), _BATCH)}
         found = each_module(lambda _, batch: self._analyse(batch), batches)
@@ -164,9 +167,10 @@ class Job:
         kept = {name: choice for name, choice in choices.items() if choice.rank}
         padded = self.pad({name: choice.stored for name, choice in kept.items()})
         alpha = self._file_alpha(kept, padded)
+        spool = self.spool() if self.spool and self.packed and not predict else None
         for name, stored in stream_modules(store, kept):
             if stored.rank:
-                yield name, stored
+                yield name, replace(stored, chunks=tuple(map(spool.keep, stored.chunks))) if spool else stored
 
     def predict(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
         """What `run` would give of entropy-coded modules, closely, in a third of the time: sizes and errors; the bytes are zeros.
@@ -301,7 +305,8 @@ class Job:
                 return Stored(0, analysis.norm)
         if self.packed:
             lost = analysis.lost + tail + difference(down, up, *found)
-            return Stored(len(found[0]), lost, None, entry, tuple(chunks), payload=sum(map(len, chunks)))
+            kept = tuple(Chunk.predicted(len(chunk)) if predict else Chunk.of(chunk) for chunk in chunks)
+            return Stored(len(found[0]), lost, None, entry, kept, payload=sum(map(len, kept)))
         own_alpha = None if shape.keys.alpha is None else alpha
         try:
             plain = plain_rows(*spread_channels(shape, *found), self.dtype, own_alpha, padded)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import consumers
 from .assembly import Assembly
+from .chunks import payload_tensor
+from .container import INDEX_KEY, PAYLOAD_KEY
 from .encoding import decode_module
 from .errors import SettingsError
 from .files import TensorSpec, atomic_path, safetensors_size, write_safetensors
@@ -80,7 +82,7 @@ def compress(
     modules = {name: _module_report(job, name, stored.get(name)) for name in updates}
     before = _plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
     report = CompressionReport.of_modules(modules, (before, assembly.size(stored)))
-    tensors = assembly.packed(stored) if job.packed else as_kohya(results)
+    tensors = _packed_tensors(assembly, stored) if job.packed else as_kohya(results)
     return CompressedLora(results, tensors, assembly.finished_metadata(stored), report, settings)
 
 
@@ -162,7 +164,12 @@ def _result(stored: Stored) -> LowRankUpdate:
     if stored.plain is not None:
         return stored.plain
     assert stored.entry is not None
-    return decode_module(stored.entry, stored.chunks)
+    return decode_module(stored.entry, [chunk.read() for chunk in stored.chunks])
+
+
+def _packed_tensors(assembly: Assembly, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    index, chunks = assembly.packed(stored)
+    return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks)}
 
 
 def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings) -> int:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .allocation import bits_for_error, bits_for_size, ranks_for_error, ranks_for_size
+from .allocation import (
+    bits_for_error,
+    bits_for_size,
+    common_ranks_for_error,
+    common_ranks_for_size,
+    ranks_for_error,
+    ranks_for_size,
+)
 from .encoding import Choice
 from .errors import SettingsError
 from .frame import Frame, Plan, error_targets, payload_size
@@ -156,11 +164,14 @@ class _Search:
         fixed = {name: self.index_bytes if self.job.packed else _plain_overhead(shape) for name, shape in shapes.items()}
         common |= {"min_rank_stored": 1 if self.job.packed else 2}
         common |= {"min_rank": self.job.settings.pruning.min_rank or 0}
+        padded = frame.one_rank and not self.job.packed  # components of zeros are paid for
         if size is not None:
-            ranks = ranks_for_size(self.kept, costs, fixed, size, **common)
+            for_size = partial(common_ranks_for_size, parts=frame.parts) if padded else ranks_for_size
+            ranks = for_size(self.kept, costs, fixed, size, **common)
         else:
             more = {"part_errors": parts, "parts": frame.parts}
-            ranks = ranks_for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
+            for_error = common_ranks_for_error if padded else ranks_for_error
+            ranks = for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
         return {name: Choice(rank) for name, rank in ranks.items()}
 
     def _bytes(self, name: str, bits: int | None = None) -> int:

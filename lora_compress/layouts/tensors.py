@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FormatError
+from ..header import read_header
 
 __all__ = ["TensorFile", "TensorInfo", "open_tensors"]
 
@@ -136,19 +136,18 @@ def _open_safetensors(path: Path) -> TensorFile:
     Tensors are views of the mapped file, since a copy of every weight would take as long as the arithmetic on some of them. The
     mapping is private: whoever writes into such a tensor changes memory, never the file.
     """
+    header, begin, _ = read_header(path)  # bounded, unlike what safe_open accepts
     try:
         with safe_open(path, framework="pt") as handle:  # checks that the header is sound and fits the file
             metadata = handle.metadata()
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         header.pop("__metadata__", None)
         in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
         infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
     except _UNREADABLE as error:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error}): get it again") from error
-    places = {key: 8 + length + entry["data_offsets"][0] for key, entry in in_order}
+    places = {key: begin + entry["data_offsets"][0] for key, entry in in_order}
     data = _Mapped(mapped, infos, places)
     return TensorFile(path, infos, data.read, metadata, data.close)
 

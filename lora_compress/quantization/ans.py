@@ -51,11 +51,17 @@ def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
     return normalise(masses)
 
 
+@lru_cache(maxsize=4096)
+def _grouped(counts_of: Callable[..., np.ndarray], *key: Any) -> tuple[Any, Any, np.ndarray]:
+    """Models of groups and of single symbols, and the symbols of each group, uint8 (groups, symbols of a group)."""
+    return coder_model(joint_counts, counts_of, *key), coder_model(counts_of, *key), _digits(len(counts_of(*key)))
+
+
 @cache
 def _digits(kinds: int) -> np.ndarray:
-    """The symbols of each group, (groups, symbols of a group), int32."""
     width = _TOGETHER[kinds]
-    return np.arange(kinds**width, dtype=np.int32)[:, None] // kinds ** np.arange(width - 1, -1, -1, dtype=np.int32) % kinds
+    groups = np.arange(kinds**width)[:, None]
+    return (groups // kinds ** np.arange(width - 1, -1, -1) % kinds).astype(np.uint8)
 
 
 class AnsWriter:
@@ -112,12 +118,15 @@ class AnsReader:
         return self._coder.decode(coder_model(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
 
     def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
-        """The next `count` symbols of `write_grouped`, int32."""
-        kinds = len(counts_of(*key))
-        groups, rest = divmod(count, _TOGETHER[kinds])
-        grouped = self.read(groups, joint_counts, counts_of, *key)
-        symbols = _digits(kinds).take(grouped, axis=0).reshape(-1)
-        return np.concatenate([symbols, self.read(rest, counts_of, *key)]) if rest else symbols
+        """The next `count` symbols of `write_grouped`, uint8."""
+        joint, single, digits = _grouped(counts_of, *key)
+        groups, rest = divmod(count, digits.shape[1])
+        symbols = np.empty(count, dtype=np.uint8)
+        if groups:
+            symbols[: count - rest] = digits.take(self._coder.decode(joint, groups), axis=0).reshape(-1)
+        if rest:
+            symbols[count - rest :] = self._coder.decode(single, rest)
+        return symbols
 
     def read_integers(self, count: int) -> np.ndarray:
         """The next `count` integers of `write_integers`, int64."""

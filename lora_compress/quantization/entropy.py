@@ -110,20 +110,22 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """Rows of both factors from what `depth` layers tell of the runs."""
     rank = len(units)
-    symbols = [np.zeros((rank, width), dtype=np.int32) for width in widths]
+    codes = [np.zeros((rank, width), dtype=np.int32) for width in widths]
     stages = [Stage(0)] * (2 * rank)  # a row of which nothing is known is zero at any stage
     for run, line in zip(runs, known, strict=True):
         position = run.ends[depth - 1]
         if position:
+            stage = stage_at(run.scale, position)
+            shifted = (line >> stage.plane & -2) | (line & 1) if stage.plane else line
             middle = int(np.searchsorted(run.rows, rank))
             cut = middle * widths[0]
-            symbols[0][run.rows[:middle]] = line[:cut].reshape(-1, widths[0])
-            symbols[1][run.rows[middle:] - rank] = line[cut:].reshape(-1, widths[1])
+            codes[0][run.rows[:middle]] = shifted[:cut].reshape(-1, widths[0])
+            codes[1][run.rows[middle:] - rank] = shifted[cut:].reshape(-1, widths[1])
             for row in run.rows.tolist():
-                stages[row] = stage_at(run.scale, position)
+                stages[row] = stage
     down, up = (
         reconstruct(part, scales[here].tolist(), shapes[here].tolist(), stages[here], units)
-        for part, here in zip(symbols, (slice(None, rank), slice(rank, None)), strict=True)
+        for part, here in zip(codes, (slice(None, rank), slice(rank, None)), strict=True)
     )
     return torch.from_numpy(down), torch.from_numpy(up)
 
@@ -143,11 +145,10 @@ def _chunks(module: QuantizedModule, layers: int) -> list[bytes]:
     runs = row_runs(np.concatenate(module.scales), np.concatenate(module.shapes), layers)
     rows = [*module.values[0], *module.values[1]]
     values = [np.concatenate([rows[row] for row in run.rows]) for run in runs]
-    known = [np.empty(0, dtype=np.int32)] * len(runs)
     chunks = []
     for layer in range(layers):
         for number, run, before, after in _turns(runs, layer):
-            known[number] = write_passes(writer, values[number], known[number], run.scale, run.shape, before, after)
+            write_passes(writer, values[number], run.scale, run.shape, before, after)
         chunks.append(writer.to_bytes())
         writer = AnsWriter()
     return chunks

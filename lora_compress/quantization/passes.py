@@ -6,7 +6,7 @@ A value v is written as the symbol 2 |v| - 1 if positive and 2 |v| if negative: 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,73 +63,84 @@ def read_symbols(reader: AnsReader, count: int, scale: int, shape: int, plane: i
     return symbols
 
 
-def write_passes(
-    writer: AnsWriter, run: np.ndarray, known: np.ndarray, scale: int, shape: int, before: int, after: int
-) -> np.ndarray:
-    """Code what passes `before` + 1 to `after` tell of integers (n,); symbols known before and after them, (n,)."""
+def write_passes(writer: AnsWriter, run: np.ndarray, scale: int, shape: int, before: int, after: int) -> None:
+    """Code what passes `before` + 1 to `after` tell of integers (n,)."""
+    magnitudes = np.abs(run)
     for kind, plane, low in _plan(scale, before, after):
-        exact = as_symbols(run, low)
         if kind == "symbols":
-            write_symbols(writer, exact, scale - 8 * plane, shape, plane)
+            write_symbols(writer, as_symbols(run, plane), scale - 8 * plane, shape, plane)
         elif kind == "raw":
-            small, width = known == 0, plane - low
-            writer.write(exact[small], uniform, (2 << width) - 1)
-            writer.write((exact[~small] + 1 >> 1) & ((1 << width) - 1), uniform, 1 << width)
+            small, width = magnitudes >> plane == 0, plane - low
+            writer.write(as_symbols(run[small], low), uniform, (2 << width) - 1)
+            writer.write(magnitudes[~small] >> low & ((1 << width) - 1), uniform, 1 << width)
         elif kind == "split":
-            zeros = (known == 0).nonzero()[0]
-            fresh = exact[zeros]
-            known = _doubled(known)
-            known[zeros] = fresh
+            fresh = as_symbols(run[magnitudes >> plane + 1 == 0], plane)
             writer.write_grouped(fresh, split_counts, scale - 8 * plane, shape, plane)
-            continue  # of the other values the last bit is not yet known
         else:
-            for table, chosen in _pending(known, scale - 8 * plane, shape, plane):
-                writer.write_grouped((exact[chosen] - known[chosen]) >> 1, *table)
-        known = exact
-    return known
+            pending = magnitudes[magnitudes >> plane + 1 > 0] >> plane
+            for table, chosen in _contexts(pending >> 1, scale - 8 * plane, shape, plane):
+                writer.write_grouped(pending[chosen] & 1, *table)
 
 
 def read_passes(reader: AnsReader, known: np.ndarray, scale: int, shape: int, before: int, after: int) -> np.ndarray:
-    """Symbols known of a run (n,), int32, after pass `after`, given those known after pass `before`, which are lost."""
+    """What is known of a run of integers (n,) after pass `after`, as codes, given those of pass `before`, which are lost.
+
+    A value v has the code 2 |v| + (v > 0), int32, with zeros in place of the bits of |v| that are not known: passes fill them in.
+    """
     for kind, plane, low in _plan(scale, before, after):
         if kind == "symbols":
-            known = read_symbols(reader, len(known), scale - 8 * plane, shape, plane)
+            known = _placed(read_symbols(reader, len(known), scale - 8 * plane, shape, plane), plane)
         elif kind == "raw":
-            zeros, others, width = (known == 0).nonzero()[0], known.nonzero()[0], plane - low
-            known = ((known + 1 >> 1) << (width + 1)) - (known & 1)
-            known[zeros] = reader.read(len(zeros), uniform, (2 << width) - 1)
-            known[others] += reader.read(len(others), uniform, 1 << width) << 1
+            small, width = known == 0, plane - low
+            fresh = reader.read(int(np.count_nonzero(small)), uniform, (2 << width) - 1)
+            known[~small] += reader.read(len(known) - len(fresh), uniform, 1 << width) << low + 1
+            known[small] = _placed(fresh, low)
         elif kind == "split":
             zeros = (known == 0).nonzero()[0]
-            known = _doubled(known)
-            known[zeros] = reader.read_grouped(len(zeros), split_counts, scale - 8 * plane, shape, plane)
+            fresh = reader.read_grouped(len(zeros), split_counts, scale - 8 * plane, shape, plane)
+            known[zeros] = _split_codes(plane).take(fresh)
         else:
-            for table, chosen in _pending(known, scale - 8 * plane, shape, plane):
-                known[chosen] += reader.read_grouped(len(chosen), *table) << 1
+            large = (known >= 4 << plane).nonzero()[0]
+            pending = known.take(large)
+            bits = np.empty(len(pending), dtype=np.int32)
+            for table, chosen in _contexts(pending >> plane + 2, scale - 8 * plane, shape, plane):
+                bits[chosen] = reader.read_grouped(len(bits) if chosen is ... else len(chosen), *table)
+            known[large] = pending + (bits << plane + 1)
     return known
 
 
+def _placed(symbols: np.ndarray, plane: int) -> np.ndarray:
+    """Codes of symbols at a plane."""
+    positive = symbols & 1
+    return (symbols + positive << plane) + positive
+
+
+@cache
+def _split_codes(plane: int) -> np.ndarray:
+    return _placed(np.arange(3, dtype=np.int32), plane)
+
+
 def reconstruct(
-    symbols: np.ndarray, scales: Sequence[int], shapes: Sequence[int], stages: Sequence[Stage], units: np.ndarray
+    codes: np.ndarray, scales: Sequence[int], shapes: Sequence[int], stages: Sequence[Stage], units: np.ndarray
 ) -> np.ndarray:
-    """Expected weights (r, n), float32: the unit of each row times the centre of mass of the cell that each symbol stands for.
+    """Expected weights (r, n), float32: unit times the centre of mass of the cell that the value is known to be in.
 
     Args:
-        symbols: (r, n), not negative.
+        codes: (r, n), of values in units of the planes of their rows: 2 |v| + (v > 0).
         scales, shapes, stages: of the rows.
         units: (r,), float64.
     """
-    largest = symbols.max(axis=1, initial=0)
+    largest = codes.max(axis=1, initial=0)
     sizes = np.minimum(largest, _TABLED - 1) + 1
     described = list(zip(scales, shapes, stages, strict=True))
     tables = [_tabled(*row)[:size] * unit for row, size, unit in zip(described, sizes.tolist(), units.tolist(), strict=True)]
     table = np.concatenate([np.empty(0), *tables]).astype(np.float32)
     starts = (np.cumsum(sizes) - sizes)[:, None]
     tall = largest >= _TABLED
-    weights = table.take(np.minimum(symbols, _TABLED - 1) + starts if tall.any() else symbols + starts)
+    weights = table.take(np.minimum(codes, _TABLED - 1) + starts if tall.any() else codes + starts)
     for row in tall.nonzero()[0].tolist():
-        beyond = symbols[row] >= _TABLED
-        weights[row, beyond] = _expected(symbols[row, beyond], *described[row]) * units[row]
+        beyond = codes[row] >= _TABLED
+        weights[row, beyond] = _expected(codes[row, beyond], *described[row]) * units[row]
     return weights
 
 
@@ -138,14 +149,14 @@ def _tabled(scale: int, shape: int, stage: Stage) -> np.ndarray:
     return _expected(np.arange(_TABLED), scale, shape, stage)
 
 
-def _expected(symbols: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
-    """Centres in steps, float64, of symbols (n,) at a stage."""
-    magnitudes = symbols + 1 >> 1
+def _expected(codes: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
+    """Centres in steps, float64, of codes (n,) at a stage."""
+    magnitudes = codes >> 1
     here = scale - 8 * stage.plane
     centres = _centres(magnitudes, here, shape, stage.plane, 0)
     if stage.halved:
         centres = np.where(magnitudes > 1, _centres(magnitudes >> 1, here, shape, stage.plane, 1), centres)
-    return np.where(symbols & 1, centres, -centres) * float(1 << stage.plane)
+    return np.where(codes & 1, centres, -centres) * float(1 << stage.plane)
 
 
 def _centres(cells: np.ndarray, scale: int, shape: int, plane: int, width: int) -> np.ndarray:
@@ -174,23 +185,13 @@ def _plan(scale: int, before: int, after: int) -> tuple[tuple[str, int, int], ..
     return tuple(steps)
 
 
-def _pending(known: np.ndarray, scale: int, shape: int, plane: int) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
-    """Tables of next bits, and the places (m,) of the symbols they are for: those whose magnitude is above 1.
-
-    By the magnitude one plane higher, 1, 2 or more, where that matters.
-    """
-    wide = (known > 2).nonzero()[0]
-    if scale > MAX_SCALE:
-        yield (uniform, 2), wide
-        return
+def _contexts(higher: np.ndarray, scale: int, shape: int, plane: int) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Tables of next bits and which values they are for, by their magnitudes one plane higher: 1, 2 or more where that matters."""
     last = bit_contexts(scale)
-    for context in range(1, last):
-        near = known[wide] <= 4 * context
-        yield (bit_counts, scale, shape, plane, context), wide[near]
-        wide = wide[~near]
-    yield (bit_counts, scale, shape, plane, last), wide
-
-
-def _doubled(symbols: np.ndarray) -> np.ndarray:
-    """Symbols of twice the values."""
-    return (symbols << 1) + (symbols & 1)
+    if scale > MAX_SCALE:
+        yield (uniform, 2), ...
+    elif last == 1:
+        yield (bit_counts, scale, shape, plane, 1), ...
+    else:
+        for context in range(1, last + 1):
+            yield (bit_counts, scale, shape, plane, context), (higher == context if context < last else higher >= last).nonzero()[0]

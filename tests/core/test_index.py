@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress import FormatError
-from lora_compress.index import Chunk, Entry, PackedIndex, read_index
+from lora_compress.chunks import Chunk
+from lora_compress.index import Entry, PackedIndex, read_index
 from lora_compress.plain import PlainKeys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,9 @@ def indexes(draw: st.DrawFn) -> PackedIndex:
     names = draw(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=5))
     modules = [draw(entries(name)) for name in names]
     data = st.lists(st.tuples(st.integers(0, len(modules) - 1), st.binary(max_size=30)), max_size=9) if modules else st.just([])
-    return PackedIndex.of(draw(st.sampled_from(["kohya", "peft"])), modules, [Chunk(*chunk) for chunk in draw(data)])
+    return PackedIndex.of(
+        draw(st.sampled_from(["kohya", "peft"])), modules, [(module, Chunk.of(chunk)) for module, chunk in draw(data)]
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -53,7 +53,7 @@ def result(stored: Stored) -> LowRankUpdate:
     if stored.plain is not None:
         return stored.plain
     assert stored.entry is not None
-    return decode_module(stored.entry, stored.chunks)
+    return decode_module(stored.entry, [chunk.read() for chunk in stored.chunks])
 
 
 @pytest.mark.parametrize("form", FORMS)
