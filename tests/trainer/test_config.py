@@ -337,11 +337,17 @@ def test_what_the_hosts_scripts_do_before_training_is_done(ext: ModuleType, monk
     assert ext.parse_arguments(["--attn_mode=sdpa"], ext.HOSTS[kind]).attn_mode == "torch"
 
 
-def test_every_host_is_there(ext: ModuleType) -> None:
-    base = importlib.import_module("train_network").NetworkTrainer
-    for host in ext.HOSTS.values():
-        assert issubclass(getattr(importlib.import_module(host.script), host.trainer), base)
-        assert host.timesteps == "" or hasattr(importlib.import_module(host.timesteps), "show_timesteps")
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "chroma", "lumina", "hunyuan_image", "anima"])
+def test_every_trainer_parses_and_can_be_mixed_with_ours(ext: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    host, network_trainer = ext.HOSTS[kind], importlib.import_module("train_network").NetworkTrainer
+    argv = ["--network_module=networks.lora_compress", "--network_args", "rank_dropout=0.1", "--pruning", "rank_ratio=0.5"]
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
+    args = ext.parse_arguments(argv, host)
+    assert args.model_type == kind and args.network_args == ["rank_dropout=0.1", "rank_ratio=0.5"]
+    trainer = type("Mixed", (ext.CompressTrainerMixin, getattr(importlib.import_module(host.script), host.trainer)), {})()
+    assert isinstance(trainer, network_trainer)
+    if host.timesteps and hasattr(args, "show_timesteps"):  # 0.11
+        assert callable(importlib.import_module(host.timesteps).show_timesteps)
 
 
 @pytest.mark.parametrize(
