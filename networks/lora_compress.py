@@ -59,8 +59,6 @@ def create_network(multiplier, network_dim, network_alpha, vae, text_encoder, un
     )
     if split:
         split_network(network, host_args)
-    if base.__name__ == LYCORIS:
-        check_lycoris(network, settings)
     return _extend(network, settings, split)
 
 
@@ -179,6 +177,8 @@ class CompressNetwork:
 
 def _extend(network: torch.nn.Module, settings: CompressionSettings, split: bool = False) -> torch.nn.Module:
     cls = type(network)
+    if cls.__module__ == LYCORIS:
+        check_lycoris(network, settings)
     bases = (LycorisNetwork, CompressNetwork) if cls.__module__ == LYCORIS else (CompressNetwork,)
     network.__class__ = type(f"Compress{cls.__name__}", (*bases, *([SplitNetwork] if split else []), cls), {})
     network.compression = settings

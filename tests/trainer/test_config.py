@@ -294,17 +294,60 @@ def test_the_flux_trainer_gets_its_own_model_type(
     assert args.network_args == ["split_qkv=True", "bits=4"]
 
 
+def test_help_is_that_of_the_trainer_that_is_named(ext: ModuleType) -> None:
+    assert ext.choose_host(["--model_type=flux", "--help"]) is ext.HOSTS["flux"]
+    assert ext.choose_host(["-h"]) is ext.HOSTS["sd"]
+
+
+def test_a_flux_model_of_the_usual_size_is_built_as_ever(sd_scripts: Path) -> None:
+    """The sizes that are read from the shapes of the host's own models, built without memory, are its constants."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    flux_models, sizes = importlib.import_module("library.flux_models"), importlib.import_module("library.compress_flux")
+    usual = flux_models.configs["dev"]
+    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+    with torch.device("meta"):
+        found = {
+            "_transformer": flux_models.Flux(usual.params),
+            "_autoencoder": flux_models.AutoEncoder(usual.ae_params),
+            "_clip": CLIPTextModel(CLIPTextConfig(vocab_size=49408, **clip)),
+            "_t5": T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **t5)),
+        }
+    read = {
+        name: getattr(sizes, name)({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()})
+        for name, model in found.items()
+    }
+    assert read["_transformer"].items() <= vars(usual.params).items()
+    assert read["_autoencoder"].items() <= vars(usual.ae_params).items()
+    assert read["_clip"] == {**clip, "vocab_size": 49408, "projection_dim": 768}
+    assert read["_t5"] == t5
+
+
+def test_a_file_that_is_no_part_of_flux_is_named(ext: ModuleType, tmp_path: Path) -> None:
+    file = checkpoint(tmp_path / "ae.safetensors", ["encoder.conv_in.weight"])
+    options = argparse.Namespace(pretrained_model_name_or_path=None, ae=file, clip_l=None, t5xxl=None)
+    with pytest.raises(LoraCompressError, match=r"ae=.*ae\.safetensors: has no encoder\.down\.0"):
+        ext.HOSTS["flux"].adapt(options)
+
+
 @pytest.mark.parametrize("kind", ["hunyuan_image", "anima"])
 def test_what_the_hosts_scripts_do_before_training_is_done(ext: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(sys, "argv", ["train_network_ext.py", "--attn_mode=sdpa"])
     assert ext.parse_arguments(["--attn_mode=sdpa"], ext.HOSTS[kind]).attn_mode == "torch"
 
 
-def test_every_host_is_there(ext: ModuleType) -> None:
-    base = importlib.import_module("train_network").NetworkTrainer
-    for host in ext.HOSTS.values():
-        assert issubclass(getattr(importlib.import_module(host.script), host.trainer), base)
-        assert host.timesteps == "" or hasattr(importlib.import_module(host.timesteps), "show_timesteps")
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux", "chroma", "lumina", "hunyuan_image", "anima"])
+def test_every_trainer_parses_and_can_be_mixed_with_ours(ext: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    host, network_trainer = ext.HOSTS[kind], importlib.import_module("train_network").NetworkTrainer
+    argv = ["--network_module=networks.lora_compress", "--network_args", "rank_dropout=0.1", "--pruning", "rank_ratio=0.5"]
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
+    args = ext.parse_arguments(argv, host)
+    assert args.model_type == kind and args.network_args == ["rank_dropout=0.1", "rank_ratio=0.5"]
+    trainer = type("Mixed", (ext.CompressTrainerMixin, getattr(importlib.import_module(host.script), host.trainer)), {})()
+    assert isinstance(trainer, network_trainer)
+    if host.timesteps and hasattr(args, "show_timesteps"):  # 0.11
+        assert callable(importlib.import_module(host.timesteps).show_timesteps)
 
 
 @pytest.mark.parametrize(
