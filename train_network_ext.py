@@ -15,6 +15,7 @@ import networks.sd_scripts_path  # noqa: F401  joins our packages with those of 
 
 # isort: split
 from library import train_util
+from library.compress_base import BaseModelMixin, add_base_arguments, check_base_arguments
 from library.compress_config import add_arguments, check_host_values, forget_own_sections, merge_network_args, read_toml
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
@@ -73,6 +74,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     """
     parser = importlib.import_module(host.script).setup_parser()
     add_arguments(parser, HOSTS)
+    add_base_arguments(parser)
     args = parser.parse_args(argv)
     train_util.verify_command_line_training_args(args)
     config = {} if args.output_config else read_toml(args.config_file)
@@ -81,6 +83,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     forget_own_sections(args, config, parser)
     network_args = merge_network_args(args, config, host_arguments(importlib.import_module(host.network)))
     args.network_args = network_args or args.network_args
+    check_base_arguments(args)
     return args
 
 
@@ -92,7 +95,7 @@ def main() -> int:
         args = parse_arguments(argv, host)
         host.adapt(args.pretrained_model_name_or_path)
         trainer = getattr(importlib.import_module(host.script), host.trainer)
-        type(f"Compress{host.trainer}", (CompressTrainerMixin, trainer), {})().train(args)
+        type(f"Compress{host.trainer}", (CompressTrainerMixin, BaseModelMixin, trainer), {})().train(args)
     except LoraCompressError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
