@@ -75,9 +75,9 @@ class BaseModelMixin:
     def assert_extra_args(self, args: argparse.Namespace, *groups: Any) -> None:
         """The host's; asks it for its own fp8, where that was chosen and it has one: fp8_scaled, or else fp8_base_unet.
 
-        A trainer that has none takes the option back in here.
+        A trainer that has none takes the option back in here. On a CPU none of them runs: torch has no norms in fp8 there.
         """
-        if args.base_quantize == "fp8":
+        if args.base_quantize == "fp8" and torch.accelerator.is_available():
             setattr(args, "fp8_scaled" if hasattr(args, "fp8_scaled") else "fp8_base_unet", True)
         super().assert_extra_args(args, *groups)  # type: ignore[misc]
         self._host_stores_fp8 = bool(_given(args, "fp8_base", "fp8_base_unet", "fp8_scaled"))

@@ -103,9 +103,10 @@ def _pack_layer(path: str, module: Any, name: str, device: torch.device | None) 
     weight = module.weight.detach()
     if weight.dtype not in _FLOATS:
         raise LoraCompressError(f"{path}: its weight is {weight.dtype}, only fp16, bf16 and fp32 can be quantized to {name}")
-    parts = WEIGHT_FORMATS[name].pack(weight.flatten(1).to(device or weight.device, torch.float16).contiguous())
-    if not all(part.isfinite().all() for part in parts[1:] if not part.is_meta):
+    rows = weight.flatten(1).to(device or weight.device, torch.float16).contiguous()
+    if not rows.is_meta and not rows.isfinite().all():
         raise LoraCompressError(f"{path}: its weight is not finite in fp16 and cannot be quantized to {name}")
+    parts = WEIGHT_FORMATS[name].pack(rows)
     del module.weight
     codes, *scales = (part.to(weight.device) for part in parts)
     module.register_buffer("weight", codes.view(weight.shape) if codes.numel() == weight.numel() else codes, persistent=False)
