@@ -86,8 +86,12 @@ def _unpack_fp8(packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtyp
 
 def _pack_nf4(weight: Tensor) -> tuple[Tensor, ...]:
     """Two 4-bit codes a byte, absmax by block of 64 in 8 bits, its scale by 256 of those, their mean: QLoRA, arXiv 2305.14314."""
-    codes, state = _bitsandbytes().quantize_4bit(weight, blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=True)
-    return codes, state.absmax, state.state2.absmax, state.offset.view(1)
+    functional = _bitsandbytes()
+    codes, state = functional.quantize_4bit(weight, blocksize=_NF4_BLOCK, quant_type="nf4")
+    mean = state.absmax.mean()
+    # as its compress_statistics does, which would keep a table of the first device that it meets, be it meta
+    absmax, scale = functional.quantize_blockwise(state.absmax - mean, code=_dynamic_map(codes.device), blocksize=_SCALE_BLOCK)
+    return codes, absmax, scale.absmax, mean.view(1)
 
 
 def _unpack_nf4(packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
