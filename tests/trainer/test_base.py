@@ -34,14 +34,14 @@ def train_in(folder: Path, base: Path, pictures: Path, *flags: str, environment:
 
 
 def test_training_on_an_int8_base_stays_close_and_resumes(sd_scripts: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
-    """tiny-sd, from the command line: the losses of six steps within 2 %, and three of them, saved and resumed, end the same."""
+    """tiny-sd, from the command line: six losses within 0.5 % of their mean; saved after three and resumed, they go on the same."""
     packed = ["--base_quantize", "int8", "--load_8bit_text_encoder"]
     train_in(tmp_path / "plain", models.TINY_SD, pictures)
     printed = train_in(tmp_path / "int8", models.TINY_SD, pictures, *packed, "--save_state", save_every_n_steps=3)
     assert "text encoder 1:" in printed and "frozen layers in int8" in " ".join(printed.split())
     plain, int8 = losses(tmp_path / "plain"), losses(tmp_path / "int8")
     assert len(plain) == 6 and not torch.equal(plain, int8)
-    assert float((int8 - plain).abs().max() / plain.mean()) < 0.02
+    assert float((int8 - plain).abs().max() / plain.mean()) < 0.005
 
     full, small = (load_lora(tmp_path / name / "lora.safetensors") for name in ("plain", "int8"))
     assert small.updates.keys() == full.updates.keys() and len(small.updates) > 200
@@ -52,10 +52,12 @@ def test_training_on_an_int8_base_stays_close_and_resumes(sd_scripts: Path, pict
     kept = load_file(state / "model.safetensors")
     assert all(key.startswith("lora_") for key in kept) and len(list(state.glob("*.safetensors"))) == 1
     assert sum(path.stat().st_size for path in state.iterdir()) < 4 * sum(tensor.nbytes for tensor in kept.values())
-    train_in(tmp_path / "resumed", models.TINY_SD, pictures, *packed, "--skip_until_initial_step", f"--resume={state}")
-    again = load_file(tmp_path / "resumed" / "lora.safetensors")
-    for name, tensor in load_file(tmp_path / "int8" / "lora.safetensors").items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-6)
+    more = ["--skip_until_initial_step", "--save_state_on_train_end", f"--resume={state}"]
+    train_in(tmp_path / "resumed", models.TINY_SD, pictures, *packed, *more)
+    optimizer = torch.load(tmp_path / "resumed" / "lora-state" / "optimizer.bin", weights_only=True)
+    assert {int(entry["step"]) for entry in optimizer["state"].values()} == {6}
+    # the host draws other noise in the first step after resuming
+    torch.testing.assert_close(losses(tmp_path / "resumed")[1:], int8[4:], rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("sd_scripts_at", ["v0.10.1"], indirect=True)
