@@ -186,6 +186,32 @@ def test_text_encoders_are_packed_and_keep_their_lora(sd_scripts: Path) -> None:
     assert float((outputs[1] - outputs[0]).detach().norm() / outputs[0].detach().norm()) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("options", "packed"),
+    [
+        ({"network_train_unet_only": True}, True),
+        ({"network_train_unet_only": True, "base_weights": ["a.safetensors"]}, False),  # merged into it after this
+        ({}, False),  # its network is made after this, and may look at the weights
+    ],
+    ids=["frozen", "merged into", "trained"],
+)
+@pytest.mark.parametrize("base", ["unet"], indirect=True)
+def test_text_encoders_are_packed_before_they_go_to_the_gpu_where_they_can(
+    base: Any, options: dict[str, Any], packed: bool
+) -> None:
+    encoder, tokens = text_encoder(), torch.arange(7).unsqueeze(0)
+    with torch.no_grad():
+        expected = encoder(tokens).last_hidden_state
+        rest = {"network_train_unet_only": False, "base_weights": None, "load_8bit_text_encoder": True}
+        arguments = argparse.Namespace(**DEFAULTS | rest | options)
+        base.trainer.cache_text_encoder_outputs_if_needed(arguments, ACCELERATOR, None, None, [encoder], None, torch.float32)
+        output = encoder(tokens).last_hidden_state
+    assert any(map(is_frozen, encoder.modules())) == packed
+    assert float((output - expected).norm() / expected.norm()) < 0.02
+    network = base.module.create_network(1.0, 4, 4, None, [encoder], base.model)
+    assert len(network.text_encoder_loras) == 12  # made for it even if it is not trained
+
+
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 @pytest.mark.parametrize("base", BASES, indirect=True)
 def test_full_bf16_and_autocast(base: Any, name: str) -> None:
