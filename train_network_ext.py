@@ -16,6 +16,7 @@ import networks.sd_scripts_path  # noqa: F401  joins our packages with those of 
 
 # isort: split
 from library import train_util
+from library.compress_base import BaseModelMixin, add_base_arguments, check_base_arguments
 from library.compress_config import add_arguments, check_host_values, forget_own_sections, merge_network_args, read_toml
 from library.compress_flux import adapt_flux_sizes
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
@@ -93,6 +94,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     """
     parser = _script(host).setup_parser()
     add_arguments(parser, HOSTS)
+    add_base_arguments(parser)
     args = parser.parse_args(argv)
     train_util.verify_command_line_training_args(args)
     config = {} if args.output_config else read_toml(args.config_file)
@@ -104,6 +106,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     args.model_type = host.name  # the FLUX trainer reads it, under the same two names
     if getattr(args, "attn_mode", None) == "sdpa":
         args.attn_mode = "torch"  # as the scripts of HunyuanImage and Anima do
+    check_base_arguments(args)
     return args
 
 
@@ -127,7 +130,7 @@ def main() -> int:
             return 0
         host.adapt(args)
         trainer = getattr(_script(host), host.trainer)
-        type(f"Compress{host.trainer}", (CompressTrainerMixin, trainer), {})().train(args)
+        type(f"Compress{host.trainer}", (CompressTrainerMixin, BaseModelMixin, trainer), {})().train(args)
     except LoraCompressError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled"]
+__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled", "watched"]
 
 _INTERVAL = 0.002  # seconds between two looks at the memory
 
@@ -76,6 +77,26 @@ def answer(tasks: Mapping[str, Callable[..., dict[str, Any]]], argv: Sequence[st
         return False
     print(json.dumps(tasks[argv[1]](**json.loads(argv[2]))))
     return True
+
+
+def watched(task: Callable[[], Any]) -> tuple[Any, int]:
+    """What `task` returns, and the largest anonymous memory of this process while it ran: a part of a process, not the whole."""
+    done = threading.Event()
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _anonymous(os.getpid()))
+            done.wait(_INTERVAL)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        return task(), peak
+    finally:
+        done.set()
+        watcher.join()
 
 
 def settled(task: Callable[[], Run], repeats: int) -> Run:

@@ -1,0 +1,40 @@
+"""benchmarks/base_memory.py: packs by the trainer's own hook, and its goals know which way is better."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import measure
+import pytest
+import torch
+
+
+def test_it_packs_as_the_trainer_does(sd_scripts: Path) -> None:
+    from lora_compress.frozen import weight_bytes
+
+    base_memory = importlib.import_module("base_memory")
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Conv2d(64, 64, 3)).half()
+    sizes = {"fp16": weight_bytes(model)}
+    for name in ("int8", "nf4"):
+        model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Conv2d(64, 64, 3)).half()
+        base_memory.pack(model, name)
+        sizes[name] = weight_bytes(model)
+    assert sizes["int8"] == pytest.approx(sizes["fp16"] / 2, rel=0.02)
+    assert sizes["nf4"] < 0.4 * sizes["fp16"]
+    found = {"SD 1.5": sizes, "FLUX.1": sizes}
+    assert [goal.met for goal in base_memory.goals_of(found, {})] == [True, True]
+    found = {"SD 1.5": sizes | {"int8": 0.6 * sizes["fp16"]}, "FLUX.1": sizes | {"nf4": 0.5 * sizes["fp16"]}}
+    assert [goal.met for goal in base_memory.goals_of(found, {})] == [False, False]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_memory_of_a_part_of_a_process_is_seen() -> None:
+    def allocate() -> int:
+        data = torch.ones(50_000_000)
+        return len(data)
+
+    measure.watched(lambda: None)
+    _, before = measure.watched(lambda: sum(range(3_000_000)))
+    length, peak = measure.watched(allocate)
+    assert length == 50_000_000 and 150e6 < peak - before < 300e6
