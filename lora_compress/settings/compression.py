@@ -33,12 +33,12 @@ class CompressionSettings:
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    qat: QatSettings = field(default_factory=QatSettings)
+    quantized_training: QatSettings = field(default_factory=QatSettings)
     save_format: str | None = field(default=None, metadata={"help": "kohya, fp8, packed or both; default packed under 16 bits"})
     quantization_device: str = field(default="cpu", metadata={"help": "where the SVD and the quantizers run: cpu, cuda, cuda:1"})
 
     def __post_init__(self) -> None:
-        problems = [problem for part in (*self._parts, self.training, self.qat) for problem in part.problems()]
+        problems = [problem for part in (*self._parts, self.training, self.quantized_training) for problem in part.problems()]
         problems = problems or [*self.quantization.budget_problems(self.budget.enabled), *self._training_problems()]
         quantized = self.quantization.enabled
         if self.save_format is None:
@@ -59,7 +59,7 @@ class CompressionSettings:
     def _training_problems(self) -> list[str]:
         pruned = self.training.iterative_pruning
         found = self.training.joint_problems(self.pruning)
-        return found + self.qat.joint_problems(self.quantization, self.pruning, self.budget.enabled, pruned)
+        return found + self.quantized_training.joint_problems(self.quantization, self.pruning, self.budget.enabled, pruned)
 
     @property
     def _parts(self) -> tuple[PruningSettings, QuantizationSettings, BudgetSettings]:
@@ -73,7 +73,7 @@ class CompressionSettings:
     @property
     def acts_in_training(self) -> bool:
         """Whether anything happens before a file is written."""
-        return self.training.iterative_pruning or self.training.collect_calibration or self.qat.qat
+        return self.training.iterative_pruning or self.training.collect_calibration or self.quantized_training.qat
 
     @property
     def size_is_open(self) -> bool:
@@ -120,9 +120,13 @@ class CompressionSettings:
             flat["progressive"] = flat["refine"] = None
         for name in ("layer_threshold", "channel_threshold"):
             flat[name] = flat[name] or None
-        flat |= {f.name: getattr(self.training, f.name) if self.training.iterative_pruning else None for f in fields(TrainingSettings)}
+        flat |= {
+            f.name: getattr(self.training, f.name) if self.training.iterative_pruning else None for f in fields(TrainingSettings)
+        }
         flat["collect_calibration"] = self.training.collect_calibration or None
-        flat |= {f.name: getattr(self.qat, f.name) if self.qat.qat else None for f in fields(QatSettings)}
+        flat |= {
+            f.name: getattr(self.quantized_training, f.name) if self.quantized_training.qat else None for f in fields(QatSettings)
+        }
         return flat | {"save_format": self.save_format, "quantization_device": self.quantization_device}
 
 

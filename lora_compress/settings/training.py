@@ -103,7 +103,9 @@ class QatSettings:
         if self.qat_lsq and quantization.strategy == "entropy":
             found.append("qat_lsq=true with strategy=entropy: its one step belongs to the whole file: remove qat_lsq")
         if budget:
-            found.append("qat=true and a target contradict each other: what was trained is saved as it is: give bits and rank_ratio")
+            found.append(
+                "qat=true and a target contradict each other: what was trained is saved as it is: give bits and rank_ratio"
+            )
         if not math.isclose(pruning.channel_threshold, 0.0):
             found.append("qat=true and channel_threshold contradict each other: no channel is removed from what was trained")
         if not pruned and pruning != PruningSettings(channel_threshold=pruning.channel_threshold, min_rank=pruning.min_rank):

@@ -55,7 +55,7 @@ class Timeline:
     total: int
     rotation: int | None = None
     pruning: tuple[int, ...] = ()
-    above_goal: Schedule = polynomial_schedule(0, 0)
+    above_goal: Schedule = lambda step: 0.0
     quantization: int | None = None
     refresh: int = 1
     frozen: int = 0
@@ -64,7 +64,9 @@ class Timeline:
     @classmethod
     def of_settings(cls, training: TrainingSettings, qat: QatSettings, total: int) -> Timeline:
         """begin = round(start total), end = round(end total); nothing before the first step has been made."""
-        rotation, pruning, above_goal = None, (), polynomial_schedule(0, 0)
+        rotation: int | None = None
+        pruning: tuple[int, ...] = ()
+        above_goal = polynomial_schedule(0, 0)
         if training.iterative_pruning:
             end = max(round(training.pruning_end * total), 1)
             rotation = min(max(round(training.pruning_start * total), 1), end)

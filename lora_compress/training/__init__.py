@@ -1,0 +1,7 @@
+"""Compression while a network learns: pruning and quantization attached to any pairs of down and up layers."""
+
+from .pairs import Pair, find_pairs
+from .schedule import Timeline
+from .session import TrainingSession
+
+__all__ = ["Pair", "Timeline", "TrainingSession", "find_pairs"]
