@@ -203,9 +203,7 @@ class TrainingSession:
             part = self.state.part("kept", name)
             new = mask.to(part.device)
             part.copy_(new if self.settings.training.rank_return else part & new)
-        take_from_first_rank([kept])  # type: ignore[list-item]
-        self._any_masked = not bool(kept.all())  # type: ignore[operator]
-        self._clear_masked(optimizers)
+        self._mask(optimizers)
         _LOGGER.info("step %d: %d of %d components kept, %d before", self._step, int(kept.sum()), kept.numel(), before)  # type: ignore
 
     def _scores(self, name: str) -> Tensor:
@@ -221,8 +219,10 @@ class TrainingSession:
             scores = component_norms(rows[0], rows[1], pair.scale)
         return scores if self.settings.training.rank_return else scores * kept
 
-    def _clear_masked(self, optimizers: Sequence[Optimizer]) -> None:
+    def _mask(self, optimizers: Sequence[Optimizer]) -> None:
         """Let optimizers forget masked components; their weights become zero, unless they may return."""
+        take_from_first_rank([self.state.kept])  # type: ignore[list-item]
+        self._any_masked = not bool(self.state.kept.all())  # type: ignore[operator]
         for name, pair in self.pairs.items():
             masked = ~self.kept(name)
             if not bool(masked.any()):
@@ -237,6 +237,10 @@ class TrainingSession:
     @torch.no_grad()
     def _begin_quantization(self, optimizers: Sequence[Optimizer]) -> None:
         self._rotate(optimizers, weighted=False)
+        for name, pair in self.pairs.items():  # dW has no more components than its smaller side: the others are unused by now
+            kept = self.kept(name)
+            kept[kept.nonzero().flatten()[min(pair.row_sizes) :]] = False
+        self._mask(optimizers)
         self.state.quantizing.fill_(True)
         self._choose_grids()
 
@@ -259,8 +263,9 @@ class TrainingSession:
     def _layout(self) -> dict[str, Any]:
         training, ranks = self.settings.training, {name: pair.rank for name, pair in self.pairs.items()}
         layout: dict[str, Any] = {}
-        if training.iterative_pruning:
+        if training.iterative_pruning or self.grid is not None:
             layout["kept"] = torch.bool, {name: (rank,) for name, rank in ranks.items()}
+        if training.iterative_pruning:
             if training.importance == "sensitivity":
                 layout["sensitivity"] = torch.float32, {name: (2, rank) for name, rank in ranks.items()}
             if training.importance == "activation":

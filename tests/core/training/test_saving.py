@@ -123,7 +123,7 @@ def test_plain_files_hold_the_same_operands_in_the_save_precision(dtype: Any, sa
 @pytest.mark.parametrize("returning", [False, True])
 @pytest.mark.parametrize("values", [{"save_format": "kohya"}, {"bits": 8}], ids=["plain", "int8"])
 def test_without_qat_the_survivors_are_saved_and_nothing_else_is_lost(returning: bool, values: dict[str, Any]) -> None:
-    net, session = trained(iterative_pruning=True, rank_ratio=0.5, min_rank=1, rank_return=returning, **values)
+    _, session = trained(iterative_pruning=True, rank_ratio=0.5, min_rank=1, rank_return=returning, **values)
     lora = session.compress(metadata={"ss_network_dim": "6"})
     assert sum(update.rank for update in lora.updates.values()) == sum(int(session.kept(name).sum()) for name in session.pairs) == 9
     assert lora.report.total.components == (18, 9)
