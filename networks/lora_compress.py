@@ -40,7 +40,7 @@ from lora_compress import (
     settings_table,
     split_settings,
 )
-from lora_compress.training import TrainingSession, find_pairs
+from lora_compress.training import TrainingSession, find_pairs, write_calibration
 
 __all__ = ["CompressNetwork", "base_module", "create_network", "create_network_from_weights", "host_arguments"]
 
@@ -171,6 +171,11 @@ class CompressNetwork:
             SaveError: it cannot be written.
         """
         self._remove_lone_partners()
+        self._save(file, dtype, metadata)
+        if self.session is not None and self.session.calibrated:
+            tqdm.write(f"calibration: {write_calibration(self.session, file)}")
+
+    def _save(self, file, dtype, metadata) -> None:
         if not self.compression.enabled:
             state = self._modules.pop("compress_training", None)  # no part of a LoRA
             try:

@@ -12,9 +12,6 @@ __all__ = ["IMPORTANCES", "SCHEDULES", "QatSettings", "TrainingSettings"]
 
 SCHEDULES = {"cubic": 3.0, "linear": 1.0}  # power of what is left of the way
 IMPORTANCES = ("magnitude", "sensitivity", "activation")
-_NO_QAT = {
-    "mixed": "its bits per component are chosen when the file is written",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ class QatSettings:
     qat: bool = field(default=False, metadata={"help": "train with the weights as the file will hold them (needs bits under 16)"})
     qat_start: float = field(default=0.6, metadata={"help": "share of the steps after which the weights are quantized, in [0, 1)"})
     qat_refresh: int = field(default=20, metadata={"help": "steps between searches for the best scales, 1 or more"})
-    qat_lsq: bool = field(default=False, metadata={"help": "learn the scales by gradient (LSQ) between these searches"})
 
     def problems(self) -> list[str]:
         """What is wrong, a sentence each."""
@@ -91,17 +87,14 @@ class QatSettings:
             pruned: whether components go while training, so that nothing but channels is removed at saving.
         """
         if not self.qat:
-            return ["qat_lsq=true is only used by qat=true: set it, or remove this"] if self.qat_lsq else []
+            return []
         found = []
         if not quantization.enabled:
             found.append("qat=true trains with quantized weights: set bits under 16")
-        elif quantization.strategy in _NO_QAT:
-            why = _NO_QAT[quantization.strategy]
-            found.append(f"qat=true with strategy={quantization.strategy}: {why}: use dynamic, static, nf4 or entropy with bits")
+        elif quantization.strategy == "mixed":
+            found.append("qat=true with strategy=mixed: its bits are chosen at saving: use dynamic, static, nf4 or entropy")
         if quantization.progressive:
             found.append("qat=true and progressive=true contradict each other: a part of the file would not be what was trained")
-        if self.qat_lsq and quantization.strategy == "entropy":
-            found.append("qat_lsq=true with strategy=entropy: its one step belongs to the whole file: remove qat_lsq")
         if budget:
             found.append(
                 "qat=true and a target contradict each other: what was trained is saved as it is: give bits and rank_ratio"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .calibration import observe_inputs
 from .fake import straight_through
 from .importance import update_gram
 from .pairs import Pair, apply_layer, is_convolution
@@ -30,6 +31,7 @@ class Attachment:
         self._session = weakref.ref(session)
         self._patched: list[nn.Module] = []
         self._hooks: list[Any] = []
+        self._samplers: list[Any] = []
         self._held: list[tuple[Pair, int, Tensor, Tensor]] = []
         self._returning = session.settings.training.rank_return
 
@@ -56,12 +58,18 @@ class Attachment:
             for pair in session.pairs.values():
                 self._hooks.append(pair.down.register_forward_hook(_observer(self._session, pair)))
         elif self._hooks and not observing:
-            self._unhook()
+            self._hooks = _removed(self._hooks)
+        sampling = session.state.has("samples") and session.timeline is not None and session.timeline.samples(session.step)
+        if sampling and not self._samplers:
+            for pair in session.pairs.values():
+                self._samplers.append(pair.down.register_forward_pre_hook(_sampler(self._session, pair)))
+        elif self._samplers and not sampling:
+            self._samplers = _removed(self._samplers)
 
     def detach(self) -> None:
         """Give the layers back as they were."""
         self._unpatch()
-        self._unhook()
+        self._hooks, self._samplers = _removed(self._hooks), _removed(self._samplers)
 
     def effective_weight(self, pair: Pair, side: int) -> Tensor:
         """See `TrainingSession.effective_weight`."""
@@ -75,7 +83,8 @@ class Attachment:
             if masked and (side == 1 or session.quantizing):
                 rows = rows * session.kept(pair.name).unsqueeze(1)
             if session.quantizing and session.grid is not None:
-                rows = session.grid.project(rows, session.state.part(("down_grid", "up_grid")[side], pair.name))
+                parameters = session.state.part(("down_grid", "up_grid")[side], pair.name)
+                rows = session.grid.project(rows, parameters, (pair.name, side))
             return pair.shaped(side, rows).to(weight.dtype)
 
         return straight_through(weight, effective)
@@ -103,10 +112,12 @@ class Attachment:
             layer.__dict__.pop("forward", None)
         self._patched = []
 
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+
+def _removed(hooks: list[Any]) -> list[Any]:
+    """None are left of these."""
+    for hook in hooks:
+        hook.remove()
+    return []
 
 
 def _forward(session: weakref.ref[TrainingSession], pair: Pair, side: int, layer: nn.Module) -> Any:
@@ -132,3 +143,12 @@ def _observer(session: weakref.ref[TrainingSession], pair: Pair) -> Any:
             update_gram(current.state.part("gram", pair.name), current.state.part("gram_count", pair.name), rows)
 
     return observe
+
+
+def _sampler(session: weakref.ref[TrainingSession], pair: Pair) -> Any:
+    def sample(layer: nn.Module, args: Any) -> None:
+        current = session()
+        if current is not None and layer.training and torch.is_grad_enabled():
+            observe_inputs(current, pair, args[0])
+
+    return sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import SettingsError
 from ..quantization import CODECS, FixedFormat, encode_fixed
 from ..quantization.grids import choose_static_scale, from_blocks, integer_steps, quantize_nf4, to_blocks
 from ..settings import QuantizationSettings
+from .entropy_grid import EntropyGrid
 
 __all__ = ["FixedGrid", "Grid", "make_grid", "straight_through"]
 
@@ -22,11 +23,17 @@ class Grid(Protocol):
     def width(self, count: int) -> int:
         """Parameters that a row of `count` weights has."""
 
+    def prepare(self, rows: Mapping[str, Sequence[Tensor]], current: Tensor) -> None:
+        """Look at the whole network before parameters are chosen; `current`, flat, are those of before, zeros at first."""
+
     def choose(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Parameters (r, width) for rows (r, n) of down and of up."""
 
-    def project(self, rows: Tensor, parameters: Tensor) -> Tensor:
-        """What a reader of the file gets for rows (r, n), float32, coded with these parameters."""
+    def project(self, rows: Tensor, parameters: Tensor, key: Hashable) -> Tensor:
+        """What a reader of the file gets for rows (r, n), float32, coded with these parameters; `key` is whose they are."""
+
+    def forget(self) -> None:
+        """Parameters have changed: what was derived from them, by key, is no longer true."""
 
     def spread(self, parameters: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         """Parameters of rows that are set side by side, zeros between: part i has rows of counts[i] weights."""
@@ -52,6 +59,9 @@ class FixedGrid:
         """ceil(count / block size)."""
         return -(-count // self.form.block_size) if self.form.block_size else 1
 
+    def prepare(self, rows: Mapping[str, Sequence[Tensor]], current: Tensor) -> None:
+        """Scales know nothing of each other."""
+
     def choose(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Scales by the codec's own search."""
         found = []
@@ -63,7 +73,7 @@ class FixedGrid:
                 found.append(self.codec.choose_scale(blocks, torch.float32))
         return found
 
-    def project(self, rows: Tensor, parameters: Tensor) -> Tensor:
+    def project(self, rows: Tensor, parameters: Tensor, key: Hashable) -> Tensor:
         """level * scale of the nearest code, in float32, as `Codec.decode` has it; no code is ever made."""
         blocks = to_blocks(rows.float(), self.form.block_size)
         if self.codec.name == "nf4":
@@ -72,6 +82,9 @@ class FixedGrid:
         else:
             steps = integer_steps(blocks, parameters, self.codec.bits)
         return from_blocks(steps.mul_(parameters.unsqueeze(2)), rows.shape[1])
+
+    def forget(self) -> None:
+        """Nothing is derived from scales."""
 
     def spread(self, parameters: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         """Scales of 0 for blocks of zeros.
@@ -98,7 +111,7 @@ class FixedGrid:
 
 def make_grid(settings: QuantizationSettings) -> Grid:
     """The quantizer that the settings ask for."""
-    return FixedGrid(settings)
+    return EntropyGrid(float(settings.bits or 0.0)) if settings.strategy == "entropy" else FixedGrid(settings)
 
 
 class _StraightThrough(torch.autograd.Function):

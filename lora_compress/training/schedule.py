@@ -77,6 +77,10 @@ class Timeline:
         frozen = total - max(round(_FROZEN * total), 1)
         return cls(total, rotation, pruning, above_goal, quantization, qat.qat_refresh, frozen, sampling)
 
+    def samples(self, step: int) -> bool:
+        """Whether inputs are sampled in the forward passes after this step."""
+        return self.sampling is not None and step >= self.sampling
+
     def refreshes(self, step: int) -> bool:
         """Whether scales are searched after this step: 1, 2, 4, 8, ... steps after the first time, and every `refresh` steps.
 

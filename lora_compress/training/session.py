@@ -17,6 +17,7 @@ from ..settings import CompressionSettings
 from ..update import LowRankUpdate
 from .across import average_over_ranks, take_from_first_rank
 from .attach import Attachment
+from .calibration import calibration_layout
 from .fake import Grid, make_grid
 from .importance import component_norms, component_sensitivity, rotate_averages, update_sensitivity
 from .masks import choose_masks
@@ -74,6 +75,11 @@ class TrainingSession:
         return self._step
 
     @property
+    def calibrated(self) -> bool:
+        """Whether a calibration was asked for and its inputs have been sampled: in the last tenth of the training."""
+        return self.state.has("samples") and bool(self.state.batches.any())  # type: ignore[union-attr, operator]
+
+    @property
     def quantizing(self) -> bool:
         """Whether the forward pass computes with quantized weights."""
         return self.grid is not None and bool(self.state.quantizing)
@@ -114,6 +120,7 @@ class TrainingSession:
         """Fix when things happen. Called at the first step; earlier where total_steps is known."""
         total = self._total if isinstance(self._total, int) else int(self._total())
         self.timeline = Timeline.of_settings(self.settings.training, self.settings.quantized_training, total)
+        self._attachment.follow()
         return self.timeline
 
     def before_step(self) -> None:
@@ -250,14 +257,18 @@ class TrainingSession:
         assert self.grid is not None
         grid = self.grid
         rows = {name: pair.live_rows() for name, pair in self.pairs.items()}
+        grid.prepare(rows, self.state.down_grid)  # type: ignore[arg-type]
         for name, found in each_module(lambda name, parts: grid.choose(parts), rows).items():
             for kind, parameters in zip(("down_grid", "up_grid"), found, strict=True):
                 self.state.part(kind, name).copy_(parameters)
         take_from_first_rank(getattr(self.state, kind) for kind in ("down_grid", "up_grid"))
+        grid.forget()
 
     def _loaded(self) -> None:
         self._step = int(self.state.step)
         self._any_masked = self.state.has("kept") and not bool(self.state.kept.all())  # type: ignore[operator]
+        if self.grid is not None:
+            self.grid.forget()
         self._attachment.follow()
 
     def _layout(self) -> dict[str, Any]:
@@ -271,6 +282,8 @@ class TrainingSession:
             if training.importance == "activation":
                 layout["gram"] = torch.float32, {name: (rank, rank) for name, rank in ranks.items()}
                 layout["gram_count"] = torch.float32, dict.fromkeys(ranks, (1,))
+        if training.collect_calibration:
+            layout |= calibration_layout(self.pairs)
         if self.grid is not None:
             for side, kind in enumerate(("down_grid", "up_grid")):
                 sizes = {name: self.grid.width(pair.row_sizes[side]) for name, pair in self.pairs.items()}

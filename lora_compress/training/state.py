@@ -50,7 +50,7 @@ class TrainingState(nn.Module):
         return kind in self._places
 
     def on_load(self, listener: Callable[[], None]) -> None:
-        """Call `listener` after a state dict has been loaded."""
+        """Call `listener` after a state dict has been loaded, or the buffers moved."""
         self._listeners.append(listener)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingState:
@@ -58,10 +58,14 @@ class TrainingState(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(device)
+        self._tell()
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *rest)
-            for listener in self._listeners:
-                listener()
+            self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()

@@ -173,11 +173,6 @@ CONTRADICTIONS = {
     "qat in layers": ({"qat": True, "bits": 3, "strategy": "entropy", "progressive": True}, ["qat=true and progressive=true"]),
     "qat_start": ({"qat_start": 1}, [r"qat_start=1: must lie in \[0, 1\)"]),
     "qat_refresh": ({"qat_refresh": 0}, ["qat_refresh=0: must be 1 or more"]),
-    "lsq alone": ({"qat_lsq": True}, ["qat_lsq=true is only used by qat=true"]),
-    "lsq without scales": (
-        {"qat": True, "bits": 3, "strategy": "entropy", "qat_lsq": True},
-        ["qat_lsq=true with strategy=entropy"],
-    ),
     "several": (
         {"rank_ratio": 2, "min_rank": "many", "bits": 7, "save_format": "zip", "strateggy": "nf4"},
         [

@@ -22,6 +22,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     **{f"int{bits}": {"bits": bits} for bits in (8, 6, 5, 4, 3, 2)},
     "nf4": {"bits": 4, "strategy": "nf4", "group_size": 32},
     "static": {"bits": 8, "strategy": "static"},
+    "entropy": {"bits": 3.5, "strategy": "entropy"},
 }
 
 
@@ -81,7 +82,7 @@ def test_the_file_decodes_to_the_operands_of_the_last_forward(strategy: str, tmp
     _assert_exact(net, session, tmp_path, lambda file: {n: (u.down, u.up, u.scale) for n, u in load_lora(file).updates.items()})
 
 
-@pytest.mark.parametrize("strategy", ["int4", "nf4"])
+@pytest.mark.parametrize("strategy", ["int4", "nf4", "entropy"])
 def test_a_fresh_process_decodes_the_operands_of_the_last_forward(strategy: str, tmp_path: Path) -> None:
     net, session = trained(qat=True, **STRATEGIES[strategy])
     _assert_exact(net, session, tmp_path, decode)
@@ -162,7 +163,7 @@ class _Split(nn.Module):
         return torch.cat([up(down(x)) for down, up in zip(self.lora_down, self.lora_up, strict=True)], dim=-1) * self.scale
 
 
-@pytest.mark.parametrize("strategy", ["int4", "nf4", "static"])
+@pytest.mark.parametrize("strategy", ["int4", "nf4", "static", "entropy"])
 def test_parts_of_a_split_module_are_saved_as_one_that_does_the_same(strategy: str) -> None:
     torch.manual_seed(0)
     net = _Split([32, 32, 64])
