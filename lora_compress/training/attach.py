@@ -34,6 +34,7 @@ class Attachment:
         self._samplers: list[Any] = []
         self._held: list[tuple[Pair, int, Tensor, Tensor]] = []
         self._returning = session.settings.training.rank_return
+        self.called = False  # whether a layer has computed with what it was given here
 
     @property
     def session(self) -> TrainingSession:
@@ -127,6 +128,7 @@ def _forward(session: weakref.ref[TrainingSession], pair: Pair, side: int, layer
         current = session()
         if current is None:
             return own(layer, x)
+        current.attachment.called = True
         return apply_layer(layer, x, current.effective_weight(pair.name, side))
 
     return forward

@@ -51,6 +51,7 @@ class TrainingSession:
     Attributes:
         state: an nn.Module with all that must be saved with the network to go on later: register it there.
         timeline: when things happen; None before the first step.
+        attachment: what is put over the layers.
     """
 
     def __init__(self, pairs: Mapping[str, Pair], settings: CompressionSettings, total_steps: int | Callable[[], int]) -> None:
@@ -63,11 +64,11 @@ class TrainingSession:
         self.state.on_load(self._loaded)
         self._step = 0  # of state.step, without asking a device
         self._any_masked = False
-        self._attachment = Attachment(self)
+        self.attachment = Attachment(self)
         self._watch = OptimizerWatch(self, [weight for pair in self.pairs.values() for weight in pair.weights])
         for name in self.pairs if self.state.has("kept") else ():
             self.state.part("kept", name).fill_(True)
-        self._attachment.follow()
+        self.attachment.follow()
 
     @property
     def step(self) -> int:
@@ -105,7 +106,7 @@ class TrainingSession:
 
     def effective_weight(self, name: str, side: int) -> Tensor:
         """The weight that a layer computes with: down's for side 0, up's for side 1; with the gradient of the live one."""
-        return self._attachment.effective_weight(self.pairs[name], side)
+        return self.attachment.effective_weight(self.pairs[name], side)
 
     def compress(self, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None) -> CompressedLora:
         """What is to be saved, in memory; see `saving.compress_trained`."""
@@ -114,13 +115,13 @@ class TrainingSession:
     def close(self) -> None:
         """Let go of the layers and of the optimizers."""
         self._watch.close()
-        self._attachment.detach()
+        self.attachment.detach()
 
     def begin(self) -> Timeline:
         """Fix when things happen. Called at the first step; earlier where total_steps is known."""
         total = self._total if isinstance(self._total, int) else int(self._total())
         self.timeline = Timeline.of_settings(self.settings.training, self.settings.quantized_training, total)
-        self._attachment.follow()
+        self.attachment.follow()
         return self.timeline
 
     def before_step(self) -> None:
@@ -130,12 +131,16 @@ class TrainingSession:
         if self.state.has("sensitivity") and self._step < self.last_pruning_step:
             for name, pair in self.pairs.items():
                 self._observe(name, pair)
-        self._attachment.hold_masked()
+        self.attachment.hold_masked()
 
     def after_step(self, optimizers: Sequence[Optimizer]) -> None:
         """After an optimizer step: whatever is due."""
         timeline = self.timeline or self.begin()
-        self._attachment.release_masked()
+        self.attachment.release_masked()
+        if self.quantizing and not self.attachment.called:
+            raise SettingsError(
+                ["qat=true: the network computes with the weights of its layers without calling them: remove qat"], "training"
+            )
         self._step += 1
         self.state.step.fill_(self._step)
         if self._step == timeline.rotation and not self.quantizing:
@@ -146,7 +151,7 @@ class TrainingSession:
             self._begin_quantization(optimizers)
         elif self.quantizing and timeline.refreshes(self._step):
             self._choose_grids()
-        self._attachment.follow()
+        self.attachment.follow()
 
     def _observe(self, name: str, pair: Pair) -> None:
         down, up = (weight.grad for weight in pair.weights)
@@ -269,7 +274,9 @@ class TrainingSession:
         self._any_masked = self.state.has("kept") and not bool(self.state.kept.all())  # type: ignore[operator]
         if self.grid is not None:
             self.grid.forget()
-        self._attachment.follow()
+        if self._step:  # resumed: the host knows by now how long it trains
+            self.begin()
+        self.attachment.follow()
 
     def _layout(self) -> dict[str, Any]:
         training, ranks = self.settings.training, {name: pair.rank for name, pair in self.pairs.items()}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from lora_compress import SettingsError, load_lora
 
-STEPS = 12
-PRUNING = {"iterative_pruning": "True", "rank_ratio": "0.5", "min_rank": "1", "max_iterations": "2"}
+STEPS = 10
+PRUNING = {"iterative_pruning": "True", "rank_ratio": "0.5", "min_rank": "0", "max_iterations": "2"}
 QAT = {"qat": "True", "bits": "4", "qat_refresh": "2"}
 
 
@@ -80,11 +80,8 @@ class Training:
             lora.org_forward.__self__.__dict__.pop("forward", None)
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "sensitivity"])
-def test_a_training_by_the_hosts_contract_prunes_quantizes_and_saves_what_it_computed_with(
-    unet: Any, tmp_path: Path, importance: str
-) -> None:
-    training = Training(unet, tmp_path, importance=importance, **PRUNING, **QAT).run()
+def test_a_training_by_the_hosts_contract_prunes_quantizes_and_saves_what_it_computed_with(unet: Any, tmp_path: Path) -> None:
+    training = Training(unet, tmp_path, **PRUNING, **QAT).run()
     session = training.network.session
     assert session.step == STEPS and session.quantizing
     kept = {name: int(session.kept(name).sum()) for name in session.pairs}
@@ -127,8 +124,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("stop", [3, 9])
+@pytest.mark.parametrize(("name", "stop"), [("both", 9), ("sensitivity", 5), ("activation", 6), ("entropy", 7)])
 def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(unet: Any, tmp_path: Path, name: str, stop: int) -> None:
     settings = RESUMED[name] | {"collect_calibration": "True"}
     whole = Training(unet, tmp_path, **settings).run()
@@ -170,7 +166,7 @@ def test_a_state_from_before_loads_and_the_lora_file_of_the_host_holds_no_state(
 def test_checkpoints_between_are_compressed_as_the_training_stands(unet: Any, tmp_path: Path) -> None:
     training = Training(unet, tmp_path, **PRUNING, bits="8")
     ranks = []
-    for step in (1, 6, STEPS):
+    for step in (1, 4, STEPS):
         training.run(step)
         training.network.save_weights(str(tmp_path / "lora.safetensors"), None, {})
         ranks.append(sum(update.rank for update in load_lora(tmp_path / "lora.safetensors").updates.values()))

@@ -246,3 +246,12 @@ def test_what_cannot_be_trained_so_is_refused() -> None:
         Pair("pair", nn.Linear(3, 4), nn.Linear(4, 2, bias=False), 1.0)
     with pytest.raises(FormatError, match="do not form one update"):
         Pair("pair", nn.Linear(3, 4, bias=False), nn.Linear(3, 2, bias=False), 1.0)
+
+
+def test_a_network_that_never_calls_its_layers_is_not_said_to_be_quantized() -> None:
+    net, _, optimizer = start(total=10, **{**QAT, "qat_start": 0.1})
+    weights = [weight for pair in net.pairs().values() for weight in pair.weights]
+    with pytest.raises(SettingsError, match="without calling them"):
+        for _ in range(3):
+            sum(weight.square().sum() for weight in weights).backward()  # type: ignore[union-attr]
+            optimizer.step()
