@@ -26,8 +26,9 @@ import torch
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
-import networks.sd_scripts_path  # noqa: E402, F401
 from measure import Goal, goal_table  # noqa: E402
+
+import networks.sd_scripts_path  # noqa: E402, F401
 
 _GOALS = {"int4": 1.15, "nf4": 1.3, "waiting": 1.02}
 _ACTIVE = {"iterative_pruning": "True", "rank_ratio": "0.5", "min_rank": "0", "max_iterations": "1"}
