@@ -14,8 +14,10 @@ import toml
 from lora_compress import (
     BudgetSettings,
     PruningSettings,
+    QatSettings,
     QuantizationSettings,
     SettingsError,
+    TrainingSettings,
     refuse_setting,
     setting_names,
     split_settings,
@@ -27,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 NETWORK_MODULE = "networks.lora_compress"
 _SECTIONS = {
-    "pruning": [f.name for part in (PruningSettings, BudgetSettings) for f in fields(part)],
-    "quantization": [*(f.name for f in fields(QuantizationSettings)), "save_format", "quantization_device"],
+    "pruning": [f.name for part in (PruningSettings, BudgetSettings, TrainingSettings) for f in fields(part)],
+    "quantization": [
+        *(f.name for part in (QuantizationSettings, QatSettings) for f in fields(part)),
+        "save_format",
+        "quantization_device",
+    ],
 }
 
 

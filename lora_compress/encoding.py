@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,13 +96,16 @@ def encode_module(
 
 
 def decode_module(entry: Entry, chunks: Sequence[bytes]) -> LowRankUpdate:
-    """The update that an entry and its layers stand for: float32 factors, alpha = rank.
+    """The update that an entry and its layers stand for: float32 factors, alpha / rank = the parameter `scale`, 1 without one.
 
     Raises:
         FormatError: the bytes are not what the entry says, or a codec that this program does not know.
     """
     down, up = spread_channels(entry, *decode_rows(entry, chunks))
-    return LowRankUpdate.from_matrices(down, up.T.contiguous(), float(entry.rank), entry.kernel)
+    scale = entry.parameters.get("scale", 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise FormatError(f"scale {scale!r} is no number: the file is damaged")
+    return LowRankUpdate.from_matrices(down, up.T.contiguous(), entry.rank * float(scale), entry.kernel)
 
 
 def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +20,28 @@ from .encoding import decode_module
 from .errors import SettingsError
 from .files import TensorSpec, atomic_path, safetensors_size, write_safetensors
 from .frame import Frame
-from .job import Job, Stored
+from .job import Components, Job, Stored
 from .layouts import as_kohya
 from .layouts.families import part_of
 from .metadata import finish_metadata
-from .plain import FP8, KOHYA_KEYS, plain_update
+from .plain import FP8, KOHYA_KEYS, exact_plain, plain_update
 from .planning import plan
 from .quantization import FixedFormat, fixed_size
 from .report import CompressionReport, PartReport
 from .settings import CompressionSettings, QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["CompressedLora", "compress", "estimate_size", "kohya_partner", "opened_by", "partner_metadata", "plain_partner", "save"]
+__all__ = [
+    "CompressedLora",
+    "compress",
+    "estimate_size",
+    "kohya_partner",
+    "opened_by",
+    "partner_metadata",
+    "plain_partner",
+    "plain_size",
+    "save",
+]
 
 _MOST_BITS = 8  # of mixed and entropy, whatever error is asked for
 _HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
@@ -45,6 +57,7 @@ class CompressedLora:
         metadata: of the main file.
         report: sizes and errors; its second size is that of the main file.
         settings: what it was made with.
+        exact: whether a plain file beside it is to hold the same factors and alphas, as a training computed with them.
     """
 
     updates: dict[str, LowRankUpdate]
@@ -52,6 +65,7 @@ class CompressedLora:
     metadata: dict[str, str]
     report: CompressionReport
     settings: CompressionSettings
+    exact: bool = False
 
 
 def compress(
@@ -59,6 +73,9 @@ def compress(
     settings: CompressionSettings,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    *,
+    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> CompressedLora:
     """Prune and quantize `updates`: thin SVD of each, a choice over the whole file, then the codec or plain factors.
 
@@ -67,20 +84,23 @@ def compress(
         settings: what to remove and how to store the rest.
         dtype: of plain factors (save_precision); None keeps float32. Packed files do not use it.
         metadata: of the trainer, for the file.
+        decompose: updates of one shape to their components, where not all of its singular value decomposition is to be considered.
+        details: more to tell in the metadata, as ss_compress_* keys.
 
     Raises:
         FormatError: an update holds NaN or infinity.
         SettingsError: pruning leaves nothing, or the budget cannot be met.
     """
-    job = Job(updates, settings, FP8 if settings.save_format == "fp8" else dtype or torch.float32)
-    assembly = Assembly(job, metadata=lambda ranks: metadata or {})
+    factors = FP8 if settings.save_format == "fp8" else dtype or torch.float32
+    job = Job(updates, settings, factors) if decompose is None else Job(updates, settings, factors, decompose)
+    assembly = Assembly(job, metadata=lambda ranks: metadata or {}, more=details or {})
     chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}))
     stored = dict(job.run(chosen.choices)) if chosen.stored is None else chosen.stored
     if updates and not stored:
         raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])
     results = {name: _result(module) for name, module in stored.items()}
     modules = {name: _module_report(job, name, stored.get(name)) for name in updates}
-    before = _plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
+    before = plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
     report = CompressionReport.of_modules(modules, (before, assembly.size(stored)))
     tensors = _packed_tensors(assembly, stored) if job.packed else as_kohya(results)
     return CompressedLora(results, tensors, assembly.finished_metadata(stored), report, settings)
@@ -103,7 +123,8 @@ def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype 
     with atomic_path(path) as temporary:  # takes its name only when the partner has: both, or neither
         write_safetensors(lora.tensors, temporary, lora.metadata)
         if lora.settings.save_format == "both":
-            partner = {name: plain_partner(update, dtype or torch.float32) for name, update in lora.updates.items()}
+            make = exact_plain if lora.exact else plain_partner
+            partner = {name: make(update, dtype or torch.float32) for name, update in lora.updates.items()}
             with atomic_path(kohya_partner(path)) as beside:
                 write_safetensors(as_kohya(partner), beside, partner_metadata(lora.metadata, partner))
     return lora.report
@@ -111,7 +132,10 @@ def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype 
 
 def plain_partner(update: LowRankUpdate, dtype: torch.dtype, has_alpha: bool = True) -> LowRankUpdate:
     """What a packed module is in a plain file."""
-    return plain_update(update.down_matrix, update.up_matrix.T, update.kernel, dtype, 1.0 if has_alpha else None)
+    down, up = update.down_matrix, update.up_matrix.T
+    if update.scale != 1.0:  # trained quantized: the scale of the training is beside the codes
+        down, up = down * abs(update.scale) ** 0.5, up * math.copysign(abs(update.scale) ** 0.5, update.scale)
+    return plain_update(down, up, update.kernel, dtype, 1.0 if has_alpha else None)
 
 
 def partner_metadata(metadata: Mapping[str, str], partner: Mapping[str, LowRankUpdate]) -> dict[str, str]:
@@ -150,7 +174,7 @@ def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSet
         ranks[name] = min(most, max(round(ratio * most), floor, 1), most if cap is None else cap)
     if settings.save_format in ("packed", "both"):
         return _packed_estimate({name: (update, ranks[name]) for name, update in updates.items()}, settings.quantization)
-    return _plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
+    return plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
 
 
 def _module_report(job: Job, name: str, stored: Stored | None) -> PartReport:
@@ -184,7 +208,7 @@ def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings:
     return payload + _INDEX_BYTES * len(updates) + _HEADER_BYTES
 
 
-def _plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.dtype | None) -> int:
+def plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.dtype | None) -> int:
     """Bytes of a kohya file of updates at the given ranks."""
     specs: dict[str, TensorSpec] = {}
     for name, (update, rank) in updates.items():

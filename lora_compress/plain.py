@@ -13,7 +13,7 @@ from .errors import FormatError
 from .files import TensorSpec
 from .update import LowRankUpdate
 
-__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "fp8_alpha", "plain_rows", "plain_update"]
+__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "exact_plain", "fp8_alpha", "plain_rows", "plain_update"]
 
 FP8 = torch.float8_e4m3fn
 _FP8_AMAX = 8.0  # e4m3 is as exact anywhere from 1 to 128; 8 keeps products of factors finite in fp16
@@ -102,6 +102,14 @@ def plain_rows(
         scaled = scaled if len(scaled) == rank else torch.nn.functional.pad(scaled, (0, 0, 0, rank - len(scaled)))
         rows.append(scaled.to(dtype))
     return rows[0], rows[1]
+
+
+def exact_plain(update: LowRankUpdate, dtype: torch.dtype, least_rank: int = 2) -> LowRankUpdate:
+    """An update whose factors are not to be touched: cast, alpha / rank as it was; zeros fill the rank up to `least_rank`."""
+    missing = max(least_rank - update.rank, 0)
+    down = torch.nn.functional.pad(update.down_matrix, (0, 0, 0, missing)).to(dtype)
+    up = torch.nn.functional.pad(update.up_matrix, (0, missing)).to(dtype)
+    return LowRankUpdate.from_matrices(down, up, update.scale * (update.rank + missing), update.kernel)
 
 
 def fp8_alpha(products: list[float]) -> float:

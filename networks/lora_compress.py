@@ -1,6 +1,7 @@
 """sd-scripts' LoRA network with compressed saving: `--network_module networks.lora_compress`.
 
-It trains exactly as `networks.lora` does and takes the same network_args; what it adds happens when a file is written or read.
+It takes the same network_args as `networks.lora` and, unless they ask for more, trains exactly as that does: what it adds then
+happens when a file is written or read. With iterative_pruning or qat a `TrainingSession` is attached to its modules.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lora_compress import (
     settings_table,
     split_settings,
 )
+from lora_compress.training import TrainingSession, find_pairs, write_calibration
 from networks.compress_bases import LYCORIS, base_module, host_arguments
 from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
 from networks.compress_modules import live_update, module_tensors
@@ -73,7 +75,9 @@ def create_network_from_weights(multiplier, file, vae, text_encoder, unet, weigh
     network, weights_sd = base.create_network_from_weights(
         multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **host_args
     )
-    return _extend(network, settings), weights_sd
+    network = _extend(network, settings)
+    network._learns = not for_inference
+    return network, weights_sd
 
 
 def _read_arguments(unet: Any, kwargs: Mapping[str, Any]) -> tuple[ModuleType, CompressionSettings, dict[str, Any]]:
@@ -90,10 +94,14 @@ class CompressNetwork:
     Attributes:
         compression: the settings.
         report: of the last compressed save, None before.
+        session: prunes and quantizes while the network learns; None where nothing of the kind is asked for, and before apply_to.
     """
 
     compression: CompressionSettings
     report: CompressionReport | None = None
+    session: TrainingSession | None = None
+    _learns = True
+    _args: Any = None
     _save_dtype: torch.dtype | None = None
     _announced = True  # nothing to announce until prepare_network says that a training starts
     _with_partner: tuple[Path, ...] = ()
@@ -107,13 +115,21 @@ class CompressNetwork:
         """
         if self.compression.enabled and args.save_model_as != "safetensors":
             raise SettingsError([f"save_model_as={args.save_model_as} cannot hold a compressed LoRA: use safetensors"])
+        if self.compression.acts_in_training and getattr(args, "deepspeed", False):
+            raise SettingsError(
+                ["deepspeed keeps the weights in pieces of its own: remove it, or iterative_pruning, qat and collect_calibration"]
+            )
         _check_writable(args.output_dir)
+        self._args = args
         self._save_dtype = _PRECISIONS.get(args.save_precision)
         self._announced = False
 
     def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True) -> None:
         """The host's, then the effective settings and the size to expect, in the log once a training."""
         super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
+        if self.compression.acts_in_training and self._learns and self.session is None:
+            self.session = TrainingSession(find_pairs(self), self.compression, self._total_steps)
+            self.compress_training = self.session.state  # a submodule: goes wherever the host saves and loads the network
         if not self._announced:
             self._announced = True
             updates, values = self.updates(), self.compression.as_dict()
@@ -129,6 +145,8 @@ class CompressNetwork:
 
     def compress(self, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None):
         """The live weights, compressed as the settings say, in memory."""
+        if self.session is not None:
+            return self.session.compress(dtype, metadata)
         return compress(self.updates(), self.compression, dtype, metadata)
 
     def save_weights(self, file, dtype, metadata) -> None:
@@ -138,9 +156,19 @@ class CompressNetwork:
             SaveError: it cannot be written.
         """
         self._remove_lone_partners()
+        self._save(file, dtype, metadata)
+        if self.session is not None and self.session.calibrated:
+            tqdm.write(f"calibration: {write_calibration(self.session, file)}")
+
+    def _save(self, file, dtype, metadata) -> None:
         if not self.compression.enabled:
-            with atomic_path(file) as temporary:
-                super().save_weights(str(temporary), dtype, metadata)
+            state = self._modules.pop("compress_training", None)  # no part of a LoRA
+            try:
+                with atomic_path(file) as temporary:
+                    super().save_weights(str(temporary), dtype, metadata)
+            finally:
+                if state is not None:
+                    self.compress_training = state
             return
         self.report = self._write(file, dtype, metadata)
         tqdm.write(f"{self.report}\n{opened_by(file, str(self.compression.save_format))}")
@@ -166,6 +194,14 @@ class CompressNetwork:
         for name, update in loaded.updates.items():
             tensors |= module_tensors(modules[name], update, str(file)) if name in modules else as_kohya({name: update})
         return self.load_state_dict(tensors, False)
+
+    def _total_steps(self) -> int:
+        """Of the whole training. The trainer turns epochs into steps after it has called prepare_network: read when asked."""
+        if self._args is None:
+            raise SettingsError(
+                ["iterative_pruning and qat need the number of steps: call prepare_network(args) with args.max_train_steps first"]
+            )
+        return int(self._args.max_train_steps)
 
     def _remove_lone_partners(self) -> None:
         """The host deletes old files by the name it gave them: the kohya partner of a file that is gone goes too."""

@@ -11,12 +11,13 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 
 from ..errors import LoraCompressError, SettingsError
-from ..settings import CompressionSettings, QuantizationSettings, setting_names
+from ..settings import CompressionSettings, QatSettings, QuantizationSettings, TrainingSettings, setting_names
 
 __all__ = ["PRECISIONS", "Parser", "UsageError", "add_setting_flags", "flag_settings", "parse_settings", "quantize_pairs"]
 
 PRECISIONS = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _QUANTIZE = {field.name for field in dataclasses.fields(QuantizationSettings)}
+_TRAINING = {field.name for part in (TrainingSettings, QatSettings) for field in dataclasses.fields(part)}  # no file learns
 _ALIASES = {"save_format": ("--format", "--save_format"), "quantization_device": ("--device", "--quantization_device")}
 _METAVARS = {float: "X", int: "N", str: "TEXT", bool: "true|false"}
 
@@ -60,7 +61,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting but those of quantization, which are the names that --quantize takes."""
     group = parser.add_argument_group("what to keep and how to store it (any of these can be combined)")
     for name, kind in setting_names().items():
-        if name in _QUANTIZE:
+        if name in _QUANTIZE or name in _TRAINING:
             continue
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
         group.add_argument(*_ALIASES.get(name, (f"--{name}",)), dest=name, metavar=_METAVARS[kind], help=_HELPS.get(name), **switch)

@@ -19,7 +19,7 @@ from .refine import refine_module
 from .schedule import Run, Stage, row_runs, stage_at
 from .tables import MAX_SCALE, SHAPES
 
-__all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "predict_entropy"]
+__all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
 
 MAX_LAYERS = 64
 _SIDE_MODELS = 256  # numbers of (scale, shape) pairs
@@ -63,6 +63,11 @@ def encode_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1, re
     _check_layers(layers)
     module = refine_module(down, up, step) if refine else quantize_module(down, up, step)
     return _encoded(module, step, _chunks(module, layers))
+
+
+def encode_integers(module: QuantizedModule, step: float) -> EncodedModule:
+    """Code integers as they are, with the models that they come with, in one layer: those that a training ended with."""
+    return _encoded(module, step, _chunks(module, 1))
 
 
 def predict_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1) -> EncodedModule:

@@ -15,6 +15,7 @@ __all__ = [
     "fp8_levels",
     "from_blocks",
     "integer_levels",
+    "integer_steps",
     "quantize_fp8",
     "quantize_integer",
     "quantize_nf4",
@@ -74,8 +75,13 @@ def integer_levels(bits: int) -> list[float]:
 
 def quantize_integer(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes (r, b, g), uint8, of the nearest grid point of `scale: (r, b)`; scale 0 gives the code of zero."""
+    return integer_steps(blocks, scale, bits).add_(2 ** (bits - 1)).to(torch.uint8)
+
+
+def integer_steps(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest grid point of `scale: (r, b)` in steps, (r, b, g): -2^(bits-1) to 2^(bits-1) - 1."""
     half = 2 ** (bits - 1)
-    return (blocks * _reciprocal(scale)).round_().clamp_(-half, half - 1).add_(half).to(torch.uint8)
+    return (blocks * _reciprocal(scale)).round_().clamp_(-half, half - 1)
 
 
 def choose_mse_scale(blocks: Tensor, bits: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -4,6 +4,7 @@ from .budget import BudgetSettings, parse_size
 from .compression import SAVE_FORMATS, CompressionSettings, refuse_setting, setting_names, split_settings
 from .pruning import PruningSettings
 from .quantization import BITS_TABLE, QuantizationSettings
+from .training import QatSettings, TrainingSettings
 
 __all__ = [
     "BITS_TABLE",
@@ -11,7 +12,9 @@ __all__ = [
     "BudgetSettings",
     "CompressionSettings",
     "PruningSettings",
+    "QatSettings",
     "QuantizationSettings",
+    "TrainingSettings",
     "parse_size",
     "refuse_setting",
     "setting_names",

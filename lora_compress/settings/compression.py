@@ -14,11 +14,11 @@ from ..errors import SettingsError
 from .budget import BudgetSettings
 from .pruning import PruningSettings
 from .quantization import QuantizationSettings
+from .training import QatSettings, TrainingSettings
 
 __all__ = ["SAVE_FORMATS", "CompressionSettings", "refuse_setting", "setting_names", "split_settings"]
 
 SAVE_FORMATS = ("kohya", "fp8", "packed", "both")
-_NOT_YET = ("iterative_pruning", "max_iterations")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,15 @@ class CompressionSettings:
     pruning: PruningSettings = field(default_factory=PruningSettings)
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    quantized_training: QatSettings = field(default_factory=QatSettings)
     save_format: str | None = field(default=None, metadata={"help": "kohya, fp8, packed or both; default packed under 16 bits"})
     quantization_device: str = field(default="cpu", metadata={"help": "where the SVD and the quantizers run: cpu, cuda, cuda:1"})
 
     def __post_init__(self) -> None:
-        problems = [problem for part in self._parts for problem in part.problems()]
+        problems = [problem for part in (*self._parts, self.training, self.quantized_training) for problem in part.problems()]
         problems = problems or self.quantization.budget_problems(self.budget.enabled)
+        problems += self._training_problems()
         quantized = self.quantization.enabled
         if self.save_format is None:
             object.__setattr__(self, "save_format", "packed" if quantized else "kohya")
@@ -54,6 +57,11 @@ class CompressionSettings:
         if problems:
             raise SettingsError(problems)
 
+    def _training_problems(self) -> list[str]:
+        pruned = self.training.iterative_pruning
+        found = self.training.joint_problems(self.pruning)
+        return found + self.quantized_training.joint_problems(self.quantization, self.pruning, self.budget.enabled, pruned)
+
     @property
     def _parts(self) -> tuple[PruningSettings, QuantizationSettings, BudgetSettings]:
         return self.pruning, self.quantization, self.budget
@@ -62,6 +70,11 @@ class CompressionSettings:
     def enabled(self) -> bool:
         """Whether a saved file differs at all from what the host would have written."""
         return any(part.enabled for part in self._parts) or self.save_format != "kohya"
+
+    @property
+    def acts_in_training(self) -> bool:
+        """Whether anything happens before a file is written."""
+        return self.training.iterative_pruning or self.training.collect_calibration or self.quantized_training.qat
 
     @property
     def size_is_open(self) -> bool:
@@ -108,10 +121,17 @@ class CompressionSettings:
             flat["progressive"] = flat["refine"] = None
         for name in ("layer_threshold", "channel_threshold"):
             flat[name] = flat[name] or None
+        flat |= {
+            f.name: getattr(self.training, f.name) if self.training.iterative_pruning else None for f in fields(TrainingSettings)
+        }
+        flat["collect_calibration"] = self.training.collect_calibration or None
+        flat |= {
+            f.name: getattr(self.quantized_training, f.name) if self.quantized_training.qat else None for f in fields(QatSettings)
+        }
         return flat | {"save_format": self.save_format, "quantization_device": self.quantization_device}
 
 
-_PARTS = (PruningSettings, QuantizationSettings, BudgetSettings)
+_PARTS = (PruningSettings, QuantizationSettings, BudgetSettings, TrainingSettings, QatSettings)
 _TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 
@@ -143,8 +163,6 @@ def split_settings(values: Mapping[str, Any], host_names: Iterable[str]) -> tupl
 
 def refuse_setting(name: str, known: Iterable[str]) -> str:
     """The sentence that refuses `name`: the closest of the names that are `known`, or all of them."""
-    if name in _NOT_YET:
-        return f"{name}: pruning during training is not part of this version: remove it"
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f", did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
     return f"{name}: unknown setting{hint}"

@@ -149,8 +149,30 @@ CONTRADICTIONS = {
     "device": ({"quantization_device": "gpu"}, ["quantization_device=gpu: must be cpu, cuda or cuda:<number>"]),
     "unknown key": ({"rank_ration": 0.5}, ["rank_ration: unknown setting, did you mean rank_ratio"]),
     "very unknown key": ({"xyzzy": 1}, ["xyzzy: unknown setting; known are bits, .*strategy"]),
-    "not yet": ({"iterative_pruning": True}, ["iterative_pruning: pruning during training is not part.*remove it"]),
-    "not yet either": ({"max_iterations": 10}, ["max_iterations: .*remove it"]),
+    "nothing to prune": (
+        {"iterative_pruning": True, "min_rank": 1},
+        ["iterative_pruning=true has nothing to remove: set rank_ratio"],
+    ),
+    "no iterations": ({"max_iterations": 0}, ["max_iterations=0: must be 1 or more"]),
+    "end before start": ({"pruning_start": 0.7}, ["pruning_end=0.6: must lie after pruning_start=0.7"]),
+    "shares": ({"pruning_start": -0.1, "pruning_end": 1.5}, [r"pruning_start=-0.1.*\[0, 1\)", r"pruning_end=1.5.*\(0, 1\]"]),
+    "schedule": ({"pruning_schedule": "step"}, ["pruning_schedule=step: must be one of cubic, linear"]),
+    "importance": (
+        {"importance": "taylor"},
+        ["importance=taylor: must be one of magnitude, sensitivity, activation", "importance=taylor is only used by iterative"],
+    ),
+    "return without pruning": ({"rank_return": True}, ["rank_return=true is only used by iterative_pruning"]),
+    "qat without bits": ({"qat": True}, ["qat=true.*set bits under 16"]),
+    "qat mixed": ({"qat": True, "bits": 4, "strategy": "mixed"}, ["qat=true with strategy=mixed.*use dynamic"]),
+    "qat to a size": ({"qat": True, "bits": 4, "target_size": "2MB"}, ["qat=true and a target contradict"]),
+    "qat without channels": ({"qat": True, "bits": 4, "channel_threshold": 0.1}, ["qat=true and channel_threshold"]),
+    "qat pruned at saving": (
+        {"qat": True, "bits": 4, "rank_ratio": 0.5},
+        ["qat=true removes no component.*iterative_pruning=true"],
+    ),
+    "qat in layers": ({"qat": True, "bits": 3, "strategy": "entropy", "progressive": True}, ["qat=true and progressive=true"]),
+    "qat_start": ({"qat_start": 1}, [r"qat_start=1: must lie in \[0, 1\)"]),
+    "qat_refresh": ({"qat_refresh": 0}, ["qat_refresh=0: must be 1 or more"]),
     "several": (
         {"rank_ratio": 2, "min_rank": "many", "bits": 7, "save_format": "zip", "strateggy": "nf4"},
         [
@@ -210,6 +232,18 @@ def test_values_of_a_wrong_type_are_refused_by_name(name: str, value: object) ->
         value = 1
     problems = problems_of({name: value})
     assert any(problem.startswith(f"{name}=") for problem in problems)
+
+
+def test_what_happens_in_training_survives_a_round_trip_and_is_told_only_where_it_is_on() -> None:
+    given = {"iterative_pruning": True, "rank_ratio": 0.5, "min_rank": 2, "max_iterations": 4, "importance": "sensitivity"}
+    given |= {"qat": True, "bits": 4, "group_size": 32}
+    settings = CompressionSettings.parse(given)
+    told = {name: value for name, value in settings.as_dict().items() if value is not None}
+    assert CompressionSettings.parse(told) == settings
+    assert settings.acts_in_training
+    off = CompressionSettings.parse({"rank_ratio": 0.5, "max_iterations": 4, "qat_refresh": 7, "bits": 4})
+    assert not off.acts_in_training
+    assert off.as_dict()["max_iterations"] is None and off.as_dict()["qat_refresh"] is None
 
 
 @pytest.mark.parametrize("name", ["min_rank", "group_size"])

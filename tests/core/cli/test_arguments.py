@@ -14,7 +14,7 @@ import pytest
 import torch
 from core.compressors import lora_file
 
-from lora_compress import CompressionSettings, QuantizationSettings, setting_names
+from lora_compress import CompressionSettings, QatSettings, QuantizationSettings, TrainingSettings, setting_names
 from lora_compress.batch import CompressOptions
 from lora_compress.cli import main
 from lora_compress.cli.arguments import UsageError, quantize_pairs
@@ -55,11 +55,12 @@ def test_every_flag_of_sd_scripts_is_taken(sd_scripts: Path) -> None:
     assert (options.save_dtype, args.model, args.save_to) == (torch.bfloat16, known.model, known.save_to)
 
 
-def test_every_setting_has_a_flag() -> None:
+def test_every_setting_that_a_finished_file_can_follow_has_a_flag() -> None:
     quantize = {field.name for field in dataclasses.fields(QuantizationSettings)}
+    training = {field.name for part in (TrainingSettings, QatSettings) for field in dataclasses.fields(part)}
     destinations = {action.dest for action in _parser()._actions}
-    assert set(setting_names()) - quantize <= destinations
-    assert not quantize & destinations
+    assert set(setting_names()) - quantize - training <= destinations
+    assert not (quantize | training) & destinations
     for name in quantize:
         assert quantize_pairs([f"{name}=1"]) == {name: "1"}
 
