@@ -12,7 +12,7 @@ from .api import (
     save_compressed_lora,
 )
 from .container import is_packed
-from .errors import FormatError, LoraCompressError, SaveError, SettingsError
+from .errors import EvaluationError, FormatError, LoraCompressError, SaveError, SettingsError
 from .file_pipeline import compress_file, expand_file, truncate_file
 from .files import atomic_path
 from .layouts import LoraSource, as_kohya, open_lora
@@ -40,6 +40,7 @@ __all__ = [
     "CompressedLora",
     "CompressionReport",
     "CompressionSettings",
+    "EvaluationError",
     "FileReport",
     "FormatError",
     "LoraCompressError",
