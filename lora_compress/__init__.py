@@ -22,6 +22,7 @@ from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table
 from .report.file_report import FileReport, ModuleReport
 from .settings import (
+    AdaptiveSettings,
     BudgetSettings,
     CompressionSettings,
     PruningSettings,
@@ -36,6 +37,7 @@ from .update import LowRankUpdate
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveSettings",
     "BudgetSettings",
     "CompressedLora",
     "CompressionReport",
