@@ -6,6 +6,7 @@ The core: it knows no trainer and no host program. `compress` and `save` make a 
 from .api import (
     apply_quantization,
     combined_compression,
+    evaluate_lora_performance,
     load_compressed_lora,
     prune_lora_rank,
     quantize_lora_weights,
@@ -63,6 +64,7 @@ __all__ = [
     "compress",
     "compress_file",
     "estimate_size",
+    "evaluate_lora_performance",
     "expand_file",
     "is_packed",
     "kohya_partner",

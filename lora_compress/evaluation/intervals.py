@@ -51,7 +51,14 @@ def bootstrap_interval(
 
 
 def jackknife_interval(
-    distance: Distance, first: Tensor, second: Tensor, *, value: float | None = None, level: float = 0.95, seed: int = 0
+    distance: Distance,
+    first: Tensor,
+    second: Tensor,
+    *,
+    value: float | None = None,
+    groups: int = _GROUPS,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """value -/+ t s, with the delete-a-group jackknife's s^2 = sum over both sides of (g - 1)/g sum_j (d_j - mean d)^2.
 
@@ -63,6 +70,7 @@ def jackknife_interval(
         first: (N, d), a random sample.
         second: (M, d), likewise, independent of the first.
         value: of the distance, if it is known.
+        groups: of a side; fewer where it has not two pictures for each.
         level: of confidence.
         seed: of the groups.
     """
@@ -70,17 +78,17 @@ def jackknife_interval(
     value = distance(first, second) if value is None else value
     variance, freedom = 0.0, math.inf
     for side, features in enumerate((first, second)):
-        groups = min(_GROUPS, len(features) // 2 if len(features) < 2 * _GROUPS else _GROUPS)
-        if groups < 2:
+        count = min(groups, len(features) // 2)
+        if count < 2:
             return -math.inf, math.inf
         order = torch.randperm(len(features), generator=random)
         without = []
-        for group in order.tensor_split(groups):
+        for group in order.tensor_split(count):
             kept = features[_complement(len(features), group)]
             without.append(distance(kept, second) if side == 0 else distance(first, kept))
-        mean = math.fsum(without) / groups
-        variance += (groups - 1) / groups * math.fsum((one - mean) ** 2 for one in without)
-        freedom = min(freedom, groups - 1)
+        mean = math.fsum(without) / count
+        variance += (count - 1) / count * math.fsum((one - mean) ** 2 for one in without)
+        freedom = min(freedom, count - 1)
     reach = _student_quantile((1.0 + level) / 2.0, freedom) * math.sqrt(variance)
     return value - reach, value + reach
 
