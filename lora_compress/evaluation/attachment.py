@@ -169,9 +169,10 @@ def _converted(pipeline: Pipeline, lora: Lora, unknown: list[str]) -> Iterator[N
     except Exception as error:  # diffusers and PEFT raise errors of every kind
         raise EvaluationError(f"{refusal}, and diffusers cannot convert it ({error})") from error
     try:
-        taken = sum(hasattr(layer, "lora_A") for layer in denoiser_of(pipeline).modules())
-        if not taken:
-            raise EvaluationError(f"{refusal}, and diffusers took none of them: give the base model that the LoRA was trained on")
+        models = denoiser_of(pipeline), *text_encoders_of(pipeline).values()
+        taken = sum(hasattr(layer, "lora_A") for model in models for layer in model.modules())
+        if taken < len(lora.updates):  # more are right where a layer of the file is several in the model
+            raise EvaluationError(f"{refusal}, and diffusers took {taken}: what it drops would be missing from the pictures")
         yield
     finally:
         pipeline.unload_lora_weights()
