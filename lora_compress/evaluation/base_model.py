@@ -123,7 +123,9 @@ def draw(
     pictures = []
     for begin in range(0, len(prompts), batch):
         noise = [torch.Generator().manual_seed(seed) for seed in seeds[begin : begin + batch]]
-        found = pipeline(list(prompts[begin : begin + batch]), generator=noise, **options).images
+        found = getattr(pipeline(list(prompts[begin : begin + batch]), generator=noise, **options), "images", None)
+        if found is None:
+            raise EvaluationError(f"{type(pipeline).__name__}: draws no pictures: give a text-to-image model")
         pictures.append(found if output_type == "latent" else found.float().mul(255).round().clamp(0, 255).byte().cpu())
         if progress:
             progress(min(begin + batch, len(prompts)), len(prompts))

@@ -54,9 +54,9 @@ def paired_measures(
     if full is None:
         return estimates, notes, []
     count = min(prompts, drawings.count)
-    errors = relative_output_error(
-        studio.pipeline, full, [lora, rounded(full, torch.bfloat16)], lambda: studio.run_once(count), count
-    )
+    compared = [lora, rounded(full, torch.bfloat16)]
+    runs = [relative_output_error(studio.pipeline, full, compared, *run) for run in studio.runs(count)]
+    errors = [OutputError.joined(parts) for parts in zip(*runs, strict=True)]
     curve = list(zip(errors[0].timesteps, errors[0].by_timestep, strict=True))
     return [_output_estimate(errors[0], errors[1], count), *estimates], notes, curve
 

@@ -33,6 +33,12 @@ class OutputError:
     lost: Tensor
     effect: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[OutputError]) -> OutputError:
+        """Of all prompts of several batches."""
+        lost, effect = (torch.cat(tensors) for tensors in zip(*((part.lost, part.effect) for part in parts), strict=True))
+        return cls(parts[0].timesteps, lost, effect)
+
     @property
     def value(self) -> float:
         """sqrt(sum lost / sum effect) over all prompts and timesteps."""

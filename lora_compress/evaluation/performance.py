@@ -69,6 +69,10 @@ class EvaluationOptions:
                 raise EvaluationError(f"{name}={getattr(self, name)}: must be 1 or more")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise EvaluationError(f"resolution={self.resolution}: must be a multiple of 8")
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+            raise EvaluationError(f"device={self.device}: torch cannot use it here ({error}): use cpu") from error
 
     @property
     def cache_path(self) -> Path | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,12 +84,12 @@ class Studio:
             other_seed=self._draw("other noise", reference, _OTHER_SEEDS) if full or spare else None,
         )
 
-    def run_once(self, count: int) -> int:
-        """Run the pipeline over the first `count` prompts in one batch, without decoding; returns how many there were."""
-        prompts = self._prompts[:count]
-        seeds = range(self._seed, self._seed + len(prompts))
-        draw(self.pipeline, prompts, seeds=list(seeds), **{**self._options, "batch": len(prompts)}, output_type="latent")
-        return len(prompts)
+    def runs(self, count: int) -> Iterator[tuple[Callable[[], Tensor], int]]:
+        """Runs of the pipeline over the first `count` prompts without decoding: (run, prompts in its one batch)."""
+        for begin in range(0, count, self._options["batch"]):
+            prompts = self._prompts[begin : min(begin + self._options["batch"], count)]
+            seeds = [self._seed + begin + i for i in range(len(prompts))]
+            yield partial(draw, self.pipeline, prompts, seeds=seeds, **self._options, output_type="latent"), len(prompts)
 
     def _draw(self, title: str, lora: Lora | None, shift: int = 0) -> Tensor:
         def told(done: int, total: int) -> None:

@@ -23,7 +23,7 @@ from lora_compress.report.html_evaluation import evaluation_page
 from lora_compress.settings import CompressionSettings
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1")
-FAST = {"count": 4, "steps": 2, "resolution": 64, "cache": False, "batch": 4, "prompts_compared": 3}
+FAST = {"count": 4, "steps": 2, "resolution": 64, "cache": False, "batch": 2, "prompts_compared": 3}
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +315,8 @@ def test_other_bad_input_is_refused(
     (tmp_path / "empty").mkdir()
     error = refused(capsys, 1, "--model", files[0], "--base_model", tmp_path / "empty")
     assert "cannot be loaded as a base model" in error and "model_index.json" in error
+    error = refused(capsys, 1, "--model", files[0], "--base_model", tiny_sd, "--device", "cuda:99")
+    assert "device=cuda:99: torch cannot use it here" in error
     (tmp_path / "prompts.txt").write_text("# none\n\n")
     error = refused(capsys, 1, "--model", files[0], "--base_model", tiny_sd, "--prompts", tmp_path / "prompts.txt")
     assert "holds no prompt" in error
