@@ -179,14 +179,16 @@ def test_the_page_holds_the_numbers_and_the_pictures(evaluated) -> None:  # type
 
 
 def test_a_base_model_without_a_data_set_draws_stock_prompts(files: tuple[Path, Path], tiny_sd: Path) -> None:
-    found = evaluate_lora_performance(files[1], base_model=tiny_sd, **FAST)
+    found = evaluate_lora_performance(files[1], base_model=tiny_sd, **{**FAST, "count": 2, "steps": 1})
     assert {estimate.name for estimate in found.estimates} - {"lpips_base"} == {"ssim_base"}
     assert found["ssim_base"] < 1.0
 
 
 def test_combined_compression_evaluates_what_it_wrote(files: tuple[Path, Path], tiny_sd: Path, tmp_path: Path) -> None:
     target = tmp_path / "made.safetensors"
-    report = lora_compress.combined_compression(files[0], target, rank_ratio=0.7, bits=4, evaluate={"base_model": tiny_sd, **FAST})
+    report = lora_compress.combined_compression(
+        files[0], target, rank_ratio=0.7, bits=4, evaluate={"base_model": tiny_sd, **FAST, "count": 2, "steps": 1}
+    )
     assert report.metrics["size_mb"] == target.stat().st_size / 1e6
     assert report.metrics["relative_error"] == pytest.approx(report.relative_error, rel=1e-3)
     assert 0 < report.metrics["relative_output_error"] < 1
@@ -203,12 +205,12 @@ def test_the_command_prints_json_and_writes_a_page(
     files: tuple[Path, Path], dataset: Path, tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page, cache = tmp_path / "page.html", tmp_path / "cache"
-    flags = ("--count", 4, "--steps", 2, "--extractor", "probe", "--cache", cache, "--report", page, "--json")
+    flags = ("--count", 2, "--steps", 1, "--extractor", "probe", "--cache", cache, "--report", page, "--json")
     assert command("--model", files[0], "--other", files[1], "--base_model", tiny_sd, "--dataset", dataset, *flags) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["metrics"]["size_mb"] == files[1].stat().st_size / 1e6
     assert set(told["estimates"]["probe_fd"]) == {"value", "interval", "count", "against", "extractor", "floor", "meaning"}
-    assert told["settings"]["extractors"] == "probe" and told["settings"]["pictures"] == 4
+    assert told["settings"]["extractors"] == "probe" and told["settings"]["pictures"] == 2
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert len(list(cache.glob("probe-*.npz"))) == 1
     assert command("--model", files[1]) == 0
