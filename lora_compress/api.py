@@ -1,4 +1,4 @@
-"""The whole of LoRA Compress in eight functions, under the names and with the arguments that lora-scripts' users know."""
+"""The whole of LoRA Compress in a few functions, under the names and with the arguments that lora-scripts' users know."""
 
 from __future__ import annotations
 
