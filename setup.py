@@ -30,7 +30,14 @@ TRAIN = [  # what sd-scripts imports on the way to its first step; without them 
     "transformers>=4.44",
     "voluptuous>=0.13.1",
 ]
-DEV = ["hypothesis", "mypy", "peft", "pytest", "ruff", "setuptools>=77", "types-toml", "wheel"]
+EVALUATE = [  # what `resize_lora_ext.py evaluate` draws and measures pictures with
+    "diffusers>=0.25",
+    "peft>=0.13",  # diffusers loads LoRA of SDXL, SD3 and FLUX through it
+    "pillow>=10",
+    "torch-fidelity>=0.3,<0.5",  # Inception with the weights that FID is defined by
+    "transformers>=4.44",  # CLIP, DINOv2
+]
+DEV = ["hypothesis", "mypy", "peft", "pytest", "ruff", "setuptools>=77", "torchmetrics", "types-toml", "wheel"]
 
 # The two scripts of the root, as soon as they exist.
 SCRIPTS = [name for name in ("train_network_ext", "resize_lora_ext") if (ROOT / f"{name}.py").is_file()]
@@ -50,7 +57,7 @@ setup(
     package_data={"lora_compress": ["py.typed", "**/*.html", "**/*.css", "**/*.js", "**/*.json", "**/*.toml"]},
     py_modules=SCRIPTS,
     install_requires=CORE,
-    extras_require={"train": TRAIN, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "evaluate": EVALUATE, "dev": TRAIN + DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",

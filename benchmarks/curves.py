@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-__all__ = ["write_plot"]
+__all__ = ["STYLE_SHEET", "stroke", "write_plot"]
 
 _PANEL = (306, 240)
 _MARGINS = (40, 22, 26, 36)  # left, right, top, bottom of a panel
@@ -27,7 +27,7 @@ _STYLES: dict[str, tuple[str, float, str, bool]] = {
     "LoRAQuant": ("#c026a3", 0.0, "", True),
     "Shannon's bound": ("#111111", 1.0, "", False),
 }
-_STYLE_SHEET = (
+STYLE_SHEET = (
     "text{font:11px system-ui,sans-serif;fill:#333}.title{font-weight:600;font-size:12px;fill:#111}.axis{fill:#555}"
     ".grid{stroke:#e3e3e3;stroke-width:1}.frame{fill:none;stroke:#bbb}"
 )
@@ -48,7 +48,7 @@ def write_plot(path: Path, curves: Mapping[str, Mapping[str, Sequence[Point]]], 
     caption = "relative error of the update against bytes / bytes of the LoRA in fp16, both logarithmic"
     parts.append(f'<text class="axis" text-anchor="middle" x="{middle}" y="{height - 8}">{caption}</text>')
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
-    text = f"{svg}><title>Relative error against bytes</title><style>{_STYLE_SHEET}</style>{''.join(parts)}</svg>\n"
+    text = f"{svg}><title>Relative error against bytes</title><style>{STYLE_SHEET}</style>{''.join(parts)}</svg>\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
@@ -59,7 +59,7 @@ def _legend(width: int) -> list[str]:
         wide = 34 + 6.4 * len(name) + 14
         if x + wide > width:
             x, y = 14.0, y + 18
-        parts.append(_mark(x + 11, y - 4, colour) if marked else _stroke(f"M{x} {y - 4}h22", colour, thick, dashes))
+        parts.append(_mark(x + 11, y - 4, colour) if marked else stroke(f"M{x} {y - 4}h22", colour, thick, dashes))
         parts.append(f'<text x="{x + 28}" y="{y}">{escape(name)}</text>')
         x += wide
     return parts
@@ -91,7 +91,7 @@ def _panel(index: int, label: str, lines: Mapping[str, Sequence[Point]], full: f
         if marked:
             parts += [_mark(x, y, colour) for x, y in places]
         elif places:
-            parts.append(_stroke("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places), colour, thick, dashes))
+            parts.append(stroke("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places), colour, thick, dashes))
     return [*parts, "</g>"]
 
 
@@ -107,7 +107,8 @@ def _lowest_share(lines: Mapping[str, Sequence[Point]], full: float) -> float:
     return max((tick for tick in _SHARE_TICKS if tick <= min(seen, default=1.0)), default=_SHARE_TICKS[0])
 
 
-def _stroke(path: str, colour: str, thick: float, dashes: str) -> str:
+def stroke(path: str, colour: str, thick: float, dashes: str) -> str:
+    """A line along an SVG path; dashes as stroke-dasharray takes them, or none."""
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{thick}" stroke-linejoin="round"{dashed}/>'
 

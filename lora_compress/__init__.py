@@ -6,13 +6,14 @@ The core: it knows no trainer and no host program. `compress` and `save` make a 
 from .api import (
     apply_quantization,
     combined_compression,
+    evaluate_lora_performance,
     load_compressed_lora,
     prune_lora_rank,
     quantize_lora_weights,
     save_compressed_lora,
 )
 from .container import is_packed
-from .errors import FormatError, LoraCompressError, SaveError, SettingsError
+from .errors import EvaluationError, FormatError, LoraCompressError, SaveError, SettingsError
 from .file_pipeline import compress_file, expand_file, truncate_file
 from .files import atomic_path
 from .layouts import LoraSource, as_kohya, open_lora
@@ -22,6 +23,7 @@ from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table
 from .report.file_report import FileReport, ModuleReport
 from .settings import (
+    AdaptiveSettings,
     BudgetSettings,
     CompressionSettings,
     PruningSettings,
@@ -38,10 +40,12 @@ from .update import LowRankUpdate
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveSettings",
     "BudgetSettings",
     "CompressedLora",
     "CompressionReport",
     "CompressionSettings",
+    "EvaluationError",
     "FileReport",
     "FormatError",
     "LoraCompressError",
@@ -64,6 +68,7 @@ __all__ = [
     "compress",
     "compress_file",
     "estimate_size",
+    "evaluate_lora_performance",
     "expand_file",
     "is_packed",
     "kohya_partner",

@@ -1,10 +1,11 @@
-"""The whole of LoRA Compress in seven functions, under the names and with the arguments that lora-scripts' users know."""
+"""The whole of LoRA Compress in a few functions, under the names and with the arguments that lora-scripts' users know."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,13 @@ from .report import CompressionReport
 from .report.file_report import FileReport
 from .settings import CompressionSettings
 
+if TYPE_CHECKING:
+    from .evaluation.results import Evaluation
+
 __all__ = [
     "apply_quantization",
     "combined_compression",
+    "evaluate_lora_performance",
     "load_compressed_lora",
     "prune_lora_rank",
     "quantize_lora_weights",
@@ -100,18 +105,45 @@ def combined_compression(
     norm_threshold: float = 0.0,
     bits: float | None = 4,
     strategy: str = "dynamic",
+    evaluate: bool | Mapping[str, Any] = False,
     **settings: Any,
 ) -> FileReport:
-    """Prune, then quantize: the arguments of `prune_lora_rank` and of `apply_quantization`."""
-    return _compress(
-        lora_path,
-        output_path,
-        rank_ratio=rank_ratio,
-        norm_threshold=norm_threshold,
-        **_given(bits=bits),
-        strategy=strategy,
-        **settings,
-    )
+    """Prune, then quantize, save, and evaluate what was written if asked to.
+
+        combined_compression("lora.safetensors", "small.safetensors", 0.5, bits=4, evaluate={"base_model": "sd15/"}).metrics
+
+    Args:
+        lora_path: as in `prune_lora_rank`, the following too.
+        output_path: of the file to write.
+        rank_ratio: components kept / all.
+        norm_threshold: effective singular value below which a component goes.
+        bits: as in `quantize_lora_weights`.
+        strategy: of quantization.
+        evaluate: True for sizes and the error of the weights; or the arguments of `evaluate_lora_performance`, such as
+            {"base_model": ..., "dataset": ...}. The result is in the report's `evaluation` and `metrics`.
+        settings: any other setting by name.
+
+    Raises:
+        FormatError, SettingsError, SaveError: as `compress_file`.
+        EvaluationError: as `evaluate_lora_performance`; the compressed file has been written by then.
+    """
+    values = {"rank_ratio": rank_ratio, "norm_threshold": norm_threshold, **_given(bits=bits), "strategy": strategy}
+    report = _compress(lora_path, output_path, **values, **settings)
+    if evaluate is False or report.output is None:
+        return report
+    options = {} if evaluate is True else dict(evaluate)
+    return replace(report, evaluation=evaluate_lora_performance(report.output, original=lora_path, **options))
+
+
+def evaluate_lora_performance(lora_path: PathLike, dataset: PathLike | None = None, **options: Any) -> Evaluation:
+    """What a LoRA weighs, and what it lost: see `evaluation.performance.evaluate_lora_performance`, which this is.
+
+    found = evaluate_lora_performance("small.safetensors", "photos/", base_model="sd15/", original="lora.safetensors")
+    found["size_mb"], found["fid"], found["fid_full"], found["relative_output_error"]
+    """
+    from .evaluation.performance import evaluate_lora_performance as evaluate  # which needs Pillow, and diffusers to draw
+
+    return evaluate(lora_path, dataset, **options)
 
 
 def save_compressed_lora(lora: CompressedLora, output_path: PathLike, dtype: torch.dtype | None = None) -> CompressionReport:

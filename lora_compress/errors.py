@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["FormatError", "LoraCompressError", "SaveError", "SettingsError"]
+__all__ = ["EvaluationError", "FormatError", "LoraCompressError", "SaveError", "SettingsError"]
 
 
 class LoraCompressError(Exception):
@@ -25,3 +25,7 @@ class FormatError(LoraCompressError, ValueError):
 
 class SaveError(LoraCompressError, OSError):
     """A file could not be written; whatever stood under its name before is untouched."""
+
+
+class EvaluationError(LoraCompressError, ValueError):
+    """What is to be measured cannot be: pictures, captions, a base model, weights of a feature extractor."""

@@ -39,6 +39,8 @@ def quiet_stdout() -> Iterator[list[str]]:
     caught: list[str] = []
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("default")
+        for kind in (DeprecationWarning, PendingDeprecationWarning):  # for those who write libraries, not for those who use them
+            warnings.simplefilter("ignore", kind)
         try:
             yield caught
         finally:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..evaluation.results import Evaluation
 from ..update import relative_error
 
 __all__ = ["FileReport", "ModuleReport"]
@@ -70,6 +71,7 @@ class FileReport:
         notes: what the user should be told.
         settings: flat settings by name.
         curve: (bytes, relative error) that other sizes of this file would have.
+        evaluation: what was measured of the written file, if that was asked for.
     """
 
     input: str
@@ -83,6 +85,13 @@ class FileReport:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[int, float], ...] = ()
+    evaluation: Evaluation | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name: size_mb and relative_error, and whatever was evaluated: fid, relative_output_error, ..."""
+        found = {"size_mb": self.bytes[1] / 1e6, "relative_error": self.relative_error}
+        return found | (self.evaluation.metrics if self.evaluation is not None else {})
 
     @property
     def relative_error(self) -> float:
@@ -111,4 +120,5 @@ class FileReport:
             "modules_in": len(self.modules),
             "seconds": self.seconds,
             "notes": list(self.notes),
+            **({"evaluation": self.evaluation.as_json()} if self.evaluation is not None else {}),
         }

@@ -1,20 +1,24 @@
 """What can be set: one frozen dataclass per feature, read from strings or TOML values, validated once, all problems at a time."""
 
+from .adaptive import AdaptiveSettings
 from .budget import BudgetSettings, parse_size
-from .compression import SAVE_FORMATS, CompressionSettings, refuse_setting, setting_names, split_settings
+from .compression import SAVE_FORMATS, CompressionSettings, setting_names, split_settings
+from .parsing import refuse_setting
 from .pruning import PruningSettings
-from .quantization import BITS_TABLE, QuantizationSettings
+from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
 from .training import QatSettings, TrainingSettings
 
 __all__ = [
     "BITS_TABLE",
     "SAVE_FORMATS",
+    "AdaptiveSettings",
     "BudgetSettings",
     "CompressionSettings",
     "PruningSettings",
     "QatSettings",
     "QuantizationSettings",
     "TrainingSettings",
+    "allows_bits",
     "parse_size",
     "refuse_setting",
     "setting_names",

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 
 from ..errors import SettingsError
 from .budget import BudgetSettings
+from .parsing import names_of, parse_values, pick, refuse_setting
 from .pruning import PruningSettings
 from .quantization import QuantizationSettings
 from .training import QatSettings, TrainingSettings
 
-__all__ = ["SAVE_FORMATS", "CompressionSettings", "refuse_setting", "setting_names", "split_settings"]
+__all__ = ["SAVE_FORMATS", "CompressionSettings", "setting_names", "split_settings"]
 
 SAVE_FORMATS = ("kohya", "fp8", "packed", "both")
 
@@ -90,18 +90,10 @@ class CompressionSettings:
         Raises:
             SettingsError: unknown names, values of the wrong type or range, contradictions; all of them in one error.
         """
-        known = setting_names()
-        problems = [refuse_setting(name, known) for name in values if name not in known]
-        parsed: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in known:
-                try:
-                    parsed[name] = _convert(value, known[name])
-                except (KeyError, TypeError, ValueError, OverflowError):
-                    problems.append(f"{name}={value!r}: must be {_TYPE_NAMES[known[name]]}")
+        parsed, problems = parse_values(values, setting_names())
         try:
-            parts: list[Any] = [part(**_pick(parsed, part)) for part in _PARTS]
-            settings = cls(*parts, **_pick(parsed, cls))
+            parts: list[Any] = [part(**pick(parsed, part)) for part in _PARTS]
+            settings = cls(*parts, **pick(parsed, cls))
         except SettingsError as error:  # a default that stands in for what did not parse is not the user's mistake
             stand_ins = tuple(f"{name}=" for name in values if name not in parsed)
             raise SettingsError(problems + [problem for problem in error.problems if not problem.startswith(stand_ins)]) from None
@@ -132,13 +124,12 @@ class CompressionSettings:
 
 
 _PARTS = (PruningSettings, QuantizationSettings, BudgetSettings, TrainingSettings, QatSettings)
-_TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
 
 def setting_names() -> dict[str, type]:
     """Every name that `CompressionSettings.parse` takes, with its type."""
-    hints = {name: hint for part in _PARTS for name, hint in get_type_hints(part).items()}
-    return {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items()} | {"save_format": str, "quantization_device": str}
+    names = {name: kind for part in _PARTS for name, kind in names_of(part).items()}
+    return names | {"save_format": str, "quantization_device": str}
 
 
 def split_settings(values: Mapping[str, Any], host_names: Iterable[str]) -> tuple[CompressionSettings, dict[str, Any]]:
@@ -159,28 +150,3 @@ def split_settings(values: Mapping[str, Any], host_names: Iterable[str]) -> tupl
     if problems:
         raise SettingsError(problems)
     return settings, {name: value for name, value in values.items() if name in host}
-
-
-def refuse_setting(name: str, known: Iterable[str]) -> str:
-    """The sentence that refuses `name`: the closest of the names that are `known`, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    hint = f", did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
-    return f"{name}: unknown setting{hint}"
-
-
-def _convert(value: Any, kind: type) -> Any:
-    if kind is bool:
-        return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).strip().lower()]
-    if isinstance(value, bool) or value is None:
-        raise ValueError
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError
-        return value.strip().lower()
-    if kind is int and isinstance(value, float):
-        raise ValueError
-    return kind(value)
-
-
-def _pick(parsed: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    return {f.name: parsed[f.name] for f in fields(cls) if f.name in parsed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-__all__ = ["BITS_ALLOWED", "BITS_TABLE", "STRATEGIES", "QuantizationSettings"]
+__all__ = ["BITS_ALLOWED", "BITS_TABLE", "STRATEGIES", "QuantizationSettings", "allows_bits"]
 
 STRATEGIES = ("dynamic", "static", "nf4", "mixed", "entropy")
 BITS_ALLOWED = {
@@ -122,3 +122,8 @@ class QuantizationSettings:
             return []
         given = {"progressive=true": self.progressive, "refine=false": not self.refine}
         return [f"{text} is only possible with strategy=entropy, not with {self.strategy}" for text, on in given.items() if on]
+
+
+def allows_bits(strategy: str, bits: float) -> bool:
+    """Whether a strategy can store weights in so many bits."""
+    return not QuantizationSettings(bits=bits, strategy=strategy).problems()

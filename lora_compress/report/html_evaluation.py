@@ -1,0 +1,111 @@
+"""A page about an evaluation: its numbers with their intervals, the error over timesteps, and the pictures side by side."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from html import escape
+
+from PIL import Image
+from torch import Tensor
+
+from ..evaluation.results import Estimate, Evaluation
+from .html import page, tiles, write_page
+from .html_charts import size_text
+
+__all__ = ["evaluation_page", "write_evaluation_html"]
+
+_GAIN = 4  # of differences, which are too faint to be seen
+_SIDE = 256  # pixels that a picture is shown with at most
+_HEADINGS = ("metric", "value", "95 % interval", "floor", "N", "measured by", "what")
+
+
+def write_evaluation_html(found: Evaluation, path: str | os.PathLike[str]) -> None:
+    """Write `evaluation_page` to `path`, whole or not at all.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
+    write_page(evaluation_page(found), path)
+
+
+def evaluation_page(found: Evaluation) -> str:
+    """The page, with nothing in it that comes from elsewhere."""
+    body = tiles(_headline(found)) + _table(found) + _timesteps(found) + _pictures(found)
+    lead = escape(found.path) if found.original is None else f"{escape(found.original)} &rarr; {escape(found.path)}"
+    return page(os.path.basename(found.path), lead, "evaluation", body, found.notes, found.settings)
+
+
+def _headline(found: Evaluation) -> list[tuple[str, str, str]]:
+    was = "" if found.bytes_original is None else f"was {size_text(found.bytes_original)}"
+    numbers = [(size_text(found.bytes), "size", was)]
+    if found.relative_error is not None:
+        numbers.append((f"{found.relative_error:.2%}", "relative error", "of the weights"))
+    shown = [estimate for estimate in found.estimates if not estimate.name.endswith(("_base", "_full", "_other_seed"))]
+    return numbers + [(_number(e.value), e.name, "" if e.floor is None else f"floor {_number(e.floor)}") for e in shown]
+
+
+def _table(found: Evaluation) -> str:
+    if not found.estimates:
+        return ""
+    headings = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
+    rows = "".join(map(_row, found.estimates))
+    return (
+        '<section><h2>Measures</h2><div class="scroll-x"><table class="measures">'
+        f"<thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def _row(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    cells = (
+        estimate.name,
+        _number(estimate.value),
+        f"{_number(low)} to {_number(high)}" if math.isfinite(low) else "too few",
+        "–" if estimate.floor is None else _number(estimate.floor),
+        str(estimate.count) if estimate.against is None else f"{estimate.count} / {estimate.against}",
+        estimate.extractor,
+        estimate.meaning,
+    )
+    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def _timesteps(found: Evaluation) -> str:
+    if not found.by_timestep:
+        return ""
+    cells = "".join(f"<tr><td>{time:g}</td><td>{value:.4f}</td></tr>" for time, value in found.by_timestep)
+    table = f"<table><thead><tr><th>timestep</th><th>error</th></tr></thead><tbody>{cells}</tbody></table>"
+    return f'<section><h2>Relative output error by timestep</h2><div class="scroll">{table}</div></section>'
+
+
+def _pictures(found: Evaluation) -> str:
+    """A row for each prompt: what drew it, and the difference of the last two, made stronger."""
+    if not found.pictures:
+        return ""
+    columns = dict(found.pictures)
+    before, after = list(columns.values())[-2:]
+    columns[f"difference × {_GAIN}"] = (after.int() - before.int()).abs().mul(_GAIN).clamp(0, 255).byte()
+    headings = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    rows = "".join(
+        "<tr>"
+        + "".join(f'<td><img alt="{escape(name)}" src="{_source(side[i])}"></td>' for name, side in columns.items())
+        + "</tr>"
+        for i in range(len(before))
+    )
+    table = f'<table class="pictures"><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<section><h2>Pictures of the same prompt and noise</h2><div class="scroll-x">{table}</div></section>'
+
+
+def _source(picture: Tensor) -> str:
+    """A picture (3, H, W) as a data URI."""
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
