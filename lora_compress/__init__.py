@@ -14,10 +14,11 @@ from .api import (
 )
 from .container import is_packed
 from .errors import EvaluationError, FormatError, LoraCompressError, SaveError, SettingsError
-from .file_pipeline import compress_file, expand_file, truncate_file
+from .file_pipeline import compress_file
 from .files import atomic_path
 from .layouts import LoraSource, as_kohya, open_lora
 from .loading import LoraFile, load_lora
+from .packed_files import expand_file, truncate_file
 from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
 from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table

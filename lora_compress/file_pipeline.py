@@ -1,4 +1,4 @@
-"""Files to files: compress, expand a packed one, cut a progressive one. Weights are read and written a module at a time."""
+"""A LoRA file of any layout to a compressed one; weights are read and written a module at a time."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .assembly import Assembly
 from .chunks import Spool, payload_tensor
 from .consumers import ConsumerRules, PlannedFile, PlannedModule
-from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
+from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile
 from .curve import size_curve
-from .encoding import layer_count
-from .errors import FormatError, SettingsError
-from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
+from .errors import SettingsError
+from .files import TensorWriter, atomic_path
 from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
-from .pipeline import kohya_partner, partner_metadata, plain_partner
+from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
+from .pipeline import kohya_partner
 from .plain import FP8, PlainKeys
 from .planning import plan
 from .pruning import consumer_minimum
 from .report.file_report import FileReport, ModuleReport
 from .settings import CompressionSettings
 from .spectrum import Spectrum, known_svd, thin_svd
-from .update import LowRankUpdate, squared_error
+from .update import LowRankUpdate
 from .weighting import Calibration, base_norms, relative_weights, weighted_spectrum
 
-__all__ = ["compress_file", "expand_file", "truncate_file"]
+__all__ = ["compress_file"]
 
 Source = LoraSource | PackedFile
 Progress = Callable[[int, int], None]
@@ -126,81 +125,6 @@ def compress_file(
     )
 
 
-def expand_file(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    *,
-    save_dtype: torch.dtype | None = None,
-    force: bool = False,
-) -> FileReport:
-    """Write a packed file as a plain one, in the layout that it once came in and float16 unless told otherwise.
-
-    Raises:
-        FormatError: the input is no packed file, or damaged.
-        SaveError: the target cannot be written.
-    """
-    begun = time.monotonic()
-    check_target(source, target, force)
-    before = os.path.getsize(source)
-    lora = PackedFile(source) if is_packed(source) else None
-    if lora is None:
-        raise FormatError(f"{source}: is no packed file: there is nothing to expand")
-    dtype = save_dtype or torch.float16
-    with atomic_path(target) as temporary:
-        written = _write_expanded(lora, temporary, dtype)
-    modules = []
-    for name, update in written:
-        size = update.numel * dtype.itemsize
-        shape = (update.up.shape[0], *update.down.shape[1:])
-        modules.append(
-            ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
-        )
-    return _report((source, target), before, lora, modules, begun)
-
-
-def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str], size: int, *, force: bool = False) -> FileReport:
-    """Cut a progressive packed file to `size` bytes at most: header and index are written anew, the payload's beginning is copied.
-
-    Raises:
-        FormatError: the input is no packed file, not a progressive one, or `size` has no room for a first layer of every module.
-        SaveError: the target cannot be written.
-    """
-    begun = time.monotonic()
-    check_target(source, target, force)
-    before, lora = os.path.getsize(source), PackedFile(source)
-    if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
-        raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
-    metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more
-    carried, room = _specs(lora.others), size
-    for _ in range(8):  # a shorter payload has a shorter index
-        index, payload = lora.index.cut(max(room, 0))
-        encoded = index.encode()
-        specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
-        whole = safetensors_size(specs, metadata)
-        if whole <= size:
-            break
-        room = min(room, payload) - max(whole - size, 1)
-    if whole > size or len({module for module, _, _ in index.chunks}) < len(lora.index.entries):
-        raise FormatError(f"{source}: {size} bytes have no room for the first layer of every module: take a larger --truncate")
-    with atomic_path(target) as temporary:
-        with TensorWriter(temporary, specs, metadata) as writer:
-            _write(writer, lora.others)
-            _write(writer, {INDEX_KEY: encoded, PAYLOAD_KEY: torch.frombuffer(bytearray(lora.payload(payload)), dtype=torch.uint8)})
-        modules = _truncated(lora, PackedFile(temporary))
-    return _report((source, target), before, lora, modules, begun)
-
-
-def _truncated(lora: PackedFile, cut: PackedFile) -> list[ModuleReport]:
-    """What became of the modules of a file that was cut."""
-    modules = []
-    for name in lora:
-        whole, less = lora[name], cut[name]
-        error, norm = squared_error(whole, less)
-        sizes, shape = (lora.factor_bytes(name), cut.factor_bytes(name)), (whole.up.shape[0], *whole.down.shape[1:])
-        modules.append(ModuleReport(name, lora.part(name), shape, (whole.rank, less.rank), sizes, error, norm))
-    return modules
-
-
 def _channel_notes(job: Job) -> list[str]:
     """What a plain file makes of channels that were dropped."""
     shapes = [analysis.shape for analysis in job.analyses.values()]
@@ -209,30 +133,6 @@ def _channel_notes(job: Job) -> list[str]:
     if not dropped:
         return []
     return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
-
-
-def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], force: bool) -> None:
-    """Refuse a target that cannot be a result, before any work is done.
-
-    Raises:
-        SettingsError: it does not end with .safetensors, or it is the source and `force` is not given.
-    """
-    if Path(target).suffix != ".safetensors":
-        raise SettingsError([f"{target}: a LoRA is written as a safetensors file: end its name with .safetensors"], "output")
-    if not force and os.path.exists(target) and os.path.samefile(source, target):
-        raise SettingsError([f"{target}: is the input itself: choose another name, or --force to replace it"], "output")
-
-
-def _report(
-    paths: tuple[str | os.PathLike[str], str | os.PathLike[str]],
-    before: int,
-    lora: PackedFile,
-    modules: Iterable[ModuleReport],
-    begun: float,
-) -> FileReport:
-    source, target = map(str, paths)
-    sizes, seconds = (before, os.path.getsize(target)), time.monotonic() - begun
-    return FileReport(source, target, "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes))
 
 
 @contextmanager
@@ -271,8 +171,8 @@ def _prepare(
         return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
 
     job = Job(lora, settings, dtype, decompose, keys, pad, spool)
-    extras = {name: _specs(lora.extras(name)) for name in lora}
-    return job, Assembly(job, lora.layout, lora.plain_metadata, _specs(lora.others), extras, details)
+    extras = {name: tensor_specs(lora.extras(name)) for name in lora}
+    return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details)
 
 
 def _components(
@@ -304,10 +204,6 @@ def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ra
     return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.others))
 
 
-def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    return {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
-
-
 def _watched(
     job: Job, chosen: Plan, progress: Progress | None, sink: Callable[[str, Stored], Stored] | None = None
 ) -> Iterator[tuple[str, Stored]]:
@@ -330,7 +226,7 @@ def _write_plain(
 
     def write(name: str, module: Stored) -> Stored:
         assert module.plain is not None
-        _write(writer, assembly.job.analyses[name].shape.keys.tensors(name, module.plain))
+        write_tensors(writer, assembly.job.analyses[name].shape.keys.tensors(name, module.plain))
         return module.without_factors()
 
     with atomic_path(target) as temporary:
@@ -354,41 +250,17 @@ def _write_packed(
     with atomic_path(target) as temporary:
         with TensorWriter(temporary, assembly.specs(stored), metadata) as writer:
             _pass_on(writer, lora, stored)
-            _write(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
+            write_tensors(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
         if assembly.job.settings.save_format == "both":
             with atomic_path(kohya_partner(target)) as beside:
-                _write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)
-
-
-def _write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[tuple[str, LowRankUpdate]]:
-    """A packed file as a plain one; returns the modules, without their weights."""
-    specs, outline = _specs(packed.others), {}
-    for name, entry in packed.entries.items():
-        rank = max(entry.rank, _LEAST_RANK)
-        down, up = (rank, entry.inputs, *entry.kernel), (entry.outputs, rank, *(1,) * len(entry.kernel))
-        specs |= entry.keys.specs(name, down, up, dtype)
-        alpha = 1.0 if entry.keys.alpha is not None else float(rank)
-        outline[name] = LowRankUpdate(torch.empty(down, device="meta"), torch.empty(up, device="meta"), alpha)
-    with TensorWriter(
-        path, specs, partner_metadata(packed.plain_metadata({name: update.rank for name, update in outline.items()}), outline)
-    ) as writer:
-        _write(writer, packed.others)
-        for name in packed:
-            keys = packed.entries[name].keys
-            _write(writer, keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None)))
-    return list(outline.items())
+                write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)
 
 
 def _pass_on(writer: TensorWriter, lora: Source, kept: Iterable[str]) -> None:
     """Tensors of the input that are no factors, untouched."""
-    _write(writer, lora.others)
+    write_tensors(writer, lora.others)
     for name in kept:
-        _write(writer, lora.extras(name))
-
-
-def _write(writer: TensorWriter, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        writer.write(key, tensor)
+        write_tensors(writer, lora.extras(name))
 
 
 def _module_report(assembly: Assembly, lora: Source, name: str, stored: Stored | None) -> ModuleReport:

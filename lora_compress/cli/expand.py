@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     target = paths.check_output(args.save_to, [source], force=args.force)
     dtype = PRECISIONS[args.save_precision] if args.save_precision else None
     with quiet_stdout() as warned:
-        from ..file_pipeline import expand_file
+        from ..packed_files import expand_file
 
         report = expand_file(source, target, save_dtype=dtype, force=args.force)
     if args.json:

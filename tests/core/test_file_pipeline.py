@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from lora_compress import CompressionSettings, FormatError, SaveError, SettingsError, load_lora
 from lora_compress.container import PackedFile
-from lora_compress.file_pipeline import compress_file, expand_file, truncate_file
+from lora_compress.file_pipeline import compress_file
+from lora_compress.packed_files import expand_file, truncate_file
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals and file limits")
@@ -129,7 +130,8 @@ def test_a_folder_that_is_none_is_a_save_error(values: dict[str, object], source
 SMALL_DISK = """
 import resource, signal, sys
 from lora_compress import CompressionSettings, SaveError
-from lora_compress.file_pipeline import compress_file, expand_file, truncate_file
+from lora_compress.file_pipeline import compress_file
+from lora_compress.packed_files import expand_file, truncate_file
 source, packed, target = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))

@@ -13,7 +13,7 @@ import torch
 from core.compressors import lora_file, to_half
 from safetensors.torch import load_file
 
-from lora_compress import CompressionSettings, FormatError, file_pipeline
+from lora_compress import CompressionSettings, FormatError, file_pipeline, packed_files
 from lora_compress.cli import main
 from lora_compress.report.file_report import FileReport, ModuleReport
 
@@ -136,8 +136,8 @@ def test_truncate_and_expand_hand_on_what_they_were_given(
         calls.append((source, target, rest, options))
         return _report(source, target)
 
-    monkeypatch.setattr(file_pipeline, "truncate_file", record, raising=False)
-    monkeypatch.setattr(file_pipeline, "expand_file", record, raising=False)
+    monkeypatch.setattr(packed_files, "truncate_file", record, raising=False)
+    monkeypatch.setattr(packed_files, "expand_file", record, raising=False)
     source, target = lora_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     assert _run("--model", source, "--save_to", target, "--truncate", "8kB", "--json") == 0
     assert json.loads(capsys.readouterr().out).keys() >= NUMBERS

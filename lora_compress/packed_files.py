@@ -1,0 +1,153 @@
+"""What a packed file can be turned into: a plain one, or a shorter beginning of itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
+from .encoding import layer_count
+from .errors import FormatError, SettingsError
+from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
+from .pipeline import partner_metadata, plain_partner
+from .report.file_report import FileReport, ModuleReport
+from .update import LowRankUpdate, squared_error
+
+__all__ = ["check_target", "expand_file", "tensor_specs", "truncate_file", "write_expanded", "write_tensors"]
+
+_LEAST_RANK = 2  # of a plain file
+
+
+def expand_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    save_dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> FileReport:
+    """Write a packed file as a plain one, in the layout that it once came in and float16 unless told otherwise.
+
+    Raises:
+        FormatError: the input is no packed file, or damaged.
+        SaveError: the target cannot be written.
+    """
+    begun = time.monotonic()
+    check_target(source, target, force)
+    before = os.path.getsize(source)
+    lora = PackedFile(source) if is_packed(source) else None
+    if lora is None:
+        raise FormatError(f"{source}: is no packed file: there is nothing to expand")
+    dtype = save_dtype or torch.float16
+    with atomic_path(target) as temporary:
+        written = write_expanded(lora, temporary, dtype)
+    modules = []
+    for name, update in written:
+        size = update.numel * dtype.itemsize
+        shape = (update.up.shape[0], *update.down.shape[1:])
+        modules.append(
+            ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
+        )
+    return _report((source, target), before, lora, modules, begun)
+
+
+def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str], size: int, *, force: bool = False) -> FileReport:
+    """Cut a progressive packed file to `size` bytes at most: header and index are written anew, the payload's beginning is copied.
+
+    Raises:
+        FormatError: the input is no packed file, not a progressive one, or `size` has no room for a first layer of every module.
+        SaveError: the target cannot be written.
+    """
+    begun = time.monotonic()
+    check_target(source, target, force)
+    before, lora = os.path.getsize(source), PackedFile(source)
+    if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
+        raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
+    metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more
+    carried, room = tensor_specs(lora.others), size
+    for _ in range(8):  # a shorter payload has a shorter index
+        index, payload = lora.index.cut(max(room, 0))
+        encoded = index.encode()
+        specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
+        whole = safetensors_size(specs, metadata)
+        if whole <= size:
+            break
+        room = min(room, payload) - max(whole - size, 1)
+    if whole > size or len({module for module, _, _ in index.chunks}) < len(lora.index.entries):
+        raise FormatError(f"{source}: {size} bytes have no room for the first layer of every module: take a larger --truncate")
+    with atomic_path(target) as temporary:
+        with TensorWriter(temporary, specs, metadata) as writer:
+            write_tensors(writer, lora.others)
+            beginning = torch.frombuffer(bytearray(lora.payload(payload)), dtype=torch.uint8)
+            write_tensors(writer, {INDEX_KEY: encoded, PAYLOAD_KEY: beginning})
+        modules = _truncated(lora, PackedFile(temporary))
+    return _report((source, target), before, lora, modules, begun)
+
+
+def _truncated(lora: PackedFile, cut: PackedFile) -> list[ModuleReport]:
+    """What became of the modules of a file that was cut."""
+    modules = []
+    for name in lora:
+        whole, less = lora[name], cut[name]
+        error, norm = squared_error(whole, less)
+        sizes, shape = (lora.factor_bytes(name), cut.factor_bytes(name)), (whole.up.shape[0], *whole.down.shape[1:])
+        modules.append(ModuleReport(name, lora.part(name), shape, (whole.rank, less.rank), sizes, error, norm))
+    return modules
+
+
+def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], force: bool) -> None:
+    """Refuse a target that cannot be a result, before any work is done.
+
+    Raises:
+        SettingsError: it does not end with .safetensors, or it is the source and `force` is not given.
+    """
+    if Path(target).suffix != ".safetensors":
+        raise SettingsError([f"{target}: a LoRA is written as a safetensors file: end its name with .safetensors"], "output")
+    if not force and os.path.exists(target) and os.path.samefile(source, target):
+        raise SettingsError([f"{target}: is the input itself: choose another name, or --force to replace it"], "output")
+
+
+def _report(
+    paths: tuple[str | os.PathLike[str], str | os.PathLike[str]],
+    before: int,
+    lora: PackedFile,
+    modules: Iterable[ModuleReport],
+    begun: float,
+) -> FileReport:
+    source, target = map(str, paths)
+    sizes, seconds = (before, os.path.getsize(target)), time.monotonic() - begun
+    return FileReport(source, target, "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes))
+
+
+def write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[tuple[str, LowRankUpdate]]:
+    """A packed file as a plain one; returns the modules, without their weights."""
+    specs, outline = tensor_specs(packed.others), {}
+    for name, entry in packed.entries.items():
+        rank = max(entry.rank, _LEAST_RANK)
+        down, up = (rank, entry.inputs, *entry.kernel), (entry.outputs, rank, *(1,) * len(entry.kernel))
+        specs |= entry.keys.specs(name, down, up, dtype)
+        alpha = 1.0 if entry.keys.alpha is not None else float(rank)
+        outline[name] = LowRankUpdate(torch.empty(down, device="meta"), torch.empty(up, device="meta"), alpha)
+    with TensorWriter(
+        path, specs, partner_metadata(packed.plain_metadata({name: update.rank for name, update in outline.items()}), outline)
+    ) as writer:
+        write_tensors(writer, packed.others)
+        for name in packed:
+            keys = packed.entries[name].keys
+            write_tensors(writer, keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None)))
+    return list(outline.items())
+
+
+def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """What a header says of them."""
+    return {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+
+
+def write_tensors(writer: TensorWriter, tensors: Mapping[str, Tensor]) -> None:
+    """Write all of them."""
+    for key, tensor in tensors.items():
+        writer.write(key, tensor)
