@@ -17,7 +17,7 @@ from ..errors import LoraCompressError
 
 __all__ = ["WEIGHT_FORMATS", "WeightFormat", "require_bitsandbytes"]
 
-_OLDEST_BITSANDBYTES = (0, 46)  # the first whose kernels also run on a CPU
+_OLDEST_BITSANDBYTES = (0, 50)  # what is tested; on a CPU 0.46 decodes blocks of zeros in NF4 to other values
 _FP8 = torch.float8_e4m3fn
 _NF4_BLOCK = 64  # weights that share a scale, as in QLoRA
 _SCALE_BLOCK = 256  # NF4 scales that share a scale of their own: the only size that bitsandbytes' kernels know
