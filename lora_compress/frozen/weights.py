@@ -17,9 +17,10 @@ from ..errors import LoraCompressError
 
 __all__ = ["WEIGHT_FORMATS", "WeightFormat", "require_bitsandbytes"]
 
-_OLDEST_BITSANDBYTES = (0, 46)  # the first whose kernels also run on a CPU
+_OLDEST_BITSANDBYTES = (0, 50)  # what is tested; on a CPU 0.46 decodes blocks of zeros in NF4 to other values
 _FP8 = torch.float8_e4m3fn
 _NF4_BLOCK = 64  # weights that share a scale, as in QLoRA
+_DECODED_AT_ONCE = 1 << 20  # weights
 _SCALE_BLOCK = 256  # NF4 scales that share a scale of their own: the only size that bitsandbytes' kernels know
 
 
@@ -103,9 +104,13 @@ def _unpack_nf4(packed: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtyp
 
 
 def _scale_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes * scale by row, rounded once to `dtype`."""
+    """codes * scale by row, rounded once to `dtype`; a few rows at a time on a CPU, which multiplies float32 copies."""
     rows = codes.flatten(1)
-    return torch.mul(rows, scale.unsqueeze(1), out=torch.empty(rows.shape, dtype=dtype, device=rows.device))
+    decoded = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    count = max(1, _DECODED_AT_ONCE // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    for part, factor, target in zip(rows.split(count), scale.split(count), decoded.split(count), strict=True):
+        torch.mul(part, factor.unsqueeze(1), out=target)
+    return decoded
 
 
 @lru_cache
