@@ -29,8 +29,8 @@ from lora_compress.evaluation.frechet import frechet_distance, frechet_infinity 
 from lora_compress.evaluation.kernels import kernel_distance  # noqa: E402
 
 TRUE = 0.05  # distance of the laws that differ, of the trace
-_COUNTS = (16, 32, 64, 128, 256, 512, 1000, 2000, 5000)
-_PANEL, _MARGINS, _LEGEND = (430, 300), (58, 16, 30, 44), 26  # left, right, top, bottom
+_COUNTS = (16, 32, 64, 128, 256, 512, 1000, 2000)
+_PANEL, _MARGINS, _LEGEND = (430, 300), (58, 16, 30, 44), 44  # left, right, top, bottom
 _LINES = {  # name in a row: what the legend says, colour, width, dashes
     "same": ("FID, same law: the floor", "#c2410c", 2.2, ""),
     "apart": ("FID, laws 0.05 apart", "#0b57d0", 2.2, ""),
@@ -54,16 +54,20 @@ def samples(width: int, count: int, seed: int, shift: float = 0.0) -> Tensor:
 def row_of(width: int, count: int, repeats: int) -> Row:
     """What N pictures make of distances 0 and 0.05."""
     pairs = [(samples(width, count, 2 * i), samples(width, count, 2 * i + 1)) for i in range(repeats)]
-    moved = [(first, second + (samples(width, 1, 0, TRUE) - samples(width, 1, 0))) for first, second in pairs]
+    shift = (samples(width, 1, 0, TRUE) - samples(width, 1, 0))[0]
+    same, apart = [], []
+    for first, second in pairs:
+        same.append(frechet_distance(first, second))
+        gap = first.mean(dim=0) - second.mean(dim=0)  # a shift moves means and nothing else
+        apart.append(same[-1] + float((gap - shift).square().sum() - gap.square().sum()))
     kernels = [kernel_distance(*(side * width**0.5 for side in pair)) for pair in pairs]  # of features of unit size
-    same, apart = (fmean(frechet_distance(*pair) for pair in each) for each in (pairs, moved))
     enough = count >= 4 * width
     return {
         "count": count,
-        "same": same,
-        "apart": apart,
-        "difference": apart - same,
-        "infinity": fmean(frechet_infinity(*pair) for pair in moved[:3]) if enough else None,
+        "same": fmean(same),
+        "apart": fmean(apart),
+        "difference": fmean(apart) - fmean(same),
+        "infinity": fmean(frechet_infinity(first, second + shift) for first, second in pairs[:3]) if enough else None,
         "kid_mean": fmean(kernels),
         "kid_deviation": stdev(kernels) if repeats > 1 else None,
         "true": TRUE,
@@ -85,8 +89,8 @@ def table(width: int, rows: Sequence[Row]) -> str:
 
 def write_bias_plot(path: Path, rows: Mapping[int, Sequence[Row]]) -> None:
     """A panel for each width, both axes logarithmic, as an SVG that needs nothing else."""
-    width, height = _PANEL[0] * len(rows), _PANEL[1] + _LEGEND
-    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>', *_legend()]
+    width, height = max(_PANEL[0] * len(rows), 2 * _PANEL[0]), _PANEL[1] + _LEGEND
+    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>', *_legend(width)]
     for index, (wide, own) in enumerate(rows.items()):
         parts.append(f'<g transform="translate({index * _PANEL[0]} {_LEGEND})">{"".join(_panel(wide, own))}</g>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
@@ -95,11 +99,14 @@ def write_bias_plot(path: Path, rows: Mapping[int, Sequence[Row]]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _legend() -> list[str]:
-    parts, x = [], 14.0
+def _legend(width: int) -> list[str]:
+    parts, x, y = [], 14.0, 18.0
     for label, colour, thick, dashes in _LINES.values():
-        parts.append(stroke(f"M{x} 14h22", colour, thick, dashes) + f'<text x="{x + 27}" y="18">{label}</text>')
-        x += 27 + 6.0 * len(label) + 18
+        wide = 27 + 6.2 * len(label) + 14
+        if x + wide > width:
+            x, y = 14.0, y + 18
+        parts.append(stroke(f"M{x:.0f} {y - 4}h22", colour, thick, dashes) + f'<text x="{x + 27:.0f}" y="{y}">{label}</text>')
+        x += wide
     return parts
 
 

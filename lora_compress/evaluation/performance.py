@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ..comparison import compare_files
 from ..errors import EvaluationError
+from ..layouts import open_lora
 from .attachment import Lora, read_lora
 from .base_model import load_base_model
 from .extractors import FeatureExtractor, load_extractor
@@ -114,57 +115,54 @@ def evaluate_lora_performance(
         EvaluationError: what else is missing or does not fit: pictures, captions, base model, extractor.
     """
     chosen = EvaluationOptions(**options)
-    path, before = str(lora_path), None if original is None else str(original)
     if dataset is not None and base_model is None:
         raise EvaluationError(f"{dataset}: pictures are compared with drawn ones: name the base model to draw with")
-    lora, full = read_lora(path), None if before is None else read_lora(before)
-    comparison = None if before is None else compare_files(before, path)
-    found = Evaluation(
-        path,
-        before,
-        os.path.getsize(path),
-        None if before is None else os.path.getsize(before),
-        None if comparison is None else comparison.relative_error,
-    )
+    found = _weighed(str(lora_path), None if original is None else str(original))
     if base_model is None:
         return found
+    lora, full = read_lora(found.path), None if found.original is None else read_lora(found.original)
     folder = None
     if dataset is not None:
         folder = read_pictures(dataset, resolution=chosen.resolution, captions=prompts is None)
     names = chosen.extractors or (["inception"] if folder is not None else [])
     extractors = [load_extractor(name, chosen.weights.get(str(name)), chosen.device) for name in names]
     references = [reference_features(folder, extractor, chosen.cache_path) for extractor in extractors] if folder else []
-    texts = _prompts(prompts, folder, lora, chosen)
+    texts = _prompts(prompts, folder, full or lora, chosen)
     pipeline = load_base_model(base_model, family=(full or lora).family, device=chosen.device, dtype=chosen.dtype)
     studio = Studio(pipeline, texts, chosen.seed, _draw_options(chosen), progress)
     drawings = studio.draw_all(lora, full, spare=folder is not None)
     estimates, notes, curve = paired_measures(studio, drawings, lora, full, extractors, chosen.prompts_compared, chosen.device)
     for extractor, reference in zip(extractors, references, strict=False):
         estimates += distances(drawings, extractor, reference)
-    return Evaluation(
-        found.path,
-        found.original,
-        found.bytes,
-        found.bytes_original,
-        found.relative_error,
-        tuple(estimates),
-        tuple(curve),
-        (*notes, *_notes(drawings, folder)),
-        _told(chosen, base_model, dataset, extractors, drawings),
-        {name: pictures[:_SHOWN] for name, pictures in drawings.shown().items()},
+    return replace(
+        found,
+        estimates=tuple(estimates),
+        by_timestep=tuple(curve),
+        notes=(*notes, *_notes(drawings, folder)),
+        settings=_told(chosen, base_model, dataset, extractors, drawings),
+        pictures={name: pictures[:_SHOWN] for name, pictures in drawings.shown().items()},
     )
+
+
+def _weighed(path: str, original: str | None) -> Evaluation:
+    """Sizes, and the error of the weights."""
+    if original is None:
+        open_lora(path).close()
+        return Evaluation(path, None, os.path.getsize(path))
+    comparison = compare_files(original, path)
+    return Evaluation(path, original, comparison.bytes[1], comparison.bytes[0], comparison.relative_error)
 
 
 def _prompts(
     given: PathLike | Sequence[str] | None, folder: PictureFolder | None, lora: Lora, options: EvaluationOptions
 ) -> list[str]:
-    """N texts: those given, the captions, or stock prompts; again from the first where they are fewer."""
+    """N texts of those given, the captions, or stock prompts; evenly picked where they are more, again from the first if fewer."""
     if given is not None:
         texts = read_prompts(given) if isinstance(given, (str, os.PathLike)) else list(given)
     else:
         texts = list(folder.captions) if folder is not None else stock_prompts(lora.metadata)
     count = options.count or 64
-    return [texts[i % len(texts)] for i in range(count)]
+    return [texts[i * len(texts) // count if count < len(texts) else i % len(texts)] for i in range(count)]
 
 
 def _draw_options(options: EvaluationOptions) -> dict[str, Any]:
@@ -175,13 +173,12 @@ def _draw_options(options: EvaluationOptions) -> dict[str, Any]:
 def _notes(drawings: Drawings, folder: PictureFolder | None) -> list[str]:
     if folder is None:
         return []
-    notes = []
     count = min(drawings.count, len(folder))
-    if count < _ENOUGH:
-        notes.append(
-            f"{count} pictures: below {_ENOUGH} FID is mostly bias, compare it with its floor; KID is unbiased and the one to trust"
-        )
-    return notes
+    if count >= _ENOUGH:
+        return []
+    return [
+        f"{count} pictures: below {_ENOUGH} FID is mostly bias, compare it with its floor; KID is unbiased and the one to trust"
+    ]
 
 
 def _told(

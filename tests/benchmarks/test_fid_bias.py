@@ -8,6 +8,8 @@ from pathlib import Path
 import fid_bias
 import pytest
 
+from lora_compress.evaluation.frechet import frechet_distance
+
 
 def test_few_pictures_look_far_apart_and_many_do_not(tmp_path: Path) -> None:
     rows = fid_bias.rows_of(32, (16, 64, 256), budget=1200)
@@ -27,4 +29,8 @@ def test_few_pictures_look_far_apart_and_many_do_not(tmp_path: Path) -> None:
 def test_the_laws_are_as_far_apart_as_is_said() -> None:
     moved = fid_bias.samples(64, 1, 0, fid_bias.TRUE) - fid_bias.samples(64, 1, 0)
     assert float(moved.square().sum()) == pytest.approx(fid_bias.TRUE)
+    first, second = fid_bias.samples(8, 40, 0), fid_bias.samples(8, 40, 1)
+    row = fid_bias.row_of(8, 40, 1)
+    shift = fid_bias.samples(8, 1, 0, fid_bias.TRUE) - fid_bias.samples(8, 1, 0)
+    assert row["apart"] == pytest.approx(frechet_distance(first, second + shift))
     assert float(fid_bias.samples(64, 4000, 0).var(dim=0).sum()) == pytest.approx(1.0, rel=0.05)
