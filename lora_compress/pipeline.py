@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,8 @@ def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSet
         cap = settings.pruning.rank_cap(update.kernel)
         ranks[name] = min(most, max(round(ratio * most), floor, 1), most if cap is None else cap)
     if settings.save_format in ("packed", "both"):
-        return _packed_estimate({name: (update, ranks[name]) for name, update in updates.items()}, settings.quantization)
+        scales = torch.float32 if settings.quantized_training.qat else torch.bfloat16
+        return _packed_estimate({name: (update, ranks[name]) for name, update in updates.items()}, settings.quantization, scales)
     return plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
 
 
@@ -196,7 +197,9 @@ def _packed_tensors(assembly: Assembly, stored: Mapping[str, Stored]) -> dict[st
     return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks)}
 
 
-def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings) -> int:
+def _packed_estimate(
+    updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings, scale_dtype: torch.dtype
+) -> int:
     """Bytes of a packed file of updates at the given ranks; of the index a good guess."""
     payload = 0
     for update, rank in updates.values():
@@ -204,7 +207,8 @@ def _packed_estimate(updates: Mapping[str, tuple[LowRankUpdate, int]], settings:
         if settings.averages:
             payload += int(rank * (columns + outputs) * float(settings.bits or _MOST_BITS) / 8)
         else:
-            payload += fixed_size(rank, columns, outputs, FixedFormat.of_settings(settings))
+            form = replace(FixedFormat.of_settings(settings), scale_dtype=scale_dtype)
+            payload += fixed_size(rank, columns, outputs, form)
     return payload + _INDEX_BYTES * len(updates) + _HEADER_BYTES
 
 

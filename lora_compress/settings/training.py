@@ -55,6 +55,9 @@ class TrainingSettings:
         given = {"rank_return=true": self.rank_return, f"importance={self.importance}": self.importance != "magnitude"}
         if not self.iterative_pruning:
             return [f"{text} is only used by iterative_pruning=true: set it, or remove this" for text, on in given.items() if on]
+        if pruning.norm_threshold and self.importance != "magnitude":
+            why = "it is a singular value: use rank_ratio, new_rank or layer_threshold"
+            return [f"norm_threshold={pruning.norm_threshold:g} with importance={self.importance}: {why}"]
         if pruning.enabled and pruning != PruningSettings(channel_threshold=pruning.channel_threshold):
             return []
         return ["iterative_pruning=true has nothing to remove: set rank_ratio below 1, new_rank, a threshold or dynamic_method"]

@@ -33,7 +33,6 @@ class Attachment:
         self._hooks: list[Any] = []
         self._samplers: list[Any] = []
         self._held: list[tuple[Pair, int, Tensor, Tensor]] = []
-        self._returning = session.settings.training.rank_return
         self.called = False  # whether a layer has computed with what it was given here
 
     @property
@@ -46,7 +45,7 @@ class Attachment:
     def follow(self) -> None:
         """Put on or take off what the state of the session asks for."""
         session = self.session
-        wanted = session.quantizing or (self._returning and session.any_masked)
+        wanted = session.quantizing or (session.may_return and session.any_masked)
         if wanted and not self._patched:
             for pair in session.pairs.values():
                 for side, layer in enumerate((pair.down, pair.up)):
@@ -75,7 +74,7 @@ class Attachment:
     def effective_weight(self, pair: Pair, side: int) -> Tensor:
         """See `TrainingSession.effective_weight`."""
         session, weight = self.session, pair.weights[side]
-        masked = self._returning and session.state.has("kept")
+        masked = session.may_return and session.any_masked
         if not (session.quantizing or masked):
             return weight
 
@@ -93,7 +92,7 @@ class Attachment:
     def hold_masked(self) -> None:
         """Before a step: remember components that may return, which weight decay and momentum must not move."""
         self._held = []
-        if not (self._returning and self.session.any_masked):
+        if not (self.session.may_return and self.session.any_masked):
             return
         for pair in self.session.pairs.values():
             masked = ~self.session.kept(pair.name)

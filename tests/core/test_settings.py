@@ -161,6 +161,10 @@ CONTRADICTIONS = {
         {"importance": "taylor"},
         ["importance=taylor: must be one of magnitude, sensitivity, activation", "importance=taylor is only used by iterative"],
     ),
+    "threshold of another unit": (
+        {"iterative_pruning": True, "norm_threshold": 0.1, "importance": "sensitivity"},
+        ["norm_threshold=0.1 with importance=sensitivity: it is a singular value"],
+    ),
     "return without pruning": ({"rank_return": True}, ["rank_return=true is only used by iterative_pruning"]),
     "qat without bits": ({"qat": True}, ["qat=true.*set bits under 16"]),
     "qat mixed": ({"qat": True, "bits": 4, "strategy": "mixed"}, ["qat=true with strategy=mixed.*use dynamic"]),

@@ -105,7 +105,7 @@ def test_a_training_by_the_hosts_contract_prunes_quantizes_and_saves_what_it_com
     assert again.session is None
     with torch.no_grad():
         drawn = unet(noisy, torch.tensor([500]), text).sample
-    assert torch.allclose(drawn, trained, atol=1e-5)
+    assert torch.allclose(drawn, trained, atol=1e-4)  # sums of other lengths
 
 
 def test_with_a_session_that_waits_training_is_the_hosts(unet: Any, tmp_path: Path) -> None:
