@@ -41,7 +41,7 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     Raises:
         SettingsError: compression is asked for, and none of the network's modules can be read as a low-rank update.
     """
-    if getattr(settings, "acts_in_training", False):
+    if settings.acts_in_training:
         raise SettingsError(["pruning and quantizing while training cannot be used with base=lycoris.kohya: leave one out"])
     modules = _modules(network)
     kinds = {type(module).__name__: module for module in modules}
