@@ -1,1 +1,1 @@
-"""What measures a LoRA: small drawings to train and test on, and a probe that reads what a picture shows."""
+"""What measures a LoRA: distances of picture sets, paired measures, and the drawings and the probe that tiny-sd is tested with."""

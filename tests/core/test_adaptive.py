@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from lora_compress.settings import AdaptiveSettings, allows_bits
 
 TREND = AdaptiveSettings(mode="fid_trend")
 START = Compression(0.8, 8)
+RECORDED: list[dict[str, float]] = json.loads((Path(__file__).parent / "data" / "history.json").read_text(encoding="utf-8"))
 
 
 def trend(values: list[float | None], current: Compression = START, **settings: Any) -> Decision:
@@ -215,6 +218,38 @@ def test_the_gap_settles_where_compression_costs_what_it_may(kind: str) -> None:
     assert 1 <= len(changes) <= 20
     assert sum(place >= 60 for place in changes) <= max(6, sum(place < 60 for place in changes))
     assert min(compression.rank_ratio for compression in path) < 0.8, "it never tried to compress"
+
+
+def recorded(step: int, compression: Compression) -> dict[str, Any]:
+    """What tiny-sd measured with 16 pictures at the nearest compression that was recorded, a repeat after the other."""
+
+    def away(entry: dict[str, float]) -> float:
+        return abs(entry["rank_ratio"] - compression.rank_ratio) * 10 + abs(entry["bits"] - float(compression.bits or 16))
+
+    nearest = min(map(away, RECORDED))
+    entries = [entry for entry in RECORDED if away(entry) == nearest]
+    entry = entries[step % len(entries)]
+    return {"probe_fd": entry["probe_fd"], "probe_fd_full": entry["probe_fd_full"]}
+
+
+def test_recorded_measurements_settle_within_what_they_may_cost() -> None:
+    """tools/record_history.py made them: repeats of one compression differ by as much as compressions do."""
+    settings = AdaptiveSettings(mode="fid_gap", metric="probe_fd", max_fid_gap=0.1)
+    history, path, current = [], [], START
+    for step in range(120):
+        path.append(current)
+        history.append({**recorded(step, current), "rank_ratio": current.rank_ratio, "bits": current.bits})
+        current = fid_gap(history, current, settings).compression
+    changes = [place for place, (one, next_one) in enumerate(pairwise(path)) if one != next_one]
+    assert 1 <= len(changes) <= 20 and len([place for place in changes if place >= 60]) <= 6
+    assert all(0.3 <= c.rank_ratio <= 0.9 and 4 <= c.bits <= 8 for c in path)  # type: ignore[operator]
+    gaps_spent = [_mean_gap(compression) for compression in path[60:]]
+    assert sum(gap <= 0.1 for gap in gaps_spent) >= 0.85 * len(gaps_spent)
+
+
+def _mean_gap(compression: Compression) -> float:
+    measured = [recorded(step, compression) for step in range(3)]
+    return sum(m["probe_fd"] / m["probe_fd_full"] - 1 for m in measured) / len(measured)
 
 
 def test_noise_makes_changes_rarer_not_endless() -> None:

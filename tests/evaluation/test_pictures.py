@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from lora_compress.evaluation.pictures import read_pictures
 from lora_compress.evaluation.prompts import STOCK_PROMPTS, stock_prompts
 from lora_compress.evaluation.reference import reference_features
 from lora_compress.evaluation.shapes import write_dataset
-from lora_compress.evaluation.similarity import feature_cosine, structural_similarity
+from lora_compress.evaluation.similarity import feature_cosine, load_lpips, structural_similarity
 
 
 @pytest.fixture
@@ -200,6 +201,19 @@ def test_ssim_falls_with_noise_and_is_one_for_equal_pictures() -> None:
     assert values == sorted(values, reverse=True) and values[-1] < 0.5
     with pytest.raises(EvaluationError, match="11 pixels"):
         structural_similarity(picture.byte()[..., :10], picture.byte()[..., :10])
+
+
+def test_lpips_is_zero_for_equal_pictures_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real network with random weights in its backbone, which can only be downloaded."""
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setattr(lpips, "LPIPS", partial(lpips.LPIPS, pnet_rand=True))
+    distance = load_lpips()
+    random = torch.Generator().manual_seed(0)
+    pictures = torch.randint(60, 200, (3, 3, 64, 64), generator=random, dtype=torch.uint8)
+    noise = torch.randint(-50, 51, pictures.shape, generator=random)
+    assert torch.equal(distance(pictures, pictures), torch.zeros(3))
+    near, far = (distance(pictures, (pictures.int() + noise // divisor).clamp(0, 255).byte()) for divisor in (10, 1))
+    assert tuple(near.shape) == (3,) and (far > near).all() and (near > 0).all()
 
 
 def test_stock_prompts_name_what_the_lora_was_trained_on() -> None:
