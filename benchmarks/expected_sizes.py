@@ -1,6 +1,6 @@
 """What LoRA of usual models and ranks weigh under usual settings, told from shapes alone: the table of docs/recipes.md.
 
-    python benchmarks/expected_sizes.py [--ranks 16 32 64]
+python benchmarks/expected_sizes.py [--ranks 16 32 64]
 """
 
 from __future__ import annotations

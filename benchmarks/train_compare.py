@@ -1,0 +1,258 @@
+"""The same LoRA at the same bytes, compressed after training and while it trains: what is left of the concept it learned.
+
+    python benchmarks/train_compare.py [--seeds 1 2 3] [--steps 600] [--pictures 128] [--folder DIR] [--json OUT.json]
+
+tiny-sd learns the striped star through train_network_ext.py with the settings of config/demo.toml, in equal steps every time:
+
+    full        no compression
+    afterwards  the full LoRA, compressed by the engine with the same settings
+    entropy     the full LoRA, entropy-coded to the bytes of the last arm: the best the engine can do with a finished file
+    narrow      a LoRA of a smaller rank from the start, trained with quantized weights (qat)
+    pruned      components go while it trains, quantization is left to the end
+    both        components go while it trains, then it trains with quantized weights
+
+Seed 0 settles how strongly to compress: the first of the settings, from mild to strong, at which `afterwards` has lost 20 points
+of the share of pictures that show the concept. The other seeds are scored. Each file draws the same prompts from the same noise;
+the probe in assets/tiny-sd reads concept and caption (shape, colour and background) in the pictures, and the kernel distance of
+its features to held-out pictures of the concept tells how good they look. Intervals are of 95 %, over the pictures of all seeds.
+Trainings run two at a time, one thread each; a folder given by --folder keeps what was made, and a second run goes on with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
+
+from measure import Goal, answer, fresh, goal_table  # noqa: E402
+
+_SCRIPT = Path(__file__).resolve()
+_RANK = 16  # of config/demo.toml
+_LADDER = ((0.5, 4), (0.25, 4), (0.25, 3), (0.25, 2), (0.125, 3), (0.125, 2), (0.0625, 2))  # rank_ratio, bits; mild to strong
+_LOST = 0.20  # points that compression afterwards must lose
+_KEPT = 0.5  # of the loss that compression while training must keep from happening
+_TRAINED = ("narrow", "pruned", "both")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How strongly to compress."""
+
+    ratio: float
+    bits: int
+
+    def flags(self, arm: str) -> list[str]:
+        """Of train_network_ext.py."""
+        if arm == "full":
+            return ["--pruning", "enabled=false", "--quantization", "enabled=false"]
+        pruning = ["enabled=true", f"rank_ratio={self.ratio}", "min_rank=0", "iterative_pruning=true"]
+        quantization = ["enabled=true", f"bits={self.bits}", "save_format=packed"]
+        if arm != "pruned":
+            quantization += ["qat=true", "qat_start=0.5"]
+        if arm != "narrow":
+            return ["--pruning", *pruning, "--quantization", *quantization]
+        rank = max(round(self.ratio * _RANK), 1)
+        size = [f"--network_dim={rank}", f"--network_alpha={rank}"]
+        return [*size, "--pruning", "enabled=false", "--quantization", *quantization]
+
+
+def train(folder: Path, name: str, seed: int, steps: int, flags: Sequence[str]) -> Path:
+    """Train as a user would, unless the file is there already."""
+    target = folder / f"{name}.safetensors"
+    if target.exists():
+        return target
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_cpu_threads_per_process=1"]
+    paths = [f"--train_data_dir={folder / 'data'}", f"--output_dir={folder}", f"--output_name={name}"]
+    command = [*launch, "train_network_ext.py", "--config_file=config/demo.toml", *paths, f"--seed={seed}"]
+    done = subprocess.run([*command, f"--max_train_steps={steps}", *flags], cwd=_ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: training {name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return target
+
+
+def compress(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Compress a finished file."""
+    from lora_compress import CompressionSettings
+    from lora_compress.file_pipeline import compress_file
+
+    return {"bytes": compress_file(source, target, CompressionSettings.parse(settings)).bytes[1]}
+
+
+def score(lora: str, pictures: int) -> dict[str, Any]:
+    """What each picture shows, and how far all of them are from held-out pictures of the concept."""
+    import torch
+
+    torch.set_num_threads(1)
+    import demo
+    import numpy as np
+    from evaluate_tiny_sd import CONCEPT
+
+    from lora_compress.evaluation.kernels import kernel_distance
+    from lora_compress.evaluation.probe import HEADS, load_probe
+    from lora_compress.evaluation.shapes import caption, render, sample_drawing
+
+    generator = np.random.default_rng([7, 1])
+    drawings = [sample_drawing(generator, **CONCEPT) for _ in range(pictures)]
+    probe = load_probe(demo.TINY_SD)
+    drawn = demo.draw([caption(drawing, generator, complete=True) for drawing in drawings], probe, Path(lora)).pictures
+    read = probe.classify(drawn)
+    right = {
+        head: read[head] == torch.tensor([HEADS[head].index(getattr(drawing, head)) for drawing in drawings])
+        for head in ("shape", "colour", "background", "texture")
+    }
+    concept, words = right["shape"] & right["texture"], right["shape"] & right["colour"] & right["background"]
+    held_out = [render(sample_drawing(generator, **CONCEPT)) for _ in range(512)]
+    real = torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        distance = kernel_distance(probe.features(drawn), probe.features(real))
+    return {"concept": concept.int().tolist(), "caption": words.int().tolist(), "distance": distance}
+
+
+_TASKS = {"compress": compress, "score": score}
+
+
+class Comparison:
+    """All arms of all seeds, in a folder that keeps what was made."""
+
+    def __init__(self, folder: Path, steps: int, pictures: int) -> None:
+        from lora_compress.evaluation.shapes import write_dataset
+
+        self.folder, self.steps, self.pictures = folder, steps, pictures
+        if not (folder / "data").exists():
+            write_dataset(folder / "data", count=96)
+
+    def trained(self, setting: Setting, arm: str, seed: int) -> Path:
+        """The file that a training ends with."""
+        name = f"full-{seed}" if arm == "full" else f"{arm}-{setting.ratio}-{setting.bits}-{seed}"
+        return train(self.folder, name, seed, self.steps, setting.flags(arm))
+
+    def afterwards(self, setting: Setting, seed: int, size: int | None = None) -> Path:
+        """The full LoRA, compressed with the same settings, or to as many bytes."""
+        source = self.trained(setting, "full", seed)
+        target = self.folder / f"{'entropy' if size else 'afterwards'}-{setting.ratio}-{setting.bits}-{seed}.safetensors"
+        settings: dict[str, Any] = {"rank_ratio": setting.ratio, "bits": setting.bits, "min_rank": 0}
+        if size:
+            settings = {"strategy": "entropy", "target_size": size}
+        fresh(_SCRIPT, "compress", source=source, target=target, settings=settings)
+        return target
+
+    def scored(self, lora: Path) -> dict[str, Any]:
+        """Bytes and score of a file; told again from a file beside it if it was scored before."""
+        kept = lora.with_name(f"{lora.stem}.{self.pictures}.json")
+        if not kept.exists() or kept.stat().st_mtime < lora.stat().st_mtime:
+            said = fresh(_SCRIPT, "score", lora=lora, pictures=self.pictures).said
+            kept.write_text(json.dumps({"bytes": lora.stat().st_size, **said}), encoding="utf-8")
+        return json.loads(kept.read_text(encoding="utf-8"))
+
+    def settle(self, seed: int) -> Setting:
+        """The mildest setting at which compression afterwards has lost enough."""
+        full = share(self.scored(self.trained(Setting(*_LADDER[0]), "full", seed)), "concept")
+        for step in _LADDER:
+            setting = Setting(*step)
+            left = share(self.scored(self.afterwards(setting, seed)), "concept")
+            print(f"seed {seed}, rank_ratio {setting.ratio:g}, {setting.bits} bits: {full:.1%} -> {left:.1%}", flush=True)
+            if full - left >= _LOST:
+                return setting
+        raise SystemExit(f"error: nothing on the ladder loses {_LOST:.0%} of the concept on seed {seed}")
+
+    def arms(self, setting: Setting, seed: int, pool: ThreadPoolExecutor) -> dict[str, dict[str, Any]]:
+        """Every arm of a seed, scored."""
+        futures = {arm: pool.submit(self.trained, setting, arm, seed) for arm in ("full", *_TRAINED)}
+        files = {arm: future.result() for arm, future in futures.items()}
+        files["afterwards"] = self.afterwards(setting, seed)
+        files["entropy"] = self.afterwards(setting, seed, files["both"].stat().st_size)
+        scores = {arm: pool.submit(self.scored, path) for arm, path in files.items()}
+        return {arm: scores[arm].result() for arm in ("full", "afterwards", "entropy", *_TRAINED)}
+
+
+def share(score: Mapping[str, Any], what: str) -> float:
+    """Of pictures that show it."""
+    return sum(score[what]) / len(score[what])
+
+
+def summed_up(seeds: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means over the seeds, with intervals over all pictures."""
+    import torch
+
+    from lora_compress.evaluation.intervals import bootstrap_interval
+
+    found: dict[str, dict[str, Any]] = {}
+    for arm in next(iter(seeds.values())):
+        scores = [arms[arm] for arms in seeds.values()]
+        line: dict[str, Any] = {"bytes": sum(s["bytes"] for s in scores) / len(scores)}
+        line["distance"] = [s["distance"] for s in scores]
+        for what in ("concept", "caption"):
+            pictures = torch.tensor([hit for s in scores for hit in s[what]], dtype=torch.float64)
+            line[what] = (float(pictures.mean()), *bootstrap_interval(pictures))
+        found[arm] = line
+    return found
+
+
+def goals(found: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
+    """Of the loss of each way to compress afterwards, what compression while training keeps from happening; and equal bytes."""
+    full, both = found["full"]["concept"][0], found["both"]
+    lines = []
+    for arm in ("afterwards", "entropy"):
+        lost = full - found[arm]["concept"][0]
+        kept = (both["concept"][0] - found[arm]["concept"][0]) / lost if lost > 0 else 0.0
+        lines.append(Goal(f"share of the loss of '{arm}' that 'both' keeps from happening", _KEPT, kept, at_least=True))
+        lines.append(Goal(f"bytes of 'both' / bytes of '{arm}'", 1.02, both["bytes"] / found[arm]["bytes"]))
+    return lines
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown."""
+
+    def told(value: Sequence[float]) -> str:
+        return f"{value[0]:.1%} ({value[1]:.1%} to {value[2]:.1%})"
+
+    rows = (
+        f"| {arm} | {line['bytes']:,.0f} | {told(line['concept'])} | {told(line['caption'])} | "
+        f"{', '.join(f'{value:.3f}' for value in line['distance'])} |\n"
+        for arm, line in found.items()
+    )
+    head = "| | bytes | concept | caption | kernel distance to held-out pictures, by seed |\n|---|---|---|---|---|\n"
+    return head + "".join(rows)
+
+
+def main() -> None:
+    if answer(_TASKS, sys.argv[1:]):
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--pictures", type=int, default=128, help="drawn for each file")
+    parser.add_argument("--setting", nargs=2, metavar=("RATIO", "BITS"), help="take this one instead of what seed 0 settles")
+    parser.add_argument("--folder", type=Path, help="for data set and files; default a temporary one, removed at the end")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        comparison = Comparison(folder, arguments.steps, arguments.pictures)
+        setting = Setting(float(arguments.setting[0]), int(arguments.setting[1])) if arguments.setting else None
+        ahead = [pool.submit(comparison.trained, Setting(1.0, 4), "full", seed) for seed in arguments.seeds]  # needed in any case
+        setting = setting or comparison.settle(0)
+        for future in ahead:
+            future.result()
+        seeds = {seed: comparison.arms(setting, seed, pool) for seed in arguments.seeds}
+    found = summed_up(seeds)
+    print(f"rank_ratio {setting.ratio:g}, {setting.bits} bits, seeds {', '.join(map(str, seeds))}\n\n{table(found)}")
+    print(goal_table(goals(found)))
+    if arguments.json:
+        text = json.dumps({"setting": [setting.ratio, setting.bits], "arms": found}, indent=1) + "\n"
+        arguments.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
