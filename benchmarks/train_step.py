@@ -79,24 +79,29 @@ class Variant:
         self.optimizer.zero_grad(set_to_none=True)
 
     def seconds(self, size: int, steps: int) -> float:
-        """Of so many steps."""
+        """Of so many steps: on a CPU those of the processors, which other programs on the machine hardly touch."""
         self.on()
         _wait(self.unet.device)
-        begun = time.perf_counter()
+        clock = time.perf_counter if self.unet.device.type == "cuda" else time.process_time
+        begun = clock()
         for _ in range(steps):
             self.step(size)
         _wait(self.unet.device)
         self.off()
-        return time.perf_counter() - begun
+        return clock() - begun
 
 
 def make_unet(narrow: bool, device: str) -> Any:
     """sd-scripts' U-Net of SD1.x with the weights that torch gives it, frozen."""
     module = importlib.import_module("library.original_unet")
-    if narrow:
-        for name, value in _NARROW.items():
+    before = {name: getattr(module, name) for name in _NARROW}
+    try:
+        for name, value in _NARROW.items() if narrow else ():
             setattr(module, name, value)
-    unet = module.UNet2DConditionModel(8, 8, 32) if narrow else module.UNet2DConditionModel(8, 64, 768)
+        unet = module.UNet2DConditionModel(8, 8, 32) if narrow else module.UNet2DConditionModel(8, 64, 768)
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
     return unet.to(device).requires_grad_(False).eval()
 
 
@@ -141,7 +146,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = measure_steps(args.narrow, args.size, args.rank, args.rounds, args.steps, args.device)
-    print(f"a step of networks.lora takes {found['seconds']:.3f} s; its weights {found['parameter_bytes'] / 1e6:.2f} MB")
+    kind = "s" if args.device.startswith("cuda") else "CPU seconds"
+    print(f"a step of networks.lora takes {found['seconds']:.3f} {kind}; its weights {found['parameter_bytes'] / 1e6:.2f} MB")
     for name, count in found["state_bytes"].items():
         print(f"{name}: {count / 1e6:.3f} MB stay in memory besides, {count / found['parameter_bytes']:.2%} of the weights")
     goals = [Goal(f"a step with {name} / of networks.lora", _GOALS[name], ratio) for name, ratio in found["ratios"].items()]
