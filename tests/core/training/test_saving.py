@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lora_compress import CompressionSettings, SettingsError, kohya_partner, load_lora, save
+from lora_compress import CompressionSettings, SettingsError, expand_file, kohya_partner, load_lora, save
 from lora_compress.training import TrainingSession, find_pairs
 from tests.core.training.nets import Net, batch, train
 
@@ -119,6 +119,16 @@ def test_plain_files_hold_the_same_operands_in_the_save_precision(dtype: Any, sa
         assert torch.equal(update.up_matrix.T[:rank], expected[1].to(update.up.dtype))
         assert not update.down_matrix[rank:].any() and update.scale == pytest.approx(0.5)
         assert update.rank == max(rank, 2)
+
+
+def test_an_expanded_file_does_the_same(tmp_path: Path) -> None:
+    _, session = trained(qat=True, bits=4)
+    save(session.compress(), tmp_path / "lora.safetensors")
+    expand_file(str(tmp_path / "lora.safetensors"), str(tmp_path / "plain.safetensors"))
+    packed, plain = (load_lora(tmp_path / f"{name}.safetensors").updates for name in ("lora", "plain"))
+    for name, update in packed.items():
+        assert update.scale == 0.5 and plain[name].alpha == 1.0
+        assert torch.allclose(plain[name].dense(), update.dense(), rtol=0, atol=2e-3 * float(update.dense().abs().max()))
 
 
 @pytest.mark.parametrize("returning", [False, True])
