@@ -24,7 +24,7 @@ class TrainingSettings:
     max_iterations: int = field(default=10, metadata={"help": "pruning steps between pruning_start and pruning_end, 1 or more"})
     pruning_start: float = field(default=0.1, metadata={"help": "share of the steps before the first pruning step, in [0, 1)"})
     pruning_end: float = field(
-        default=0.6, metadata={"help": "share of the steps after which the ranks are frozen; the rest heals, in (0, 1]"}
+        default=0.5, metadata={"help": "share of the steps after which the ranks are frozen; the rest heals, in (0, 1]"}
     )
     pruning_schedule: str = field(default="cubic", metadata={"help": f"how the budget falls: {', '.join(SCHEDULES)}"})
     importance: str = field(default="magnitude", metadata={"help": f"what components are chosen by: {', '.join(IMPORTANCES)}"})
@@ -68,7 +68,7 @@ class QatSettings:
     """Quantization-aware training: the forward pass computes with the weights that the file will hold."""
 
     qat: bool = field(default=False, metadata={"help": "train with the weights as the file will hold them (needs bits under 16)"})
-    qat_start: float = field(default=0.6, metadata={"help": "share of the steps after which the weights are quantized, in [0, 1)"})
+    qat_start: float = field(default=0.5, metadata={"help": "share of the steps after which the weights are quantized, in [0, 1)"})
     qat_refresh: int = field(default=20, metadata={"help": "steps between searches for the best scales, 1 or more"})
 
     def problems(self) -> list[str]:

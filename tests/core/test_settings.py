@@ -154,7 +154,7 @@ CONTRADICTIONS = {
         ["iterative_pruning=true has nothing to remove: set rank_ratio"],
     ),
     "no iterations": ({"max_iterations": 0}, ["max_iterations=0: must be 1 or more"]),
-    "end before start": ({"pruning_start": 0.7}, ["pruning_end=0.6: must lie after pruning_start=0.7"]),
+    "end before start": ({"pruning_start": 0.7}, ["pruning_end=0.5: must lie after pruning_start=0.7"]),
     "shares": ({"pruning_start": -0.1, "pruning_end": 1.5}, [r"pruning_start=-0.1.*\[0, 1\)", r"pruning_end=1.5.*\(0, 1\]"]),
     "schedule": ({"pruning_schedule": "step"}, ["pruning_schedule=step: must be one of cubic, linear"]),
     "importance": (

@@ -124,7 +124,7 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize(("name", "stop"), [("both", 9), ("sensitivity", 5), ("activation", 6), ("entropy", 7)])
+@pytest.mark.parametrize(("name", "stop"), [("both", 8), ("sensitivity", 4), ("activation", 4), ("entropy", 7)])
 def test_a_run_that_was_killed_and_resumed_ends_like_one_that_was_not(unet: Any, tmp_path: Path, name: str, stop: int) -> None:
     settings = RESUMED[name] | {"collect_calibration": "True"}
     whole = Training(unet, tmp_path, **settings).run()
