@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +16,11 @@ import toml
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_compress import LoraCompressError, SettingsError, setting_names
+from lora_compress import EvaluationSettings, LoraCompressError, SettingsError, setting_names
 from tests import architectures
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"pruning", "quantization", "quantization_device", "model_type", "base_quantize", "load_8bit_text_encoder"}
+OURS = {"pruning", "quantization", "evaluation", "quantization_device", "model_type", "base_quantize", "load_8bit_text_encoder"}
 LORA_SCRIPTS = {  # the keys of lora-scripts' config/lora.toml and default.toml, section by section
     "model_arguments": {"v2": False, "v_parameterization": False, "pretrained_model_name_or_path": "./sd-models/model.ckpt"},
     "dataset_arguments": {"train_data_dir": "./train/aki", "reg_data_dir": "", "resolution": "512,512", "prior_loss_weight": 1},
@@ -160,6 +161,24 @@ def test_precedence_is_command_line_then_network_args_then_sections(
     assert "rank_ratio=0.5" not in args.network_args
 
 
+def test_settings_of_the_evaluation_are_the_sections_and_above_them_the_flags(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = {"training": {"seed": 3}, "evaluation": {"reference": "held=out/a", "count": 8, "first_seed": 5}}
+    path = write(tmp_path / "a.toml", config)
+    args = parse(ext, monkeypatch, "--config", path, "--evaluation", "count=9", "size=64")
+    assert dict(pair.split("=", 1) for pair in args.evaluation) == {
+        "reference": "held=out/a",
+        "count": "9",
+        "first_seed": "5",
+        "size": "64",
+    }
+    assert args.seed == 3 and not hasattr(args, "count")
+    assert parse(ext, monkeypatch, "--config", path, "--evaluation", "enabled=false").evaluation is None
+    config["evaluation"]["enabled"] = False
+    assert parse(ext, monkeypatch, "--config", write(tmp_path / "b.toml", config)).evaluation is None
+
+
 WRONG = [
     ({"training": {"max_train_epochs": "ten"}}, [], ["[training] max_train_epochs = 'ten'", "whole number"]),
     ({"training": {"cache_latents": 1}, "model": {"seed": 1.5}}, [], ["cache_latents = 1", "true or false", "seed = 1.5"]),
@@ -184,6 +203,12 @@ WRONG = [
     ),
     ({}, ["--quantization", "bits=4", "strategy=nf5"], ["strategy=nf5", "dynamic, static, nf4"]),
     ({}, ["--pruning", "rank_ratio=1.5"], ["rank_ratio=1.5", "(0, 1]"]),
+    (
+        {"evaluation": {"count": 1, "promts": "a.txt", "enabled": "no"}},
+        [],
+        ["[evaluation]", "count=1", "did you mean prompts", "enabled = 'no'"],
+    ),
+    ({}, ["--evaluation", "size=100"], ["--evaluation", "multiple of 64"]),
 ]
 
 
@@ -344,7 +369,9 @@ def test_every_trainer_parses_and_can_be_mixed_with_ours(ext: ModuleType, monkey
     monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
     args = ext.parse_arguments(argv, host)
     assert args.model_type == kind and args.network_args == ["rank_dropout=0.1", "rank_ratio=0.5"]
-    trainer = type("Mixed", (ext.CompressTrainerMixin, getattr(importlib.import_module(host.script), host.trainer)), {})()
+    assert args.evaluation is None
+    assert not {f.name for f in fields(EvaluationSettings)} & vars(args).keys()  # the host puts keys of sections among its options
+    trainer = type("Mixed", (ext.CompressTrainerMixin, ext.ValidationMixin, getattr(importlib.import_module(host.script), host.trainer)), {})()
     assert isinstance(trainer, network_trainer)
     if host.timesteps and hasattr(args, "show_timesteps"):  # 0.11
         assert callable(importlib.import_module(host.timesteps).show_timesteps)
