@@ -17,10 +17,18 @@ import networks.sd_scripts_path  # noqa: F401  joins our packages with those of 
 # isort: split
 from library import train_util
 from library.compress_base import BaseModelMixin, add_base_arguments, check_base_arguments
-from library.compress_config import add_arguments, check_host_values, forget_own_sections, merge_network_args, read_toml
+from library.compress_config import (
+    add_arguments,
+    check_host_values,
+    forget_own_sections,
+    merge_evaluation,
+    merge_network_args,
+    read_toml,
+)
 from library.compress_flux import adapt_flux_sizes
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
+from library.compress_validation import ValidationMixin
 from lora_compress import LoraCompressError
 from networks.compress_bases import host_arguments, import_base
 
@@ -103,6 +111,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     forget_own_sections(args, config, parser)
     network_args = merge_network_args(args, config, lambda base: host_arguments(import_base(base or host.network)))
     args.network_args = network_args or args.network_args
+    args.evaluation = merge_evaluation(args, config)
     args.model_type = host.name  # the FLUX trainer reads it, under the same two names
     if getattr(args, "attn_mode", None) == "sdpa":
         args.attn_mode = "torch"  # as the scripts of HunyuanImage and Anima do
@@ -130,7 +139,7 @@ def main() -> int:
             return 0
         host.adapt(args)
         trainer = getattr(_script(host), host.trainer)
-        type(f"Compress{host.trainer}", (CompressTrainerMixin, BaseModelMixin, trainer), {})().train(args)
+        type(f"Compress{host.trainer}", (CompressTrainerMixin, ValidationMixin, BaseModelMixin, trainer), {})().train(args)
     except LoraCompressError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

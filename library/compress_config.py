@@ -1,4 +1,4 @@
-"""What the user asked for: kohya's TOML with our two sections, the command line, network_args, brought into one list."""
+"""What the user asked for: kohya's TOML with our sections, the command line, network_args, brought into one list."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import toml
 
 from lora_compress import (
     BudgetSettings,
+    EvaluationSettings,
     PruningSettings,
     QatSettings,
     QuantizationSettings,
@@ -23,7 +24,14 @@ from lora_compress import (
     split_settings,
 )
 
-__all__ = ["add_arguments", "check_host_values", "forget_own_sections", "merge_network_args", "read_toml"]
+__all__ = [
+    "add_arguments",
+    "check_host_values",
+    "forget_own_sections",
+    "merge_evaluation",
+    "merge_network_args",
+    "read_toml",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,8 @@ _SECTIONS = {
         "quantization_device",
     ],
 }
+_EVALUATION = [f.name for f in fields(EvaluationSettings)]  # for the trainer: the network knows nothing of it
+_ALL_SECTIONS = {**_SECTIONS, "evaluation": _EVALUATION}
 
 
 def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -> None:
@@ -46,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -
     model_type = theirs or group.add_argument("--model_type")
     model_type.choices, model_type.default = [*model_types, "auto"], "auto"
     model_type.help = "the trainer to use; auto (default) looks at the checkpoint. FLUX's own --model_type is this one"
-    for section, names in _SECTIONS.items():
+    for section, names in _ALL_SECTIONS.items():
         group.add_argument(
             f"--{section}", nargs="+", default=None, metavar="KEY=VALUE", help=f"enabled, {', '.join(names)}; overrides [{section}]"
         )
@@ -136,10 +146,32 @@ def merge_network_args(
     return [f"{name}={value}" for name, value in merged.items()]
 
 
+def merge_evaluation(args: argparse.Namespace, config: Mapping[str, Any]) -> list[str] | None:
+    """The settings of [evaluation] and, above them, of --evaluation, as key=value; None where neither is given or one is off.
+
+    Raises:
+        SettingsError: unknown or wrong settings, all of them in one error.
+    """
+    in_file, flags = config.get("evaluation"), args.evaluation
+    if not isinstance(in_file, dict) and flags is None:
+        return None
+    values: dict[str, Any] = {**(in_file if isinstance(in_file, dict) else {}), **dict(_key_values(flags or [], "--evaluation"))}
+    enabled = str(values.pop("enabled", True)).lower()
+    where = f"{args.config_file}: [evaluation]" if flags is None else "--evaluation"
+    problems = [] if enabled in ("true", "false") else [f"enabled = {enabled!r}: must be true or false"]
+    try:
+        EvaluationSettings.parse(values)
+    except SettingsError as error:
+        problems += error.problems
+    if problems:
+        raise SettingsError(problems, where)
+    return [f"{name}={value}" for name, value in values.items()] if enabled == "true" else None
+
+
 def forget_own_sections(args: argparse.Namespace, config: Mapping[str, Any], parser: argparse.ArgumentParser) -> None:
     """Take back what the host's flattening of all sections has put on `args` from ours."""
     options = {action.dest for action in parser._actions}
-    for section in _SECTIONS:
+    for section in _ALL_SECTIONS:
         values = config.get(section)
         for name in values if isinstance(values, dict) else ():
             if name not in options and hasattr(args, name):
@@ -150,7 +182,7 @@ def _host_entries(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
     for section, values in config.items():
         if not isinstance(values, dict):
             yield "", section, values
-        elif section not in _SECTIONS:
+        elif section not in _ALL_SECTIONS:
             yield from ((section, name, value) for name, value in values.items())
 
 

@@ -3,6 +3,7 @@
 from .adaptive import AdaptiveSettings
 from .budget import BudgetSettings, parse_size
 from .compression import SAVE_FORMATS, CompressionSettings, setting_names, split_settings
+from .evaluation import EXTRACTOR_NAMES, EvaluationSettings
 from .parsing import refuse_setting
 from .pruning import PruningSettings
 from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
@@ -10,10 +11,12 @@ from .training import QatSettings, TrainingSettings
 
 __all__ = [
     "BITS_TABLE",
+    "EXTRACTOR_NAMES",
     "SAVE_FORMATS",
     "AdaptiveSettings",
     "BudgetSettings",
     "CompressionSettings",
+    "EvaluationSettings",
     "PruningSettings",
     "QatSettings",
     "QuantizationSettings",

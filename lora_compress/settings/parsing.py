@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 __all__ = ["names_of", "parse_values", "pick", "refuse_setting"]
 
-_TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+_TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", Path: "a path"}
 
 
 def names_of(settings: type) -> dict[str, type]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -15,11 +16,11 @@ import toml
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_compress import LoraCompressError, SettingsError, setting_names
+from lora_compress import EvaluationSettings, LoraCompressError, SettingsError, setting_names
 from tests import architectures
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"pruning", "quantization", "quantization_device", "model_type", "base_quantize", "load_8bit_text_encoder"}
+OURS = {"pruning", "quantization", "evaluation", "quantization_device", "model_type", "base_quantize", "load_8bit_text_encoder"}
 LORA_SCRIPTS = {  # the keys of lora-scripts' config/lora.toml and default.toml, section by section
     "model_arguments": {"v2": False, "v_parameterization": False, "pretrained_model_name_or_path": "./sd-models/model.ckpt"},
     "dataset_arguments": {"train_data_dir": "./train/aki", "reg_data_dir": "", "resolution": "512,512", "prior_loss_weight": 1},
@@ -344,7 +345,10 @@ def test_every_trainer_parses_and_can_be_mixed_with_ours(ext: ModuleType, monkey
     monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
     args = ext.parse_arguments(argv, host)
     assert args.model_type == kind and args.network_args == ["rank_dropout=0.1", "rank_ratio=0.5"]
-    trainer = type("Mixed", (ext.CompressTrainerMixin, getattr(importlib.import_module(host.script), host.trainer)), {})()
+    assert args.evaluation is None
+    assert not {f.name for f in fields(EvaluationSettings)} & vars(args).keys()  # the host puts keys of sections among its options
+    theirs = getattr(importlib.import_module(host.script), host.trainer)
+    trainer = type("Mixed", (ext.CompressTrainerMixin, ext.ValidationMixin, theirs), {})()
     assert isinstance(trainer, network_trainer)
     if host.timesteps and hasattr(args, "show_timesteps"):  # 0.11
         assert callable(importlib.import_module(host.timesteps).show_timesteps)

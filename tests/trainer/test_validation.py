@@ -1,0 +1,187 @@
+"""Validation pictures in a real training: what is measured, kept and resumed, and that the training does not notice."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from lora_compress import EvaluationSettings, SettingsError
+from lora_compress.evaluation.shapes import write_dataset
+from lora_compress.evaluation.validation import Validation, read_history
+from tests import models
+from tests.trainer.test_config import parse, write
+from tests.trainer.test_train import config
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the trainings are forks of one process")
+
+STILL = {"learning_rate": 1e-30, "max_train_steps": 1, "validation_split": 0.5, "validate_every_n_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def root(sd_scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which six trainings have been, each in a folder of its own."""
+    root = tmp_path_factory.mktemp("validation")
+    write_dataset(root / "pictures", count=8, repeats=1)
+    write_dataset(root / "held", count=6, repeats=1, seed=5)
+    held = {"extractor": "probe", "reference": str(root / "held"), "count": 4, "size": 64, "steps": 2}
+    split = {"extractor": "probe", "count": 5, "size": 64, "steps": 2}
+    longer = {"max_train_steps": 4, "network_dropout": 0.1, "logging_dir": "logs", "validate_every_n_steps": 2}
+    saving = {"save_every_n_steps": 2, "save_state": True}
+    state = {"resume": str(root / "measured" / "lora-step00000002-state"), "skip_until_initial_step": True}
+    trainings: dict[str, dict[str, Any]] = {
+        "plain": longer | saving,
+        "measured": longer | saving | {"evaluation": held},
+        "resumed": longer | state | saving | {"evaluation": held},
+        "alone": STILL | {"evaluation": split},
+        "shared": STILL | {"evaluation": split},
+        "epochs": STILL
+        | {
+            "evaluation": held,
+            "max_train_steps": 3,
+            "train_batch_size": 4,
+            "validation_split": 0.0,
+            "validate_every_n_steps": None,
+        },
+    }
+    jobs = []
+    for name, values in trainings.items():
+        (root / name).mkdir()
+        values = {key: value for key, value in values.items() if value is not None}
+        if "logging_dir" in values:
+            values["logging_dir"] = str(root / name / "logs")
+        argv = config(models.TINY_SD, root / "pictures", root / name, **values)
+        environment = {"LORA_COMPRESS_CACHE": str(root / "cache"), "ACCELERATE_USE_CPU": "true"}
+        ranks: list[dict[str, str]] = [{}]
+        if name == "shared":
+            common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(2)]
+        jobs.append(
+            [{"argv": argv, "environment": environment | rank, "log": str(root / f"{name}{i}.log")} for i, rank in enumerate(ranks)]
+        )
+    worker = Path(__file__).with_name("fork_worker.py")
+    done = subprocess.run([sys.executable, str(worker)], input=json.dumps(jobs), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    statuses = dict(zip(trainings, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    for name, status in statuses.items():
+        assert not any(status), (name, *(log.read_text()[-3000:] for log in root.glob(f"{name}?.log")))
+    return root
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def history(root: Path, name: str) -> list[dict[str, Any]]:
+    """Without the times."""
+    entries = read_history(root / name / "lora.evaluations.jsonl")
+    assert all(entry.pop("seconds") >= 0 for entry in entries)
+    return entries
+
+
+def losses(root: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in _scalars(root, name, "loss/current")]
+
+
+def _scalars(root: Path, name: str, tag: str) -> list[Any]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = next(path.parent for path in (root / name / "logs").rglob("events.out.tfevents.*"))
+    return EventAccumulator(str(logs)).Reload().Scalars(tag)
+
+
+def test_a_training_that_is_measured_is_the_same_to_the_last_bit(root: Path) -> None:
+    plain, measured = (load_file(root / name / "lora.safetensors") for name in ("plain", "measured"))
+    assert plain.keys() == measured.keys() and all(torch.equal(plain[key], measured[key]) for key in plain)
+    assert len(losses(root, "plain")) == 4 and losses(root, "plain") == losses(root, "measured")
+    assert not (root / "plain" / "lora.evaluations.jsonl").exists()
+    assert {path.name for path in (root / "measured").iterdir()} - {path.name for path in (root / "plain").iterdir()} == {
+        "lora.evaluations.jsonl"
+    }  # no picture is left behind
+
+
+def test_numbers_are_in_the_history_and_with_the_trackers(root: Path) -> None:
+    first, second = history(root, "measured")
+    assert (first["step"], first["pictures"], first["reference"], second["step"]) == (2, 4, 6, 4)
+    assert first["probe_fd"] != second["probe_fd"] and first["probe_fd_floor"] == second["probe_fd_floor"] > 0
+    for name in ("probe_fd", "probe_kd", "probe_fd_floor"):
+        logged = [(event.step, event.value) for event in _scalars(root, "measured", f"evaluation/{name}")]
+        assert logged == [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in (first, second)]
+
+
+def test_a_resumed_training_goes_on_with_its_history(root: Path) -> None:
+    saved = read_history(root / "measured" / "lora-step00000002-state" / "compress_evaluations.jsonl")
+    assert [entry["step"] for entry in saved] == [2]
+    resumed, whole = history(root, "resumed"), history(root, "measured")
+    assert resumed[0] == whole[0] and [entry["step"] for entry in resumed] == [2, 4]
+    assert resumed[1]["probe_fd_floor"] == whole[1]["probe_fd_floor"]
+
+
+def test_two_processes_share_the_pictures_and_find_what_one_finds(root: Path) -> None:
+    (alone,), (shared,) = history(root, "alone"), history(root, "shared")
+    assert (alone["pictures"], alone["reference"]) == (5, 4)  # of the validation split
+    for name in ("probe_fd", "probe_kd", "probe_fd_floor", "probe_kd_floor"):
+        assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-3)
+
+
+def test_every_epoch_is_measured_and_the_last_step(root: Path) -> None:
+    assert [(entry["step"], entry["epoch"]) for entry in history(root, "epochs")] == [(2, 1), (3, 2)]
+
+
+def test_an_evaluation_that_fails_is_an_entry_and_the_training_goes_on(
+    sd_scripts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """sd-scripts' sampling is called without a model, and fails; dropout, generators and trackers are as they were."""
+    monkeypatch.setenv("LORA_COMPRESS_CACHE", str(tmp_path / "cache"))
+    values = {"extractor": "probe", "reference": str(write_dataset(tmp_path / "held", count=4)), "count": 4, "size": 64}
+    host = importlib.import_module("train_network").NetworkTrainer
+    mixin = importlib.import_module("library.compress_validation").ValidationMixin
+    trainer = type("Mixed", (mixin, host), {})()
+    trainer._history, trainer._trained, trainer._steps_per_epoch = [], torch.nn.Dropout(), 3
+    accelerator, validation = Accelerator(cpu=True), Validation.prepare(EvaluationSettings.parse(values))
+    before = torch.get_rng_state(), accelerator.trackers
+    args = argparse.Namespace(output_dir=str(tmp_path), output_name="lora")
+    trainer._validate(validation, accelerator, args, 4, ())
+    (entry,) = read_history(tmp_path / "lora.evaluations.jsonl")
+    assert (entry["step"], entry["epoch"]) == (4, 2) and entry["error"].startswith("TypeError") and "probe_fd" not in entry
+    assert torch.equal(torch.get_rng_state(), before[0]) and accelerator.trackers is before[1] and trainer._trained.training
+
+
+def test_settings_of_the_evaluation_are_the_sections_and_above_them_the_flags(
+    sd_scripts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ext = importlib.import_module("train_network_ext")
+    sections: dict[str, dict[str, Any]] = {
+        "training": {"seed": 3},
+        "evaluation": {"reference": "held=out/a", "count": 8, "first_seed": 5},
+    }
+    path = write(tmp_path / "a.toml", sections)
+    args = parse(ext, monkeypatch, "--config", path, "--evaluation", "count=9", "size=64")
+    assert dict(pair.split("=", 1) for pair in args.evaluation) == {
+        "reference": "held=out/a",
+        "count": "9",
+        "first_seed": "5",
+        "size": "64",
+    }
+    assert args.seed == 3 and not hasattr(args, "count")
+    assert parse(ext, monkeypatch, "--config", path, "--evaluation", "enabled=false").evaluation is None
+    sections["evaluation"]["enabled"] = False
+    assert parse(ext, monkeypatch, "--config", write(tmp_path / "b.toml", sections)).evaluation is None
+    wrong = {"evaluation": {"count": 1, "promts": "a.txt", "enabled": "no"}}
+    with pytest.raises(SettingsError, match=r"\[evaluation\].*enabled = 'no'.*did you mean prompts.*count=1"):
+        parse(ext, monkeypatch, "--config", write(tmp_path / "c.toml", wrong))
+    with pytest.raises(SettingsError, match="--evaluation: size=100: must be a multiple of 64"):
+        parse(ext, monkeypatch, "--evaluation", "size=100")
