@@ -24,7 +24,7 @@ def load_lora(pipe: Any, path: str | os.PathLike[str], adapter_name: str | None 
     """Load a LoRA file, packed or of any plain layout, onto a pipeline for SD, SDXL, SD3 or FLUX.
 
     The adapter is one of PEFT, as load_lora_weights makes it: set_adapters, fuse_lora, unfuse_lora, delete_adapters and
-    unload_lora_weights of the pipeline work on it. Every module has the rank and alpha of the file, in any release of diffusers.
+    unload_lora_weights of the pipeline work on it. Every module has the rank and alpha that the file says.
 
         load_lora(pipe, "packed.safetensors", adapter_name="style", weight=0.8)
 
