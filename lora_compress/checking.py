@@ -56,7 +56,7 @@ def check_file(path: str | os.PathLike[str], consumers: Collection[str]) -> list
     source = open_lora(path)
     try:
         if isinstance(source, PackedFile):
-            return [_of_packed(consumer) for consumer in rules.consumers]
+            return [_of_packed(consumer, tuple(source.others)) for consumer in rules.consumers]
         file = _as_it_is(source)
         return [_of_plain(consumer, file) for consumer in rules.consumers]
     finally:
@@ -71,8 +71,11 @@ def _as_it_is(source: LoraSource) -> PlannedFile:
     return PlannedFile(save_format, source.dtype, source.layout, source.family, modules, tuple(source.others))
 
 
-def _of_packed(consumer: Consumer) -> Verdict:
+def _of_packed(consumer: Consumer, others: tuple[str, ...]) -> Verdict:
     how = _PACKED.get(consumer.name)
+    if how and others and consumer.name.startswith("diffusers"):
+        reason = f"lora_compress.diffusers.load_lora refuses tensors such as {others[0]}: it applies pairs of factors alone"
+        return Verdict(consumer.name, consumer.title, False, (reason,), ())
     return Verdict(consumer.name, consumer.title, how is not None, () if how else (_EXPAND,), (how,) if how else ())
 
 

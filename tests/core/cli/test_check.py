@@ -70,6 +70,7 @@ def test_packed_files_and_strange_keys(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     status, found = check(capsys, packed)
     assert status == 1 and "plug-in" in found["comfyui"]["notes"][0] and "expand" in found["forge"]["reasons"][0]
+    assert not found["diffusers"]["opens"] and "such as bundle" in found["diffusers"]["reasons"][0]
     assert main(["check", "--model", str(packed), "--for", "comfyui"]) == 0
     assert "ComfyUI" in capsys.readouterr().out
     assert main(["check", "--model", str(packed), "--for", "comfy"]) == 2
