@@ -238,7 +238,8 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
     """Which programs open a file of `save_format` (kohya, fp8 or packed) for a model of `family`, in words."""
     if save_format == "packed":
         return (
-            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, lora_compress.load_lora in Python, "
+            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI with our plug-in, "
+            "diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
             "or after `resize_lora_ext.py expand` everything that opens kohya LoRA"
         )
     float8 = save_format == "fp8"

@@ -1,0 +1,51 @@
+"""`resize_lora_ext.py check --model FILE --for comfyui`: which programs open a file, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from ..checking import Verdict, check_file
+from ..consumers import CONSUMERS
+from . import paths
+from .arguments import Parser
+from .console import print_json, print_notes, quiet_stdout, show
+
+__all__ = ["run"]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check what the flags name; 0 where every program that was asked for opens the file, 1 where one does not."""
+    parser = Parser(
+        prog="resize_lora_ext.py check",
+        description="Which programs open a LoRA file as it is and compute what it says. Exit status 1 where one of them does not.",
+    )
+    parser.add_argument("--model", metavar="FILE", help="LoRA file of any layout, packed or plain")
+    parser.add_argument(
+        "--for",
+        dest="consumers",
+        default="all",
+        metavar="NAMES",
+        help=f"programs, separated by commas: {', '.join(CONSUMERS)}, all (default)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    args = parser.parse(argv)
+    path = paths.check_input(args.model)
+    with quiet_stdout() as warned:
+        verdicts = check_file(path, args.consumers.split(","))
+    if args.json:
+        print_json({"model": str(path), "programs": [verdict.as_json() for verdict in verdicts], "notes": warned})
+    else:
+        show(_table(verdicts))
+        print_notes(warned)
+    return 0 if all(verdict.opens for verdict in verdicts) else 1
+
+
+def _table(verdicts: Sequence[Verdict]) -> Table:
+    table = Table("program", "opens it", "why not, what it needs or leaves out")
+    for verdict in verdicts:
+        told = "\n".join(verdict.reasons + verdict.notes)
+        table.add_row(escape(verdict.title), "yes" if verdict.opens else "no", escape(told))
+    return table

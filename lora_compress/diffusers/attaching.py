@@ -1,0 +1,72 @@
+"""Puts updates onto a model as one PEFT adapter, with the rank and the scale of every layer as they are.
+
+diffusers guesses the configuration of an adapter from its tensors, and some of its releases take the most frequent rank or alpha
+for all layers. Here the configuration is written out: scales are in the factors, so alpha = rank everywhere, and every layer's
+rank is told by its full name.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..update import LowRankUpdate
+
+__all__ = ["attach_updates", "balanced_factors"]
+
+
+def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name: str) -> None:
+    """Add an adapter to a model of diffusers or transformers and make it the active one.
+
+    Args:
+        model: the U-Net, the transformer or a text encoder.
+        updates: by the name of the layer in the model.
+        adapter_name: no adapter of the model has it.
+    """
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    ranks: dict[int, list[str]] = {}
+    for name, update in updates.items():
+        ranks.setdefault(update.rank, []).append(name)
+    most = max(ranks, key=lambda rank: len(ranks[rank]))
+    # One pattern for each rank: PEFT tries every pattern on every layer.
+    pattern = {f"^(?:{'|'.join(map(re.escape, names))})": rank for rank, names in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most, lora_alpha=most, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=list(updates), bias="none"
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        layer = model.get_submodule(name)
+        layer = getattr(layer, "base_layer", layer)  # it may carry adapters already
+        down, up = balanced_factors(update, _dtype_of(layer), layer)
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
+        inject_adapter_in_model(config, model, adapter_name=adapter_name, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
+    model._hf_peft_config_loaded = True  # what diffusers and transformers ask before they look for adapters
+
+
+def balanced_factors(update: LowRankUpdate, dtype: torch.dtype, layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """down (r, in, *kernel) and up (out, r, ...) in the shape of the layer's weight, the scale in both, the sign in `up`."""
+    gain = abs(update.scale) ** 0.5
+    down, up = update.down.float() * gain, update.up.float() * (gain if update.scale >= 0 else -gain)
+    kernel = getattr(layer, "kernel_size", ())
+    if kernel:
+        down, up = down.reshape(update.rank, -1, *kernel), up.reshape(-1, update.rank, *[1] * len(kernel))
+    else:
+        down, up = down.flatten(1), up.flatten(1)
+    return down.to(dtype).contiguous(), up.to(dtype).contiguous()
+
+
+def _dtype_of(layer: torch.nn.Module) -> torch.dtype:
+    """What the layer computes in: of its weight, or as a layer of integers tells it."""
+    weight: Any = layer.weight
+    if weight.dtype.is_floating_point and weight.element_size() > 1:
+        return weight.dtype
+    return getattr(layer, "compute_dtype", None) or torch.float32

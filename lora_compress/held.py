@@ -1,0 +1,103 @@
+"""A packed file whose tensors another program has already read: its modules stay coded until each is asked for."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .container import INDEX_KEY, PAYLOAD_KEY
+from .encoding import decode_module
+from .errors import FormatError
+from .index import Entry, PackedIndex, read_index
+from .update import LowRankUpdate
+
+__all__ = ["HeldModule", "held_modules", "held_part"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldModule:
+    """One module, coded. Programs that move or cast every tensor that they find in a LoRA find none here.
+
+    Args:
+        entry: what the index says of it.
+        layers: of its payload, uint8 (n,), views of the payload.
+        checksums: crc32 of each layer.
+        where: names the LoRA in messages.
+    """
+
+    entry: Entry
+    layers: tuple[Tensor, ...]
+    checksums: tuple[int, ...]
+    where: str
+
+    def decode(self) -> LowRankUpdate:
+        """The update, float32 on the CPU; nothing of it is kept.
+
+        Raises:
+            FormatError: damage, or a codec that this program does not know.
+        """
+        layers = [layer.numpy().tobytes() for layer in self.layers]
+        if tuple(map(zlib.crc32, layers)) != self.checksums:
+            raise FormatError(f"{self.where}: {self.entry.name}: its bytes do not match their checksum: the file is damaged")
+        try:
+            return decode_module(self.entry, layers)
+        except FormatError as error:
+            raise FormatError(f"{self.where}: {self.entry.name}: {error}") from None
+
+
+def held_modules(tensors: Mapping[str, Tensor], where: str = "LoRA") -> dict[str, HeldModule]:
+    """The modules of a packed file by name, from the tensors under INDEX_KEY and PAYLOAD_KEY, which lie on the CPU.
+
+    Modules of which a cut file has no layer are left out.
+
+    Raises:
+        FormatError: the tensors are no packed file, or contradict each other.
+    """
+    index, payload = _index(tensors, where), tensors[PAYLOAD_KEY]
+    layers: dict[int, list[tuple[Tensor, int]]] = {}
+    begin = 0
+    for module, length, crc in index.chunks:
+        layers.setdefault(module, []).append((payload[begin : begin + length], crc))
+        begin += length
+    return {
+        index.entries[i].name: HeldModule(index.entries[i], tuple(part for part, _ in parts), tuple(crc for _, crc in parts), where)
+        for i, parts in layers.items()
+    }
+
+
+def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> dict[str, Tensor]:
+    """The same LoRA from the first `size` bytes of its payload at most: of a progressive one, a smaller LoRA. Nothing is copied.
+
+    Raises:
+        FormatError: as `held_modules`; `size` has no room for a first layer of every module.
+    """
+    index = _index(tensors, where)
+    cut, used = index.cut(size)
+    missing = len(index.entries) - len({module for module, _, _ in cut.chunks})
+    if missing:
+        raise FormatError(
+            f"{where}: the first {size} bytes of its payload lack {missing} of {len(index.entries)} modules: take a larger size"
+            ", or compress with strategy=entropy progressive=true"
+        )
+    return {**tensors, INDEX_KEY: cut.encode(), PAYLOAD_KEY: tensors[PAYLOAD_KEY][:used]}
+
+
+def _index(tensors: Mapping[str, Tensor], where: str) -> PackedIndex:
+    if INDEX_KEY not in tensors or PAYLOAD_KEY not in tensors:
+        raise FormatError(f"{where}: has no {INDEX_KEY}: it is no packed LoRA")
+    data, payload = tensors[INDEX_KEY], tensors[PAYLOAD_KEY]
+    for key, tensor in ((INDEX_KEY, data), (PAYLOAD_KEY, payload)):
+        if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+            raise FormatError(f"{where}: {key} is {tensor.dtype} {tuple(tensor.shape)}, not bytes: another program has changed it")
+    index = read_index(data.numpy().tobytes(), where)
+    if index.payload != len(payload):
+        raise FormatError(f"{where}: {PAYLOAD_KEY} has {len(payload)} bytes, the index speaks of {index.payload}: it is damaged")
+    try:
+        index.check_declared()
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}: the file is damaged") from None
+    return index

@@ -1,0 +1,39 @@
+"""Programs that open LoRA, where a checkout of theirs is at hand: COMFYUI_DIR. REQUIRE_CONSUMERS=1 makes each skip a failure."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+
+def _absent(reason: str) -> NoReturn:
+    if os.environ.get("REQUIRE_CONSUMERS") == "1":
+        pytest.fail(f"{reason} (REQUIRE_CONSUMERS=1)")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Iterator[Path]:
+    """The root of ComfyUI, importable in this process, on the CPU."""
+    given = os.environ.get("COMFYUI_DIR")
+    if not given:
+        _absent("ComfyUI is absent: set COMFYUI_DIR to a checkout of it, and install its requirements.txt")
+    root = Path(given)
+    from library.compress_torchvision import declare_missing_operators
+
+    declare_missing_operators()
+    sys.path.append(str(root))
+    try:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True
+        import nodes  # noqa: F401
+    except ImportError as error:
+        _absent(f"ComfyUI in {root} cannot be imported ({error}): install its requirements.txt")
+    yield root
+    sys.path.remove(str(root))
