@@ -138,11 +138,10 @@ def _open_safetensors(path: Path) -> TensorFile:
     """
     header, begin, _ = read_header(path)  # bounded, unlike what safe_open accepts
     try:
-        with safe_open(path, framework="pt") as handle:  # checks that the header is sound and fits the file
-            metadata = handle.metadata()
+        with safe_open(path, framework="pt"):  # checks that the header is sound and fits the file
+            metadata = header.pop("__metadata__", None)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        header.pop("__metadata__", None)
         in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
         infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
     except _UNREADABLE as error:

@@ -18,6 +18,8 @@ from core.fuzz_worker import MEMORY, within
 
 from lora_compress import LoraCompressError, open_lora
 
+_SECONDS = 400
+
 
 def memory(name: str) -> int:
     """VmRSS or VmHWM of this process, bytes."""
@@ -42,4 +44,5 @@ def opened(path: str) -> tuple[float, str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        print(json.dumps(pool.map(opened, sys.argv[1:], chunksize=1)))
+        found = pool.map_async(opened, sys.argv[1:], chunksize=1)
+        print(json.dumps(found.get(timeout=_SECONDS)))  # a pool waits for ever for a process that died
