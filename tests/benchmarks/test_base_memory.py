@@ -32,10 +32,14 @@ def test_it_packs_as_the_trainer_does(sd_scripts: Path) -> None:
 
 
 _WATCHED = """
-import measure, torch
-measure.watched(lambda: None)
-_, before = measure.watched(lambda: sum(range(3_000_000)))
-length, peak = measure.watched(lambda: len(torch.ones(50_000_000)))
+import time, measure, torch
+def hold(size):
+    data = torch.ones(size)
+    time.sleep(0.5)  # long enough to be looked at on a busy machine
+    return len(data)
+measure.watched(lambda: hold(1))
+_, before = measure.watched(lambda: hold(1))
+length, peak = measure.watched(lambda: hold(50_000_000))
 print(length, peak - before)
 """
 
