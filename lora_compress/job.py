@@ -14,7 +14,7 @@ from .encoding import Choice, encode_module, spread_channels, take_channels
 from .errors import FormatError
 from .index import Entry
 from .parallel import each_module, stream_modules
-from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows
+from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from .pruning import select_channels
 from .quantization import FixedFormat, fixed_size
 from .settings import CompressionSettings
@@ -312,7 +312,7 @@ class Job:
             plain = plain_rows(*spread_channels(shape, *found), self.dtype, own_alpha, padded)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from None
-        update = LowRankUpdate.from_matrices(plain[0], plain[1].T.contiguous(), own_alpha or float(padded), shape.kernel)
+        update = update_of_rows(*plain, shape.kernel, own_alpha)
         written = take_channels(shape, *plain)
         rank = len(found[0])  # without the padding
         rows = (written[0][:rank].float() * update.scale, written[1][:rank].float())

@@ -13,7 +13,7 @@ from .errors import FormatError
 from .files import TensorSpec
 from .update import LowRankUpdate
 
-__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "exact_plain", "fp8_alpha", "plain_rows", "plain_update"]
+__all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "exact_plain", "fp8_alpha", "plain_rows", "plain_update", "update_of_rows"]
 
 FP8 = torch.float8_e4m3fn
 _FP8_AMAX = 8.0  # e4m3 is as exact anywhere from 1 to 128; 8 keeps products of factors finite in fp16
@@ -68,7 +68,11 @@ def plain_update(
     Args:
         kernel: kernel size of a convolution, () for a linear layer.
     """
-    down, up = plain_rows(down, up, dtype, alpha, least_rank)
+    return update_of_rows(*plain_rows(down, up, dtype, alpha, least_rank), kernel, alpha)
+
+
+def update_of_rows(down: Tensor, up: Tensor, kernel: tuple[int, ...], alpha: float | None) -> LowRankUpdate:
+    """The update up^T down of rows (rank, in * kernel) and (rank, out); alpha None means alpha = rank."""
     return LowRankUpdate.from_matrices(down, up.T.contiguous(), float(len(down)) if alpha is None else alpha, kernel)
 
 

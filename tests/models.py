@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,3 +192,12 @@ def _fill(models: dict[str, Any], seed: int) -> None:
         for module in model.modules():
             if hasattr(module, "position_ids"):
                 module.position_ids = torch.arange(77).unsqueeze(0)
+
+
+def narrow_unet(monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """sd-scripts' SD1.x U-Net, 32 to 64 channels wide, the same weights every time."""
+    original_unet = importlib.import_module("library.original_unet")
+    for name, value in {"BLOCK_OUT_CHANNELS": (32, 32, 64, 64), "TIMESTEP_INPUT_DIM": 32, "TIME_EMBED_DIM": 128}.items():
+        monkeypatch.setattr(original_unet, name, value)
+    torch.manual_seed(0)
+    return original_unet.UNet2DConditionModel(8, 8, 32)

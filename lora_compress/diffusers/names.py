@@ -10,27 +10,13 @@ from collections.abc import Mapping
 
 from ..comparison import match_names
 from ..update import LowRankUpdate
+from ..weighting.names import SGM_OUTSIDE, SGM_RESNET
 
 __all__ = ["find_layers", "sgm_name"]
 
 Sizes = Mapping[str, int]  # outputs of each layer, by its full name such as unet.mid_block.attentions.0.proj_in
 
-_RESNET = {
-    "in_layers_0": "norm1",
-    "in_layers_2": "conv1",
-    "out_layers_0": "norm2",
-    "out_layers_3": "conv2",
-    "emb_layers_1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
-_OUTSIDE = {
-    "input_blocks_0_0": "conv_in",
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-    "out_2": "conv_out",
-}
+_RESNET = SGM_RESNET | {"in_layers_0": "norm1", "out_layers_0": "norm2"}
 _BLOCK = re.compile(r"^(input|output)_blocks_(\d+)_(\d+)_(.+)$")
 _MIDDLE = re.compile(r"^middle_block_([012])_(.+)$")
 _UNET = "lora_unet_"
@@ -111,7 +97,7 @@ def sgm_name(name: str) -> str | None:
     if not name.startswith(_UNET):
         return None
     plain = name.removeprefix(_UNET)
-    inner = _OUTSIDE.get(plain)
+    inner = SGM_OUTSIDE.get(plain)
     if middle := _MIDDLE.match(plain):
         place = ("resnets_0", "attentions_0", "resnets_1")[int(middle[1])]
         inner = f"mid_block_{place}_{_RESNET.get(middle[2], middle[2])}"

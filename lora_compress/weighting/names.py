@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["LayerRows", "layer_name", "layers_of_key"]
+__all__ = ["SGM_OUTSIDE", "SGM_RESNET", "LayerRows", "layer_name", "layers_of_key"]
 
 _LORA_PREFIXES = (
     ("unet", r"lora_unet_|lora_transformer_|lycoris_|unet\.|transformer\.|(?:model\.)?diffusion_model\."),
@@ -23,13 +23,13 @@ _CHECKPOINT_PREFIXES = (
     ("te3", r"text_encoders\.t5xxl\.transformer\."),
     ("te1", r"(?=text_model\.)"),
 )
-_RESNET = {
+SGM_RESNET = {
     "in_layers_2": "conv1",
     "emb_layers_1": "time_emb_proj",
     "out_layers_3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_SINGLE = {
+SGM_OUTSIDE = {
     "input_blocks_0_0": "conv_in",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
@@ -93,8 +93,8 @@ def layers_of_key(key: str, component: str | None = None) -> list[LayerRows]:
 
 def _diffusers_path(path: str) -> str:
     """The diffusers spelling of an LDM U-Net path (two resnets a block, as in SD1, SD2 and SDXL); others as they are."""
-    if path in _SINGLE:
-        return _SINGLE[path]
+    if path in SGM_OUTSIDE:
+        return SGM_OUTSIDE[path]
     middle = re.fullmatch(r"middle_block_([012])_(\w+)", path)
     if middle:
         return f"mid_block_attentions_0_{middle[2]}" if middle[1] == "1" else _resnet("mid_block", int(middle[1]) // 2, middle[2])
@@ -112,4 +112,4 @@ def _diffusers_path(path: str) -> str:
 
 
 def _resnet(where: str, layer: int, rest: str) -> str:
-    return f"{where}_resnets_{layer}_{_RESNET.get(rest, rest)}"
+    return f"{where}_resnets_{layer}_{SGM_RESNET.get(rest, rest)}"

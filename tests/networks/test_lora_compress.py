@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import narrow_unet
 from safetensors.torch import load_file
 
 from lora_compress import CompressionSettings, SaveError, SettingsError, load_lora
@@ -36,11 +37,7 @@ def theirs(sd_scripts: Path) -> ModuleType:
 @pytest.fixture
 def unet(sd_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """sd-scripts' SD1.x U-Net, 32 to 64 channels wide."""
-    original_unet = importlib.import_module("library.original_unet")
-    for name, value in {"BLOCK_OUT_CHANNELS": (32, 32, 64, 64), "TIMESTEP_INPUT_DIM": 32, "TIME_EMBED_DIM": 128}.items():
-        monkeypatch.setattr(original_unet, name, value)
-    torch.manual_seed(0)
-    return original_unet.UNet2DConditionModel(8, 8, 32)
+    return narrow_unet(monkeypatch)
 
 
 @pytest.fixture

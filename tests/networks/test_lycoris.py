@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import narrow_unet
 from safetensors.torch import load_file
 
 from lora_compress import SettingsError, load_lora
@@ -25,11 +26,7 @@ def ours(sd_scripts: Path) -> ModuleType:
 
 @pytest.fixture
 def unet(sd_scripts: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    original_unet = importlib.import_module("library.original_unet")
-    for name, value in {"BLOCK_OUT_CHANNELS": (32, 32, 64, 64), "TIMESTEP_INPUT_DIM": 32, "TIME_EMBED_DIM": 128}.items():
-        monkeypatch.setattr(original_unet, name, value)
-    torch.manual_seed(0)
-    return original_unet.UNet2DConditionModel(8, 8, 32).requires_grad_(False).eval()
+    return narrow_unet(monkeypatch).requires_grad_(False).eval()
 
 
 def predict(unet: torch.nn.Module) -> torch.Tensor:
