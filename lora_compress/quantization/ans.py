@@ -52,9 +52,9 @@ def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _grouped(counts_of: Callable[..., np.ndarray], *key: Any) -> tuple[Any, Any, np.ndarray]:
-    """Models of groups and of single symbols, and the symbols of each group, uint8 (groups, symbols of a group)."""
-    return coder_model(joint_counts, counts_of, *key), coder_model(counts_of, *key), _digits(len(counts_of(*key)))
+def _grouped(counts_of: Callable[..., np.ndarray], *key: Any) -> tuple[Any, np.ndarray]:
+    """The model of groups, and the symbols of each group, uint8 (groups, symbols of a group)."""
+    return coder_model(joint_counts, counts_of, *key), _digits(len(counts_of(*key)))
 
 
 @cache
@@ -76,17 +76,12 @@ class AnsWriter:
             self._symbols.append((np.ascontiguousarray(symbols, dtype=np.int32), coder_model(counts_of, *key)))
 
     def write_grouped(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: Any) -> None:
-        """Append symbols (n,) of two or three kinds: groups of them as one symbol, then, one by one, those that fill none."""
+        """Append symbols (n,) of two or three kinds, groups of them as one symbol; zeros fill the last group."""
         kinds = len(counts_of(*key))
         width = _TOGETHER[kinds]
-        whole = len(symbols) // width * width
-        grouped = symbols[:whole].reshape(-1, width)
-        if kinds == 2:
-            self.write(np.packbits(grouped.astype(np.uint8), axis=1)[:, 0], joint_counts, counts_of, *key)
-        else:
-            powers = (kinds ** np.arange(width - 1, -1, -1)).astype(np.float32)
-            self.write(grouped.astype(np.float32) @ powers, joint_counts, counts_of, *key)
-        self.write(symbols[whole:], counts_of, *key)
+        groups = np.pad(symbols, (0, -len(symbols) % width)).reshape(-1, width)
+        powers = (kinds ** np.arange(width - 1, -1, -1)).astype(np.float32)
+        self.write(groups.astype(np.float32) @ powers, joint_counts, counts_of, *key)
 
     def write_integers(self, values: np.ndarray) -> None:
         """Append integers (n,) from 0 to 2^32 - 1: the number of bytes of each, less one, then all the bytes."""
@@ -119,14 +114,8 @@ class AnsReader:
 
     def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols of `write_grouped`, uint8."""
-        joint, single, digits = _grouped(counts_of, *key)
-        groups, rest = divmod(count, digits.shape[1])
-        symbols = np.empty(count, dtype=np.uint8)
-        if groups:
-            symbols[: count - rest] = digits.take(self._coder.decode(joint, groups), axis=0).reshape(-1)
-        if rest:
-            symbols[count - rest :] = self._coder.decode(single, rest)
-        return symbols
+        model, digits = _grouped(counts_of, *key)
+        return digits.take(self._coder.decode(model, -(-count // digits.shape[1])), axis=0).reshape(-1)[:count]
 
     def read_integers(self, count: int) -> np.ndarray:
         """The next `count` integers of `write_integers`, int64."""

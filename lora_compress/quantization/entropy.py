@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ __all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "e
 MAX_LAYERS = 64
 _SIDE_MODELS = 256  # numbers of (scale, shape) pairs
 _MAX_EXPONENT = 4000  # eighths of an octave; sqrt of what float32 holds, twice over
+_short_calls = Lock()  # threads that fight for the interpreter in hundreds of short calls take longer than one that has it alone
 _WEIGHTS_PER_BYTE = 2**20  # an encoder stays far below; a payload that promises more is not decoded
 
 
@@ -96,11 +99,12 @@ def decode_entropy(
     runs = row_runs(scales, shapes, layers)
     widths = np.repeat([inputs, outputs], rank)
     known = [np.zeros(int(widths[run.rows].sum()), dtype=np.int32) for run in runs]
-    for layer in range(len(chunks)):
-        reader = reader if layer == 0 else _reader(chunks[layer])
-        for number, run, before, after in _turns(runs, layer):
-            known[number] = read_passes(reader, known[number], run.scale, run.shape, before, after)
-        reader.finish()
+    with _short_calls if layers > 1 else nullcontext():
+        for layer in range(len(chunks)):
+            reader = reader if layer == 0 else _reader(chunks[layer])
+            for number, run, before, after in _turns(runs, layer):
+                known[number] = read_passes(reader, known[number], run.scale, run.shape, before, after)
+            reader.finish()
     return _weights(runs, known, scales, shapes, row_units(gains, step), (inputs, outputs), len(chunks))
 
 

@@ -106,10 +106,10 @@ def read_grouped(stack: Stack, count: int, counts: list[int]) -> list[int]:
         masses.append(mass)
     table = normalise(masses)
     symbols = []
-    for _ in range(count // width):
+    for _ in range((count + width - 1) // width):
         group = stack.read(table)
         symbols += [group // kinds ** (width - 1 - place) % kinds for place in range(width)]
-    return symbols + [stack.read(counts) for _ in range(count % width)]
+    return symbols[:count]
 
 
 class Run:
