@@ -13,6 +13,7 @@ CORE = [
     "numpy>=1.26",  # safetensors writes torch tensors through it
     "tqdm>=4.66",  # progress of long runs
     "rich>=13.7",  # tables on the terminal
+    "threadpoolctl>=3.5",  # one thread of numpy's BLAS for each of ours
     "constriction>=0.5,<0.6",  # the entropy coder of packed files
 ]
 TRAIN = [  # what sd-scripts imports on the way to its first step; without them the core still compresses files

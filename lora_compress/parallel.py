@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 __all__ = ["each_module", "stream_modules"]
 
@@ -25,13 +27,13 @@ def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, 
 
     Items are fetched as their turn comes, so a lazy mapping is never in memory as a whole. Each worker runs torch on one
     thread of its own and without gradients: a LoRA has hundreds of matrices too small to share, and threads that wait for
-    each other over them cost up to twenty times the work.
+    each other over them cost up to twenty times the work. The same holds for numpy's BLAS.
     """
     workers = threads = torch.get_num_threads()
     pending: deque[tuple[str, Future[Result]]] = deque()
     work = torch.no_grad()(lambda name: function(name, items[name]))
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with _libraries().limit(limits=1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 for name in items:
                     pending.append((name, pool.submit(work, name)))
@@ -46,3 +48,9 @@ def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, 
                     future.cancel()
     finally:
         torch.set_num_threads(threads)  # what a worker set is also the default of every thread that starts later
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    """Those that have threads of their own."""
+    return ThreadpoolController().select(user_api="blas")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .gram import gram
 from .update import LowRankUpdate
 
 __all__ = ["NOT_FINITE", "Spectrum", "known_svd", "quick_svds", "thin_svd"]
@@ -95,7 +96,7 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
         FormatError: a factor or alpha holds NaN or infinity, or the decomposition failed.
     """
     up, down = _double(update.up_matrix.T), _double(update.down_matrix)  # (r, out), (r, in * kernel)
-    gram_up, gram_down = up @ up.T, down @ down.T
+    gram_up, gram_down = gram(up), gram(down)
     norm = float((gram_up * gram_down).sum()) * update.scale**2  # ||dW||_F^2
     bound = math.sqrt(float(gram_up.trace() * gram_down.trace())) * abs(update.scale)
     if not math.isfinite(norm):
@@ -138,7 +139,7 @@ def quick_svds(updates: Sequence[LowRankUpdate]) -> list[Spectrum | None]:
         return none
     up, down = _stacked([update.up_matrix for update in updates]), _stacked([update.down_matrix for update in updates])
     scale = up.new_tensor([update.scale for update in updates])[:, None, None]
-    gram_up, gram_down = up.mT @ up, down @ down.mT  # (b, r, r)
+    gram_up, gram_down = gram(up.mT), gram(down)  # (b, r, r)
     norms = gram_down.diagonal(dim1=1, dim2=2).sqrt()
     factor, _ = torch.linalg.cholesky_ex(gram_down / norms.unsqueeze(1) / norms.unsqueeze(2))
     root = factor.mT * norms.unsqueeze(1)
@@ -159,9 +160,9 @@ def quick_svds(updates: Sequence[LowRankUpdate]) -> list[Spectrum | None]:
     return [Spectrum(*parts) if fine else None for parts, fine in zip(found, good.tolist(), strict=True)]
 
 
-def _orthogonal(gram: Tensor, inverse: Tensor) -> Tensor:
+def _orthogonal(products: Tensor, inverse: Tensor) -> Tensor:
     """Whether rows sqrt(sigma_i) u_i have the Gram matrix diag(sigma), (b,); False for NaN."""
-    unit = gram * (inverse * inverse.mT).sqrt()
+    unit = products * (inverse * inverse.mT).sqrt()
     return (unit - torch.eye(unit.shape[1]).to(unit)).abs().amax(dim=(1, 2)) < _TOLERANCE
 
 
@@ -188,11 +189,11 @@ def _double(rows: Tensor) -> Tensor:
     return rows.float().double() if rows.dtype in _HALVES else rows.double()
 
 
-def _triangle(gram: Tensor, rows: Tensor) -> Tensor:
+def _triangle(products: Tensor, rows: Tensor) -> Tensor:
     """R of rows^T = Q R, (p, r), from rows (r, n) and their Gram matrix (r, r)."""
-    norms = gram.diagonal().sqrt()
+    norms = products.diagonal().sqrt()
     if len(norms) and bool((norms > 0).all()):
-        factor, failed = torch.linalg.cholesky_ex(gram / norms / norms.unsqueeze(1))
+        factor, failed = torch.linalg.cholesky_ex(products / norms / norms.unsqueeze(1))
         if not int(failed) and float(factor.diagonal().min()) > _LEAST_PIVOT:
             return factor.T * norms
     return torch.linalg.qr(rows.T, mode="r").R

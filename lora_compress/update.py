@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .gram import gram
 
 __all__ = ["LowRankUpdate", "difference", "relative_error", "squared_error"]
 
@@ -111,19 +112,13 @@ def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -
     square = float(_inner(down[:kept], down[:kept]))
     gain = float(_inner(down[:kept], other_down)) / square if square > 0.0 else 1.0  # of the other's balance
     gain = gain if 0.0 < gain < math.inf else 1.0
-    lost_down, lost_up = down.clone(), up.clone()
-    lost_down[:kept].sub_(other_down, alpha=1.0 / gain)
-    lost_up[:kept].sub_(other_up, alpha=gain)
-    both = _gram(lost_up, lost_up), _gram(down, down)
-    cross = _gram(lost_up, other_up) * gain, _gram(down, lost_down[:kept])
-    other = _gram(other_up, other_up) * gain**2, _gram(lost_down[:kept], lost_down[:kept])
-    found = (both[0] * both[1]).sum() + 2.0 * (cross[0] * cross[1]).sum() + (other[0] * other[1]).sum()
-    return max(float(found), 0.0)
-
-
-def _gram(one: Tensor, other: Tensor) -> Tensor:
-    """Inner products of rows, (k, k'), as float64."""
-    return (one @ other.T).double()
+    count = len(down)
+    ups, downs = up.new_empty(count + kept, up.shape[1]), down.new_empty(count + kept, down.shape[1])
+    ups[:count], downs[:count] = up, down
+    ups[:kept].sub_(other_up, alpha=gain)
+    torch.mul(other_up, gain, out=ups[count:])
+    torch.sub(down[:kept], other_down, alpha=1.0 / gain, out=downs[count:])
+    return max(float((gram(ups).double() * gram(downs).double()).sum()), 0.0)
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

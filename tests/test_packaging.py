@@ -30,6 +30,7 @@ def test_metadata_names_the_licence_and_few_dependencies(installed: Path) -> Non
         "numpy",
         "tqdm",
         "rich",
+        "threadpoolctl",
         "constriction",
     }
     assert "Apache License" in next(folder.rglob("LICENSE")).read_text(encoding="utf-8")

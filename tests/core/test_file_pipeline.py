@@ -307,7 +307,7 @@ def test_truncation_tells_what_it_cost(network: Path, tmp_path: Path) -> None:
     [
         ("int4", 9000, "is not progressive"),
         ("entropy", 9000, "is not progressive"),
-        ("progressive", 1500, "bytes have no room for the first layer of every module"),
+        ("progressive", 1200, "bytes have no room for the first layer of every module"),
         ("progressive", -1, "bytes have no room for the first layer of every module"),
     ],
 )
