@@ -175,15 +175,20 @@ def test_flux(sd_scripts_at: Path, sd_scripts: Path, pictures: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("sd_scripts_at", ["v0.9.1", "v0.10.1", "v0.11.1"], indirect=True)
-def test_sd_scripts_own_trainer_saves_the_same_way(
+def test_sd_scripts_own_trainer_prunes_quantizes_and_saves_the_same_way(
     sd_scripts_at: Path, torchvision_repair: Path, model: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    flags = [*config(model, pictures, tmp_path), "--network_args", "bits=8", "rank_ratio=0.5"]
+    """The network module alone: components go and weights are quantized while it trains, and it finds the optimizer by itself."""
+    learning = ["iterative_pruning=true", "max_iterations=1", "min_rank=0", "qat=true", "qat_start=0.5"]
+    flags = [*config(model, pictures, tmp_path, max_train_steps=4), "--network_args", "bits=8", "rank_ratio=0.5", *learning]
     printed = run_stock("train_network.py", sd_scripts_at, torchvision_repair, model, flags)
-    assert "compressed LoRA" in printed
+    assert "components kept" in printed and "compressed LoRA" in printed
     file = load_lora(tmp_path / "lora.safetensors")
-    assert file.packed and file.metadata["ss_compress_bits"] == "8" and len(file.updates) == 204
-    assert json.loads(file.metadata["ss_network_args"])["rank_ratio"] == "0.5"
+    metadata = file.metadata
+    assert file.packed and metadata["ss_compress_bits"] == "8" and json.loads(metadata["ss_network_args"])["rank_ratio"] == "0.5"
+    kept, components = map(int, metadata["ss_compress_components"].split("/"))
+    assert sum(update.rank for update in file.updates.values()) == kept == components // 2
+    assert metadata["ss_compress_relative_error"] == "0.000000e+00" and metadata["ss_compress_trained_steps"] == "4"
 
 
 def test_a_training_that_prunes_and_quantizes_is_interrupted_and_goes_on(
