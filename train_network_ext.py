@@ -21,6 +21,7 @@ from library.compress_config import (
     add_arguments,
     check_host_values,
     forget_own_sections,
+    merge_adaptive,
     merge_evaluation,
     merge_network_args,
     read_toml,
@@ -112,6 +113,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     network_args = merge_network_args(args, config, lambda base: host_arguments(import_base(base or host.network)))
     args.network_args = network_args or args.network_args
     args.evaluation = merge_evaluation(args, config)
+    args.adaptive = merge_adaptive(args, config)
     args.model_type = host.name  # the FLUX trainer reads it, under the same two names
     if getattr(args, "attn_mode", None) == "sdpa":
         args.attn_mode = "torch"  # as the scripts of HunyuanImage and Anima do

@@ -5,14 +5,14 @@
 tiny-sd learns the striped star through train_network_ext.py with the settings of config/demo.toml, in equal steps every time:
 
     full        no compression
-    afterwards  the full LoRA, compressed by the engine with the same settings
+    afterwards  the full LoRA, compressed by the engine in the same bits, ranks chosen for the bytes of the last arm
     entropy     the full LoRA, entropy-coded to the bytes of the last arm: the best the engine can do with a finished file
     narrow      a LoRA of a smaller rank from the start, trained with quantized weights (qat)
     pruned      components go while it trains, quantization is left to the end
     both        components go while it trains, then it trains with quantized weights
 
-Seed 0 settles how strongly to compress: the first of the settings, from mild to strong, at which `afterwards` has lost 20 points
-of the share of pictures that show the concept. The other seeds are scored. Each file draws the same prompts from the same noise;
+Seed 0 settles how strongly to compress: the first of the settings, from mild to strong, at which the full LoRA compressed afterwards
+has lost 20 points of the share of pictures that show the concept. The other seeds are scored. Each file draws the same prompts from the same noise;
 the probe in assets/tiny-sd reads concept and caption (shape, colour and background) in the pictures, and the kernel distance of
 its features to held-out pictures of the concept tells how good they look. Intervals are of 95 %, over the pictures of all seeds.
 Trainings run two at a time, one thread each; a folder given by --folder keeps what was made, and a second run goes on with it.
@@ -136,13 +136,13 @@ class Comparison:
         name = f"full-{seed}" if arm == "full" else f"{arm}-{setting.ratio}-{setting.bits}-{seed}"
         return train(self.folder, name, seed, self.steps, setting.flags(arm))
 
-    def afterwards(self, setting: Setting, seed: int, size: int | None = None) -> Path:
-        """The full LoRA, compressed with the same settings, or to as many bytes."""
+    def afterwards(self, setting: Setting, seed: int) -> Path:
+        """The full LoRA, compressed with the same settings."""
+        return self._compressed("settle", setting, seed, {"rank_ratio": setting.ratio, "bits": setting.bits, "min_rank": 0})
+
+    def _compressed(self, name: str, setting: Setting, seed: int, settings: Mapping[str, Any]) -> Path:
+        target = self.folder / f"{name}-{setting.ratio}-{setting.bits}-{seed}.safetensors"
         source = self.trained(setting, "full", seed)
-        target = self.folder / f"{'entropy' if size else 'afterwards'}-{setting.ratio}-{setting.bits}-{seed}.safetensors"
-        settings: dict[str, Any] = {"rank_ratio": setting.ratio, "bits": setting.bits, "min_rank": 0}
-        if size:
-            settings = {"strategy": "entropy", "target_size": size}
         fresh(_SCRIPT, "compress", source=source, target=target, settings=settings)
         return target
 
@@ -169,8 +169,10 @@ class Comparison:
         """Every arm of a seed, scored."""
         futures = {arm: pool.submit(self.trained, setting, arm, seed) for arm in ("full", *_TRAINED)}
         files = {arm: future.result() for arm, future in futures.items()}
-        files["afterwards"] = self.afterwards(setting, seed)
-        files["entropy"] = self.afterwards(setting, seed, files["both"].stat().st_size)
+        size = f"{files['both'].stat().st_size}B"
+        codecs: dict[str, dict[str, Any]] = {"afterwards": {"bits": setting.bits}, "entropy": {"strategy": "entropy"}}
+        for arm, codec in codecs.items():
+            files[arm] = self._compressed(arm, setting, seed, {**codec, "target_size": size, "min_rank": 0})
         scores = {arm: pool.submit(self.scored, path) for arm, path in files.items()}
         return {arm: scores[arm].result() for arm in ("full", "afterwards", "entropy", *_TRAINED)}
 

@@ -12,7 +12,9 @@ from typing import Any
 import toml
 
 from lora_compress import (
+    AdaptiveSettings,
     BudgetSettings,
+    CompressionSettings,
     EvaluationSettings,
     PruningSettings,
     QatSettings,
@@ -28,6 +30,7 @@ __all__ = [
     "add_arguments",
     "check_host_values",
     "forget_own_sections",
+    "merge_adaptive",
     "merge_evaluation",
     "merge_network_args",
     "read_toml",
@@ -45,7 +48,8 @@ _SECTIONS = {
     ],
 }
 _EVALUATION = [f.name for f in fields(EvaluationSettings)]  # for the trainer: the network knows nothing of it
-_ALL_SECTIONS = {**_SECTIONS, "evaluation": _EVALUATION}
+_ADAPTIVE = [f.name for f in fields(AdaptiveSettings)]  # likewise
+_ALL_SECTIONS = {**_SECTIONS, "evaluation": _EVALUATION, "adaptive": _ADAPTIVE}
 
 
 def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -> None:
@@ -152,19 +156,53 @@ def merge_evaluation(args: argparse.Namespace, config: Mapping[str, Any]) -> lis
     Raises:
         SettingsError: unknown or wrong settings, all of them in one error.
     """
-    in_file, flags = config.get("evaluation"), args.evaluation
+    return _merge_section(args, config, "evaluation", EvaluationSettings.parse)
+
+
+def merge_adaptive(args: argparse.Namespace, config: Mapping[str, Any]) -> list[str] | None:
+    """Likewise of [adaptive] and --adaptive; to be called when network_args and evaluation have been merged.
+
+    Sets in network_args what changes of ranks and bits need, unless something else is said there: a rank_ratio to begin with, the
+    most that is allowed; iterative_pruning and rank_return; qat where bits are given.
+
+    Raises:
+        SettingsError: unknown or wrong settings; no evaluation to go by; another network module.
+    """
+    merged = _merge_section(args, config, "adaptive", AdaptiveSettings.parse)
+    if merged is None:
+        return None
+    problems = []
+    if args.evaluation is None:
+        problems.append("follows the evaluations of the training, and there are none: add a section [evaluation]")
+    if args.network_module != NETWORK_MODULE:
+        problems.append(f"network_module is {args.network_module}: set network_module = {NETWORK_MODULE}")
+    if problems:
+        raise SettingsError(problems, "[adaptive]")
+    given = dict(_key_values(args.network_args or [], "network_args"))
+    settings = AdaptiveSettings.parse(dict(_key_values(merged, "--adaptive")))
+    needed = {"rank_ratio": settings.max_rank_ratio, "iterative_pruning": True, "rank_return": True}
+    needed |= {"qat": True} if float(given.get("bits", 16)) < 16 else {}
+    complete = {**needed, **given}
+    CompressionSettings.parse({name: value for name, value in complete.items() if name in setting_names()})
+    args.network_args = [f"{name}={value}" for name, value in complete.items()]
+    return merged
+
+
+def _merge_section(
+    args: argparse.Namespace, config: Mapping[str, Any], section: str, parse: Callable[[Mapping[str, Any]], Any]
+) -> list[str] | None:
+    in_file, flags = config.get(section), getattr(args, section)
     if not isinstance(in_file, dict) and flags is None:
         return None
-    values: dict[str, Any] = {**(in_file if isinstance(in_file, dict) else {}), **dict(_key_values(flags or [], "--evaluation"))}
+    values: dict[str, Any] = {**(in_file if isinstance(in_file, dict) else {}), **dict(_key_values(flags or [], f"--{section}"))}
     enabled = str(values.pop("enabled", True)).lower()
-    where = f"{args.config_file}: [evaluation]" if flags is None else "--evaluation"
     problems = [] if enabled in ("true", "false") else [f"enabled = {enabled!r}: must be true or false"]
     try:
-        EvaluationSettings.parse(values)
+        parse(values)
     except SettingsError as error:
         problems += error.problems
     if problems:
-        raise SettingsError(problems, where)
+        raise SettingsError(problems, f"{args.config_file}: [{section}]" if flags is None else f"--{section}")
     return [f"{name}={value}" for name, value in values.items()] if enabled == "true" else None
 
 

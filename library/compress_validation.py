@@ -10,7 +10,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library import train_util
-from lora_compress import EvaluationError, EvaluationSettings, SaveError
+from lora_compress import AdaptiveSettings, EvaluationError, EvaluationSettings, SaveError, SettingsError
 from lora_compress.evaluation.pictures import PictureFolder
 from lora_compress.evaluation.validation import Validation, read_history, write_history
+from lora_compress.training import SessionController
 
 __all__ = ["ValidationMixin"]
 
@@ -37,21 +38,28 @@ class ValidationMixin:
     """Goes before a NetworkTrainer of sd-scripts (v0.10.0 to v0.11.1) among the bases of a trainer.
 
     Does nothing unless `args.evaluation`, settings as a list of key=value, is given. The training goes on as if nothing had been
-    measured: random states, modes of modules, gradients and weights are what they were.
+    measured: random states, modes of modules, gradients and weights are what they were. With `args.adaptive`, likewise, each
+    evaluation may change the compression of the steps that follow.
     """
 
     _validation: Validation | None = None
     _steps_per_epoch = 0
     _trained: Any = None
+    _controller: SessionController | None = None
 
     def assert_extra_args(self, args: argparse.Namespace, *groups: Any) -> None:
         """The host's; then reads the held-out pictures: the data sets are known here and no model is loaded yet."""
         super().assert_extra_args(args, *groups)  # type: ignore[misc]
         if args.evaluation is not None:
-            settings = EvaluationSettings.parse(dict(pair.split("=", 1) for pair in args.evaluation))
+            settings = EvaluationSettings.parse(_parsed(args.evaluation))
             with _kept_random_states():
                 self._validation = Validation.prepare(settings, _split_of(*groups[1:2]))
             self._history: list[dict[str, Any]] = []
+        if args.adaptive is not None and self._validation is not None:
+            self._adaptive = AdaptiveSettings.parse({"metric": self._validation.metric} | _parsed(args.adaptive))
+            if self._adaptive.metric not in self._validation.metrics:
+                measured = f"{self._validation.settings.extractor} gives {', '.join(self._validation.metrics)}"
+                raise SettingsError([f"metric={self._adaptive.metric}: extractor={measured}: choose one of these"], "[adaptive]")
 
     def cache_text_encoder_outputs_if_needed(self, args: argparse.Namespace, *rest: Any) -> None:
         """The host's, which reads the sample prompts where it encodes texts once and for all: ours are among them meanwhile."""
@@ -80,14 +88,23 @@ class ValidationMixin:
 
         def load(models: Any, folder: str) -> None:
             self._history = read_history(Path(folder) / _STATE_FILE)
+            self._lead(args)
 
         accelerator.register_save_state_pre_hook(save)
         accelerator.register_load_state_pre_hook(load)
 
     def update_metadata(self, metadata: dict[str, Any], args: argparse.Namespace) -> None:
-        """The host's; here it tells how long an epoch is."""
+        """The host's; here it tells how long an epoch is, and the network is complete."""
         super().update_metadata(metadata, args)  # type: ignore[misc]
+        self._lead(args)
         self._steps_per_epoch = -(-int(metadata["ss_num_batches_per_epoch"]) // args.gradient_accumulation_steps)
+
+    def _lead(self, args: argparse.Namespace) -> None:
+        """Let the controller, if there is to be one, take over the session of the network."""
+        if args.adaptive is None or self._controller is not None:
+            return
+        self._controller = controller = SessionController(self._trained.session, self._adaptive, self._adaptive.metric)
+        self._trained.session.state.on_load(lambda: controller.restore(self._history))
 
     def sample_images(self, accelerator: Any, args: argparse.Namespace, epoch: int | None, global_step: int, *models: Any) -> None:
         """The host's, with the optimizer in the mode for it; then, after a step where it is due, ours."""
@@ -112,7 +129,12 @@ class ValidationMixin:
             entry = self._measured(validation, accelerator, args, step, models)
         epoch = -(-step // self._steps_per_epoch)
         entry = {"step": step, "epoch": epoch, **entry, "seconds": round(time.perf_counter() - start, 1)}
-        self._history.append(broadcast_object_list([entry])[0])
+        if self._controller is not None and accelerator.is_main_process:
+            entry |= {"bytes": self._trained.session.compress().report.bytes[1], **self._controller.decide(self._history, entry)}
+        entry = broadcast_object_list([entry])[0]
+        self._history.append(entry)
+        if self._controller is not None:
+            self._controller.apply(entry)
         if not accelerator.is_main_process:
             return
         if "error" in entry:
@@ -132,16 +154,20 @@ class ValidationMixin:
     ) -> dict[str, Any]:
         """The numbers; measured by the first process alone, from the features of all."""
         floors: dict[str, float] | Tensor | None = validation.known_floors(self._history)
-        drawn: list[Tensor] = []
-        for other_noise in (False, True) if floors is None else (False,):
-            features = self._features(validation, accelerator, args, step, models, other_noise)
+        drawn: dict[str, Tensor] = {}
+        session = self._controller.session if self._controller is not None and self._controller.wants_full else None
+        for kind in ("compressed", *(["other noise"] if floors is None else []), *(["full"] if session is not None else [])):
+            with session.uncompressed() if kind == "full" and session is not None else nullcontext():
+                features = self._features(validation, accelerator, args, step, models, kind == "other noise")
             if isinstance(features, str):
                 return {"error": features}
-            drawn.append(features)
+            drawn[kind] = features
         if not accelerator.is_main_process:
             return {}
         try:
-            return validation.measure(drawn[0], drawn[1] if floors is None else floors)
+            full = validation.distances(drawn["full"]) if "full" in drawn else {}
+            entry = validation.measure(drawn["compressed"], drawn["other noise"] if floors is None else floors)
+            return entry | {f"{name}_full": value for name, value in full.items()}
         except Exception as error:  # as in _features
             return {"error": f"{type(error).__name__}: {error}"}
 
@@ -180,6 +206,10 @@ class ValidationMixin:
             return validation.extractor(PictureFolder(tuple(paths), (), None).batches()) if paths else None
 
 
+def _parsed(pairs: Iterable[str]) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def _split_of(group: Any = None) -> PictureFolder | None:
     """Pictures and captions of the host's validation data set, by name of the file; None where there is none."""
     if group is None:
@@ -206,7 +236,8 @@ def _modules_of(models: Iterable[Any]) -> Iterator[nn.Module]:
 def _told(validation: Validation, entry: dict[str, Any]) -> str:
     name = validation.metric
     value, floor, pictures = entry[name], entry[f"{name}_floor"], entry["pictures"]
-    return f"{name} {value:.4g} (floor {floor:.4g}), {pictures} pictures, {entry['seconds']:g} s"
+    told = f"{name} {value:.4g} (floor {floor:.4g}), {pictures} pictures, {entry['seconds']:g} s"
+    return f"{told}; {entry['action']}: {entry['reason']}" if "action" in entry else told
 
 
 @contextmanager

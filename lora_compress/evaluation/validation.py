@@ -75,6 +75,15 @@ class Validation:
         """The distance that is told first: fid, or <extractor>_fd."""
         return self.extractor.metric("fd")
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all distances that are told."""
+        return [self.extractor.metric(kind) for kind in _DISTANCES]
+
+    def distances(self, features: Tensor) -> dict[str, float]:
+        """Each distance of features (N, d) to the reference, by name."""
+        return {self.extractor.metric(kind): distance(features, self.reference) for kind, distance in _DISTANCES.items()}
+
     def host_prompts(self, *, other_noise: bool = False) -> list[dict[str, Any]]:
         """The pictures as sd-scripts' prompt files have them; `other_noise`: from seeds that are used nowhere else."""
         settings, shift = self.settings, _OTHER_SEEDS if other_noise else 0
@@ -87,7 +96,7 @@ class Validation:
 
     def known_floors(self, history: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         """Floors of an earlier entry whose numbers can be compared with ours; None where they are still to be measured."""
-        names = [f"{self.extractor.metric(kind)}_floor" for kind in _DISTANCES]
+        names = [f"{name}_floor" for name in self.metrics]
         for entry in reversed(history):
             if all(name in entry for name in names) and all(
                 entry.get(key) == value for key, value in self._circumstances().items()
@@ -120,9 +129,9 @@ class Validation:
         return entry
 
     def plain_numbers(self, entry: Mapping[str, Any]) -> dict[str, float]:
-        """Distances and floors of an entry by name, for trackers; {} of an evaluation that failed."""
-        names = [self.extractor.metric(kind) for kind in _DISTANCES]
-        return {key: entry[key] for name in names for key in (name, f"{name}_floor") if key in entry}
+        """Distances, their floors and those of the uncompressed weights by name, for trackers; {} of an evaluation that failed."""
+        kinds = ("", "_floor", "_full")
+        return {key: entry[key] for name in self.metrics for key in (name + kind for kind in kinds) if key in entry}
 
     def _circumstances(self) -> dict[str, Any]:
         settings = self.settings

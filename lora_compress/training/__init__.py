@@ -1,8 +1,9 @@
 """Compression while a network learns: pruning and quantization attached to any pairs of down and up layers."""
 
+from .adapting import SessionController
 from .calibration import calibration_path, write_calibration
 from .pairs import Pair, find_pairs
 from .schedule import Timeline
 from .session import TrainingSession
 
-__all__ = ["Pair", "Timeline", "TrainingSession", "calibration_path", "find_pairs", "write_calibration"]
+__all__ = ["Pair", "SessionController", "Timeline", "TrainingSession", "calibration_path", "find_pairs", "write_calibration"]

@@ -75,7 +75,7 @@ class Attachment:
         """See `TrainingSession.effective_weight`."""
         session, weight = self.session, pair.weights[side]
         masked = session.may_return and session.any_masked
-        if not (session.quantizing or masked):
+        if session.bare or not (session.quantizing or masked):
             return weight
 
         def effective(weight: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def _told(session: TrainingSession) -> dict[str, Any]:
     told |= {name: value for name, value in flat.items() if name.startswith(("pruning_", "qat")) and value is not None}
     if settings.training.iterative_pruning:
         told |= {name: flat[name] for name in ("iterative_pruning", "max_iterations", "importance", "rank_return")}
-    return told | {"trained_steps": session.step}
+    return told | {"trained_steps": session.step} | session.remarks
 
 
 def _modules(session: TrainingSession) -> dict[str, list[Pair]]:

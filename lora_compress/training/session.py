@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,9 @@ class TrainingSession:
         timeline: when things happen; None before the first step.
         attachment: what is put over the layers.
         any_masked: whether a component has been masked.
+        adaptable: whether `adapt` may change ranks and bits until scales freeze; set before the first step. Needs rank_return.
+        bare: whether layers compute with their weights as they are for now; see `uncompressed`.
+        remarks: more for the metadata of files, by name.
     """
 
     def __init__(self, pairs: Mapping[str, Pair], settings: CompressionSettings, total_steps: int | Callable[[], int]) -> None:
@@ -58,7 +63,9 @@ class TrainingSession:
         self.state.on_load(self._loaded)
         self._step = 0  # of state.step, without asking a device
         self._quantizing = False  # of state.quantizing
-        self.any_masked = False
+        self.any_masked = self.adaptable = self.bare = False
+        self.remarks: dict[str, Any] = {}
+        self._due: CompressionSettings | None = None
         self.attachment = Attachment(self)
         self._watch = OptimizerWatch(self, [weight for pair in self.pairs.values() for weight in pair.weights])
         for name in self.pairs if self.state.has("kept") else ():
@@ -85,7 +92,15 @@ class TrainingSession:
         """When ranks are final; before the first step nobody knows, and it is never."""
         if not self.settings.training.iterative_pruning:
             return 0
-        return self.timeline.pruning[-1] if self.timeline else 1 << 62
+        if self.timeline is None:
+            return 1 << 62
+        return max(self.timeline.pruning[-1], self.timeline.frozen if self.adaptable else 0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the network is as compressed as the settings say: all of what they schedule has come about."""
+        timeline = self.timeline
+        return timeline is not None and self._step >= max(*timeline.pruning, timeline.quantization or 0, 0)
 
     @property
     def may_return(self) -> bool:
@@ -102,6 +117,31 @@ class TrainingSession:
     def effective_weight(self, name: str, side: int) -> Tensor:
         """The weight that a layer computes with: down's for side 0, up's for side 1; with the gradient of the live one."""
         return self.attachment.effective_weight(self.pairs[name], side)
+
+    @contextmanager
+    def uncompressed(self) -> Iterator[None]:
+        """Layers compute with what is trained: not quantized, components that may return as they were when they were masked."""
+        self.bare = True
+        try:
+            yield
+        finally:
+            self.bare = False
+
+    def use(self, settings: CompressionSettings) -> None:
+        """Go on as if `settings`, of other ranks or bits, had been there from the start: masks and scales stay as they are."""
+        self.settings = settings
+        if self.grid is not None:
+            self.grid = make_grid(settings.quantization)
+
+    def adapt(self, settings: CompressionSettings) -> None:
+        """Compress as `settings` say, which have other ranks or bits, from the next step on.
+
+        Raises:
+            SettingsError: this session is not adaptable.
+        """
+        if not self.adaptable:
+            raise SettingsError(["its compression is settled from the start: set adaptable"], "training")
+        self._due = settings
 
     def compress(self, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None) -> CompressedLora:
         """What is to be saved, in memory; see `saving.compress_trained`."""
@@ -126,6 +166,8 @@ class TrainingSession:
         """Before an optimizer step: gradients are final here."""
         if self.timeline is None:
             self.begin()
+        if self._due is not None:
+            self._adapt(self._due)
         if self.state.has("sensitivity") and self._step < self.last_pruning_step:
             for name, pair in self.pairs.items():
                 self._observe(name, pair)
@@ -145,9 +187,22 @@ class TrainingSession:
             rotate_pairs(self, optimizers)
         if self._step in timeline.pruning:
             prune_pairs(self, optimizers, timeline.above_goal(self._step))
+        elif self.adaptable and self._step == self.last_pruning_step:  # what is masked by now goes for good
+            mask_pairs(self, optimizers)
         if self._step == timeline.quantization:
             self._begin_quantization(optimizers)
         elif self.quantizing and timeline.refreshes(self._step):
+            self.choose_grids()
+        self.attachment.follow()
+
+    @torch.no_grad()
+    def _adapt(self, settings: CompressionSettings) -> None:
+        self._due = None
+        ranks = settings.pruning != self.settings.pruning
+        self.use(settings)
+        if ranks and self.may_return:
+            prune_pairs(self, self._watch.optimizers, 0.0)
+        if self.quantizing:
             self.choose_grids()
         self.attachment.follow()
 
@@ -175,7 +230,8 @@ class TrainingSession:
         assert self.grid is not None
         grid = self.grid
         rows = {name: pair.live_rows() for name, pair in self.pairs.items()}
-        grid.prepare(rows, self.state.down_grid)  # type: ignore[arg-type]
+        stored = {name: [part * self.kept(name).unsqueeze(1) for part in parts] for name, parts in rows.items()}
+        grid.prepare(stored, self.state.down_grid)  # type: ignore[arg-type]
         for name, found in each_module(lambda name, parts: grid.choose(parts), rows).items():
             for kind, parameters in zip(("down_grid", "up_grid"), found, strict=True):
                 self.state.part(kind, name).copy_(parameters)
