@@ -11,10 +11,11 @@ tiny-sd learns the striped star through train_network_ext.py with the settings o
     pruned      components go while it trains, quantization is left to the end
     both        components go while it trains, then it trains with quantized weights
 
-Seed 0 settles how strongly to compress: the first of the settings, from mild to strong, at which the full LoRA compressed afterwards
-has lost 20 points of the share of pictures that show the concept. The other seeds are scored. Each file draws the same prompts from the same noise;
-the probe in assets/tiny-sd reads concept and caption (shape, colour and background) in the pictures, and the kernel distance of
-its features to held-out pictures of the concept tells how good they look. Intervals are of 95 %, over the pictures of all seeds.
+Seed 0 settles how strongly to compress: the first of the settings, from mild to strong, at which the full LoRA compressed
+afterwards has lost 20 points of the share of pictures that show the concept. The other seeds are scored. Each file draws the same
+prompts from the same noise; the probe in assets/tiny-sd reads concept and caption (shape, colour and background) in the pictures,
+and the kernel distance of its features to held-out pictures of the concept tells how good they look. Intervals are of 95 %, over
+the pictures of all seeds.
 Trainings run two at a time, one thread each; a folder given by --folder keeps what was made, and a second run goes on with it.
 """
 

@@ -18,8 +18,8 @@ class SessionController:
     """Decides after each evaluation of a training how its session goes on, by `adaptive.decide`.
 
     An evaluation is an entry of a history: {"step": 40, "probe_fd": 31.2, "probe_fd_floor": 20.5}. What is said here is added: the
-    rank_ratio, bits and strategy that were measured, an action (relax, compress or keep) with its reason, and, if something
-    changes, the rank_ratio, bits and strategy that come next. So a history is all that is needed to go on.
+    number of steps, rank_ratio, bits and strategy that were measured, an action (relax, compress or keep) with its reason, and, if
+    something changes, the rank_ratio, bits and strategy that come next. So a history is all that is needed to go on.
 
     Until the schedules of pruning and quantization have come to their end, and once scales are frozen, nothing is decided.
 
@@ -60,7 +60,7 @@ class SessionController:
         if not session.settled:
             return {"action": "keep", "reason": "pruning and quantization are still on their way"}
         now = self.compression
-        told = _as_entry(now)
+        told = {"optimizer_steps": session.step, **_as_entry(now)}
         assert session.timeline is not None
         if session.step >= session.timeline.frozen:
             return told | {"action": "keep", "reason": "scales are frozen"}
@@ -79,7 +79,7 @@ class SessionController:
         """Go on where a history ends, after the session's own state has been loaded."""
         self.session.remarks.pop("adaptive_changes", None)
         for entry in history:
-            if "next" in entry and entry["step"] < self.session.step:
+            if "next" in entry and entry["optimizer_steps"] < self.session.step:
                 self.session.use(self._settings(entry["next"]))
                 self._remark(entry)
             else:

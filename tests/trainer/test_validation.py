@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from lora_compress import EvaluationSettings, SettingsError
+from lora_compress import EvaluationSettings, SettingsError, load_lora
 from lora_compress.evaluation.shapes import write_dataset
 from lora_compress.evaluation.validation import Validation, read_history
 from tests import models
@@ -31,7 +31,7 @@ STILL = {"learning_rate": 1e-30, "max_train_steps": 1, "validation_split": 0.5, 
 
 @pytest.fixture(scope="module")
 def root(sd_scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which six trainings have been, each in a folder of its own."""
+    """A folder in which some trainings have been, each in a folder of its own."""
     root = tmp_path_factory.mktemp("validation")
     write_dataset(root / "pictures", count=8, repeats=1)
     write_dataset(root / "held", count=6, repeats=1, seed=5)
@@ -40,7 +40,20 @@ def root(sd_scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     longer = {"max_train_steps": 4, "network_dropout": 0.1, "logging_dir": "logs", "validate_every_n_steps": 2}
     saving = {"save_every_n_steps": 2, "save_state": True}
     state = {"resume": str(root / "measured" / "lora-step00000002-state"), "skip_until_initial_step": True}
+    adapted = {
+        "max_train_steps": 7,
+        "validate_every_n_steps": 1,
+        "evaluation": {"extractor": "probe", "reference": str(root / "held"), "count": 4, "size": 64, "steps": 1},
+        "pruning": {"rank_ratio": 0.8, "min_rank": 0, "pruning_start": 0.0, "pruning_end": 0.15, "max_iterations": 1},
+        "quantization": {"bits": 8, "qat_start": 0.15},
+        "adaptive": {"max_fid_gap": 1e6, "patience": 1},  # any gap is small enough: it compresses as soon as it may
+        "save_every_n_steps": 3,
+        "save_state": True,
+    }
+    middle = {"resume": str(root / "adapted" / "lora-step00000003-state"), "skip_until_initial_step": True}
     trainings: dict[str, dict[str, Any]] = {
+        "adapted": adapted,
+        "adapted again": adapted | middle,
         "plain": longer | saving,
         "measured": longer | saving | {"evaluation": held},
         "resumed": longer | state | saving | {"evaluation": held},
@@ -128,6 +141,31 @@ def test_a_resumed_training_goes_on_with_its_history(root: Path) -> None:
     resumed, whole = history(root, "resumed"), history(root, "measured")
     assert resumed[0] == whole[0] and [entry["step"] for entry in resumed] == [2, 4]
     assert resumed[1]["probe_fd_floor"] == whole[1]["probe_fd_floor"]
+
+
+def test_the_controller_changes_ranks_and_bits_and_says_so(root: Path) -> None:
+    entries = history(root, "adapted")
+    assert [entry["action"] for entry in entries] == ["keep"] * 2 + ["compress"] * 3 + ["keep"] * 2  # scales freeze at 6
+    assert [entry["rank_ratio"] for entry in entries] == [0.8, 0.8, 0.8, 0.75, 0.7, 0.65, 0.65]
+    assert [entry["bits"] for entry in entries] == [8, 8, 8, 6, 4, 4, 4]
+    assert all("probe_fd_full" in entry and entry["bytes"] > 0 for entry in entries)
+    assert entries[-1]["bytes"] < 0.7 * entries[2]["bytes"]
+    file = load_lora(root / "adapted" / "lora.safetensors")
+    kept, components = map(int, file.metadata["ss_compress_components"].split("/"))
+    assert file.metadata["ss_compress_bits"] == "4" and kept == int(0.65 * components)
+    assert file.metadata["ss_compress_adaptive"] == "fid_gap"
+    changes = file.metadata["ss_compress_adaptive_changes"].split("; step ")
+    assert [change.split(":")[0] for change in changes] == ["step 3", "4", "5"]
+
+
+def test_an_adapted_training_that_is_interrupted_between_decision_and_step_goes_on_with_it(root: Path) -> None:
+    """Numbers differ a little, as sd-scripts resumes with other noise; tests/core/training/test_adapting.py has them equal."""
+    names = ("step", "optimizer_steps", "rank_ratio", "bits", "strategy", "action", "next")
+    runs = [[{name: entry.get(name) for name in names} for entry in history(root, run)] for run in ("adapted", "adapted again")]
+    assert runs[0] == runs[1]
+    files = [load_lora(root / run / "lora.safetensors").metadata for run in ("adapted", "adapted again")]
+    for name in ("components", "bits", "rank_ratio", "trained_steps"):
+        assert files[0][f"ss_compress_{name}"] == files[1][f"ss_compress_{name}"]
 
 
 def test_two_processes_share_the_pictures_and_find_what_one_finds(root: Path) -> None:

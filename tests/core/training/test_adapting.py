@@ -13,7 +13,14 @@ from lora_compress import AdaptiveSettings, CompressionSettings, SettingsError
 from lora_compress.training import SessionController, TrainingSession, find_pairs
 
 STEPS = 40  # pruning ends at 8, quantization begins at 8, scales freeze at 38
-SETTINGS = {"iterative_pruning": True, "rank_return": True, "rank_ratio": 0.5, "min_rank": 0, "pruning_end": 0.2, "max_iterations": 2}
+SETTINGS = {
+    "iterative_pruning": True,
+    "rank_return": True,
+    "rank_ratio": 0.5,
+    "min_rank": 0,
+    "pruning_end": 0.2,
+    "max_iterations": 2,
+}
 QAT = {"qat": True, "qat_start": 0.2, "bits": 8, "qat_refresh": 4}
 
 
