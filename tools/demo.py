@@ -58,8 +58,8 @@ def train(folder: Path) -> None:
         raise SystemExit(f"error: training ended with exit status {result.returncode}; its last lines say why")
 
 
-def draw(prompts: list[str], probe: Probe, lora: Path | None) -> Drawn:
-    """Draw `prompts` on tiny-sd, with or without a LoRA, and let the probe look at the pictures."""
+def draw(prompts: list[str], probe: Probe, lora: Path | None, seed: int = 0) -> Drawn:
+    """Draw `prompts` on tiny-sd, with or without a LoRA, and let the probe look at the pictures; `seed` is that of their noise."""
     pipeline = load_pipeline(TINY_SD)
     if lora is not None:
         models = (pipeline.vae, pipeline.text_encoder, pipeline.unet)
@@ -67,7 +67,7 @@ def draw(prompts: list[str], probe: Probe, lora: Path | None) -> Drawn:
         network.apply_to(pipeline.text_encoder, pipeline.unet)
         network.load_state_dict(weights, False)
         network.eval()
-    pictures = draw_prompts(pipeline, prompts, guidance=GUIDANCE)
+    pictures = draw_prompts(pipeline, prompts, guidance=GUIDANCE, seed=seed)
     return Drawn(pictures, concept_share(probe, pictures), lora.stat().st_size if lora else 0)
 
 

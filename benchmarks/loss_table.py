@@ -1,0 +1,145 @@
+"""What rank_ratio and bits really cost on tiny-sd, beside what is widely quoted for them.
+
+    python benchmarks/loss_table.py [--seeds 1 2 3] [--steps 600] [--pictures 128] [--folder DIR] [--json OUT.json]
+
+A LoRA of rank 16 learns the striped star with each seed and is compressed afterwards: rank_ratio 0.8, 0.6 and 0.4, each with 8 and
+4 bits, then entropy-coded to 15 and to 10 % of the bytes of its fp16 file. Each file draws the same prompts from one noise, and
+the probe in assets/tiny-sd reads them. The loss is what the distance from held-out pictures of the concept has grown by against
+the full LoRA's, in its Fréchet distance (probe_fd) and kernel distance (KID's estimator, probe_kd); the floor is the distance of
+two drawings of the full LoRA from different noise, of as many pictures: below it two files cannot be told apart. Means over the
+seeds; intervals are of 95 %, over the pictures of all seeds. Folders of benchmarks/train_compare.py have the trainings already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
+
+from concept import compress, score, share, train  # noqa: E402
+from measure import Goal, answer, fresh, goal_table  # noqa: E402
+
+_SCRIPT = Path(__file__).resolve()
+_OFF = ["--pruning", "enabled=false", "--quantization", "enabled=false"]
+_QUOTED = {0.8: ("30 to 40 %", "under 1 %"), 0.6: ("40 to 55 %", "1 to 3 %"), 0.4: ("55 to 70 %", "3 to 5 %")}  # smaller, loss
+_SMALLER = 0.85  # share of the fp16 file's bytes that must be saved with the loss inside the floor
+_TASKS = {"compress": compress, "score": score}
+
+Scores = Mapping[str, Any]
+
+
+def variants(whole: int) -> dict[str, dict[str, Any]]:
+    """Settings by name, for a full file of so many bytes in fp16."""
+    found: dict[str, dict[str, Any]] = {
+        f"rank_ratio {ratio:g}, {bits} bits": {"rank_ratio": ratio, "bits": bits, "min_rank": 0}
+        for ratio in _QUOTED
+        for bits in (8, 4)
+    }
+    return found | {
+        f"entropy, {part:.0%} of the bytes": {"strategy": "entropy", "target_size": f"{int(whole * part)}B", "min_rank": 0}
+        for part in (0.15, 0.1)
+    }
+
+
+def measure(folder: Path, seed: int, steps: int, pictures: int) -> dict[str, Scores]:
+    """Scores of the full LoRA of a seed and of all that is made of it; kept beside the files."""
+    full = train(folder, f"full-{seed}", seed, steps, _OFF)
+    found = {"full": _scored(full, pictures, floor=True)}
+    for name, settings in variants(os.path.getsize(full)).items():
+        target = folder / f"loss-{name.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}.safetensors"
+        if not target.exists():
+            fresh(_SCRIPT, "compress", source=full, target=target, settings=settings)
+        found[name] = _scored(target, pictures)
+    return found
+
+
+def _scored(lora: Path, pictures: int, floor: bool = False) -> Scores:
+    kept = lora.with_name(f"{lora.stem}.loss{pictures}.json")
+    if not kept.exists() or kept.stat().st_mtime < lora.stat().st_mtime:
+        said = fresh(_SCRIPT, "score", lora=lora, pictures=pictures, floor=floor).said
+        kept.write_text(json.dumps({"bytes": lora.stat().st_size, **said}), encoding="utf-8")
+    found: Scores = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def lines_of(seeds: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]:
+    """A line for each variant: share of bytes saved, loss in both distances and their floors, concept with its interval."""
+    import torch
+
+    from lora_compress.evaluation.intervals import bootstrap_interval
+
+    found = {}
+    for name in seeds[0]:
+        hits = torch.tensor([hit for seed in seeds for hit in seed[name]["concept"]], dtype=torch.float64)
+        found[name] = {
+            "saved": 1 - fmean(seed[name]["bytes"] / seed["full"]["bytes"] for seed in seeds),
+            "fd": fmean(seed[name]["fd"] - seed["full"]["fd"] for seed in seeds),
+            "kd": fmean(seed[name]["distance"] - seed["full"]["distance"] for seed in seeds),
+            "fd_floor": fmean(seed["full"]["floor_fd"] for seed in seeds),
+            "concept": (float(hits.mean()), *bootstrap_interval(hits)),
+            "concept_lost": fmean(1 - share(seed[name], "concept") / max(share(seed["full"], "concept"), 1e-9) for seed in seeds),
+        }
+    return found
+
+
+def table(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown."""
+    rows = [
+        "| | smaller | quoted | probe_fd, growth | probe_kd, growth | concept | of it lost | quoted |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, line in lines.items():
+        ratio = float(name.split()[1].rstrip(",")) if name.startswith("rank_ratio") else 0.0
+        smaller, loss = _QUOTED.get(ratio, ("-", "-"))
+        concept = "{:.1%} ({:.1%} to {:.1%})".format(*line["concept"])
+        rows.append(
+            f"| {name} | {line['saved']:.1%} | {smaller} | {line['fd']:+.3g} | {line['kd']:+.3g} | {concept} | "
+            f"{line['concept_lost']:+.1%} | {loss} |"
+        )
+    return "\n".join(rows)
+
+
+def goals(lines: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
+    """The most that is saved with the loss inside the floor."""
+    inside = [line["saved"] for name, line in lines.items() if name != "full" and line["fd"] <= line["fd_floor"]]
+    return [Goal("share of the bytes saved, loss in probe_fd inside its floor", _SMALLER, max(inside, default=0.0), at_least=True)]
+
+
+def main() -> None:
+    if answer(_TASKS, sys.argv[1:]):
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--pictures", type=int, default=128, help="drawn for each file")
+    parser.add_argument("--folder", type=Path, help="for data set and files; default a temporary one, removed at the end")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    from lora_compress.evaluation.shapes import write_dataset
+
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        if not (folder / "data").exists():
+            write_dataset(folder / "data", count=96)
+        tasks = [pool.submit(measure, folder, seed, arguments.steps, arguments.pictures) for seed in arguments.seeds]
+        lines = lines_of([task.result() for task in tasks])
+    floor = lines["full"]["fd_floor"]
+    print(f"seeds {', '.join(map(str, arguments.seeds))}, {arguments.pictures} pictures; floor of probe_fd {floor:.3g}\n")
+    print(f"{table(lines)}\n")
+    print(goal_table(goals(lines)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
