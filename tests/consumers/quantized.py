@@ -8,7 +8,6 @@ The layers are those of the libraries themselves, put into the model as diffuser
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import sys
 import tempfile
 import warnings
@@ -69,7 +68,11 @@ class Outcome:
 def missing(base: str) -> str | None:
     """The package that a base needs and that is not installed."""
     package = BASES[base].package
-    return None if importlib.util.find_spec(package.partition(">")[0].replace("-", ".")) else package
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return package
+    return None
 
 
 def outcome(base: str, model: str, way: str, folder: Path) -> Outcome:
