@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 VERSIONS = ROOT / ".sd-scripts-versions"  # further sd-scripts that the tests run against
 REQUIREMENTS = {"demo": ROOT / "requirements" / "run.txt", "test": ROOT / "requirements" / "dev.txt"}
+NEWEST_DIFFUSERS = ROOT / "requirements" / "diffusers-0.42.txt"  # the tests of its loaders run against this one too,
+OVERLAY = ROOT / ".diffusers-0.42"  # in this folder, put before the environment
 MINIMUM_PYTHON = (3, 10)
 PROBE_SECONDS = 20  # for the git server's first answer
 CLONE_SECONDS = 900
@@ -56,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
             check_installed(requirements)
         else:
             install(requirements, python, VENV / "requirements.stamp")
+            if options.verb == "test":
+                overlay = ["--no-deps", "--upgrade", "--target", str(OVERLAY)]
+                install(NEWEST_DIFFUSERS, python, OVERLAY / "requirements.stamp", overlay)
         work = _run_tests if options.verb == "test" else _run_demo
         return work(python, passed_on, _environment(python, root))
     except BootstrapError as error:
@@ -109,7 +114,7 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
-def install(requirements: Path, python: Path, stamp: Path) -> bool:
+def install(requirements: Path, python: Path, stamp: Path, options: list[str] | None = None) -> bool:
     """Installs a requirements file and those it includes, unless `stamp` says that just these are installed; True if it did."""
     wanted = {f"{file.name} {fingerprint(file)}" for file in included(requirements)}
     present = set(stamp.read_text(encoding="utf-8").splitlines()) if stamp.is_file() else set()
@@ -117,7 +122,17 @@ def install(requirements: Path, python: Path, stamp: Path) -> bool:
         return False
     _say(f"installing {requirements.parent.name}/{requirements.name}")
     stamp.unlink(missing_ok=True)
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-r", str(requirements)]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--no-input",
+        *(options or ()),
+        "-r",
+        str(requirements),
+    ]
     if subprocess.call(command) != 0:
         raise BootstrapError(
             "pip failed, its message is above: mend what it names (network, proxy, disk space), then run this again"

@@ -14,13 +14,6 @@ from .plain import FP8
 
 __all__ = ["Verdict", "check_file"]
 
-_PACKED = {  # what opens packed files with a part of ours; docs/programs.md tells how
-    "comfyui": "packed: with the plug-in for ComfyUI",
-    "diffusers": "packed: with lora_compress.diffusers.load_lora",
-    "diffusers-0.32": "packed: with lora_compress.diffusers.load_lora",
-}
-_EXPAND = "it is packed: expand it with `resize_lora_ext.py expand`"
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -56,7 +49,9 @@ def check_file(path: str | os.PathLike[str], consumers: Collection[str]) -> list
     source = open_lora(path)
     try:
         if isinstance(source, PackedFile):
-            return [_of_packed(consumer, tuple(source.others)) for consumer in rules.consumers]
+            others = (*source.others, *(key for name in source for key in source.extras(name)))
+            file = PlannedFile("packed", source.dtype, source.layout, source.family, {}, others)
+            return [_of_packed(consumer, file) for consumer in rules.consumers]
         file = _as_it_is(source)
         return [_of_plain(consumer, file) for consumer in rules.consumers]
     finally:
@@ -71,12 +66,10 @@ def _as_it_is(source: LoraSource) -> PlannedFile:
     return PlannedFile(save_format, source.dtype, source.layout, source.family, modules, tuple(source.others))
 
 
-def _of_packed(consumer: Consumer, others: tuple[str, ...]) -> Verdict:
-    how = _PACKED.get(consumer.name)
-    if how and others and consumer.name.startswith("diffusers"):
-        reason = f"lora_compress.diffusers.load_lora refuses tensors such as {others[0]}: it applies pairs of factors alone"
-        return Verdict(consumer.name, consumer.title, False, (reason,), ())
-    return Verdict(consumer.name, consumer.title, how is not None, () if how else (_EXPAND,), (how,) if how else ())
+def _of_packed(consumer: Consumer, file: PlannedFile) -> Verdict:
+    rules = ConsumerRules((consumer,))
+    reasons = rules.problems(file)
+    return Verdict(consumer.name, consumer.title, not reasons, tuple(reasons), () if reasons else tuple(rules.notes(file)))
 
 
 def _of_plain(consumer: Consumer, file: PlannedFile) -> Verdict:

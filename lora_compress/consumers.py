@@ -33,6 +33,7 @@ _DIFFUSERS_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _INVOKE_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_")
 _INVOKE_SD_MARKS = re.compile(r"attn2_to_[kv]$|time_emb_proj$|self_attn")  # by these InvokeAI knows the model of an SD file
 _FORGE_UNMATCHED = 12
+_WEBUI_EXTENSION = "the extension for AUTOMATIC1111 and Forge"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Consumer:
         reads: endings of keys, beside the factors and alpha, that it uses.
         refuses_strange_keys: in which families a key that it does not know makes it refuse the file; None: in all.
         tolerated: keys that it does not know before it leaves the LoRA out; None: any number.
+        packed_with: what of ours opens packed files there; None: nothing.
+        packed_factors_alone: it refuses packed files with tensors beside factors.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Consumer:
     reads: frozenset[str] = frozenset()
     refuses_strange_keys: frozenset[str] | None = frozenset()
     tolerated: int | None = None
+    packed_with: str | None = None
+    packed_factors_alone: bool = False
 
     def refuses_in(self, family: str) -> bool:
         """Whether a key that it does not know makes it refuse a file of `family`."""
@@ -84,6 +89,8 @@ class _Diffusers(Consumer):
     merges_mid: bool = False
     reads: frozenset[str] = frozenset({"lora_magnitude_vector", "lora_magnitude_vector.weight"})
     refuses_strange_keys: frozenset[str] | None = None
+    packed_with: str | None = "lora_compress.diffusers.load_lora"
+    packed_factors_alone: bool = True
 
 
 _COMFY_READS = frozenset({_DORA, "diff", "diff_b", "w_norm", "b_norm"})
@@ -91,9 +98,11 @@ _COMFY_READS = frozenset({_DORA, "diff", "diff_b", "w_norm", "b_norm"})
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
     for consumer in (
-        Consumer("comfyui", "ComfyUI", reads=_COMFY_READS | {"set_weight", "reshape_weight"}),
-        Consumer("a1111", "AUTOMATIC1111", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"})),
-        Consumer("forge", "Forge", reads=_COMFY_READS, tolerated=_FORGE_UNMATCHED),
+        Consumer(
+            "comfyui", "ComfyUI", reads=_COMFY_READS | {"set_weight", "reshape_weight"}, packed_with="the plug-in for ComfyUI"
+        ),
+        Consumer("a1111", "AUTOMATIC1111", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), packed_with=_WEBUI_EXTENSION),
+        Consumer("forge", "Forge", reads=_COMFY_READS, tolerated=_FORGE_UNMATCHED, packed_with=_WEBUI_EXTENSION),
         _Diffusers("diffusers", "diffusers"),
         _Diffusers("diffusers-0.32", "diffusers 0.32", one_rank=True),
         Consumer("invokeai", "InvokeAI", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), refuses_strange_keys=_SD),
@@ -210,13 +219,12 @@ class ConsumerRules:
         """Why one of them could not load `file`, a sentence each with its remedy."""
         if not self.consumers:
             return []
-        if file.save_format == "packed":
-            titles = ", ".join(consumer.title for consumer in self.consumers)
-            return [f"save_format=packed cannot be read by {titles}: set save_format=kohya or fp8, or leave `for` out"]
         return [problem for consumer in self.consumers for problem in _problems(consumer, file)]
 
     def notes(self, file: PlannedFile) -> list[str]:
-        """What the user must be told: what was padded, which program leaves out what."""
+        """What the user must be told: what a packed file needs, what was padded, which program leaves out what."""
+        if file.save_format == "packed":
+            return [f"{each.title} opens packed files with {each.packed_with}" for each in self.consumers if each.packed_with]
         found = []
         written = self.adaptation(file).ranks
         padded = [name for name, module in file.modules.items() if module.rank < written[name]]
@@ -238,8 +246,8 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
     """Which programs open a file of `save_format` (kohya, fp8 or packed) for a model of `family`, in words."""
     if save_format == "packed":
         return (
-            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI with our plug-in, "
-            "diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
+            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI, AUTOMATIC1111 and Forge with "
+            "our plug-ins, diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
             "or after `resize_lora_ext.py expand` everything that opens kohya LoRA"
         )
     float8 = save_format == "fp8"
@@ -251,6 +259,8 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
 
 
 def _problems(consumer: Consumer, file: PlannedFile) -> list[str]:
+    if file.save_format == "packed":
+        return _packed_problems(consumer, file)
     found = []
     float8 = file.save_format == "fp8" or file.dtype in _FP8
     if float8 and consumer.fp8 is not None and file.family not in consumer.fp8:
@@ -267,6 +277,14 @@ def _problems(consumer: Consumer, file: PlannedFile) -> list[str]:
             f"this one has {len(strange)}, {strange[0]} among them: take them out"
         )
     return found + _NAME_RULES.get(consumer.name, _no_rule)(consumer, file)
+
+
+def _packed_problems(consumer: Consumer, file: PlannedFile) -> list[str]:
+    if consumer.packed_with is None:
+        return [f"{consumer.title} cannot read packed files: set save_format=kohya or fp8, or run `resize_lora_ext.py expand`"]
+    if consumer.packed_factors_alone and file.extras:
+        return [f"{consumer.packed_with} refuses tensors such as {file.extras[0]}: it applies pairs of factors alone"]
+    return []
 
 
 def _no_rule(consumer: Consumer, file: PlannedFile) -> list[str]:

@@ -81,15 +81,16 @@ def compress_file(
     check_target(source, target, force)
     with _opened(source, repair) as lora:
         rules = ConsumerRules.named(consumers)
+        of_plain = ConsumerRules() if settings.save_format == "packed" else rules
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
-        job, assembly = _prepare(lora, settings, save_dtype, rules, decompose, spool, details or {})
+        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details or {})
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
         )
         parts = {name: lora.part(name) for name in lora}
-        chosen = plan(job, Frame(assembly.size, parts, weights, protected, rules.one_rank(lora.layout)))
+        chosen = plan(job, Frame(assembly.size, parts, weights, protected, of_plain.one_rank(lora.layout)))
         if job.packed:
             stored = chosen.stored or {}
             for name, module in _watched(job, chosen, progress) if chosen.stored is None else ():
@@ -119,7 +120,7 @@ def compress_file(
         (before, os.path.getsize(target) if written else after),
         time.monotonic() - begun,
         modules,
-        (*lora.notes, *((*rules.notes(planned), *_channel_notes(job)) if written and not job.packed else ())),
+        (*lora.notes, *((*rules.notes(planned), *_channel_notes(job)) if written and settings.save_format != "both" else ())),
         settings.as_dict(),
         curve,
     )
@@ -127,6 +128,8 @@ def compress_file(
 
 def _channel_notes(job: Job) -> list[str]:
     """What a plain file makes of channels that were dropped."""
+    if job.packed:
+        return []
     shapes = [analysis.shape for analysis in job.analyses.values()]
     counts = [(shape.outputs, shape.kept[0]) for shape in shapes] + [(shape.inputs, shape.kept[1]) for shape in shapes]
     dropped = sum(count - len(kept) for count, kept in counts if kept is not None)

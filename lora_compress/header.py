@@ -61,4 +61,6 @@ def _count_values(text: bytes) -> int:
 
 
 def _too_large(path: Path, found: str, allowed: int) -> FormatError:
-    return FormatError(f"{path}: a header of {found}, allowed: {allowed}: it is no LoRA, or was made to exhaust memory")
+    return FormatError(
+        f"{path}: a header of {found}, allowed: {allowed}: it is no LoRA and no model, or was made to exhaust memory"
+    )

@@ -13,9 +13,21 @@ from .container import INDEX_KEY, PAYLOAD_KEY
 from .encoding import decode_module
 from .errors import FormatError
 from .index import Entry, PackedIndex, read_index
+from .plain import PlainKeys
 from .update import LowRankUpdate
 
-__all__ = ["HeldModule", "held_modules", "held_part"]
+__all__ = ["HeldModule", "held_modules", "held_part", "layer_name"]
+
+# The keys of `up` by which ComfyUI finds a layer's LoRA (comfy/weight_adapter/lora.py, LoRAAdapter.load).
+_UPS = (
+    ".lora_up.weight",
+    "_lora.up.weight",
+    ".lora_B.weight",
+    ".lora.up.weight",
+    ".lora_B",
+    ".lora_linear_layer.up.weight",
+    ".lora_B.default.weight",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +96,12 @@ def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> 
             ", or compress with strategy=entropy progressive=true"
         )
     return {**tensors, INDEX_KEY: cut.encode(), PAYLOAD_KEY: tensors[PAYLOAD_KEY][:used]}
+
+
+def layer_name(module: str, keys: PlainKeys) -> str:
+    """The name under which programs look for a module in the expanded file: its key of `up` without the ending."""
+    up = keys.up.replace("{}", module, 1)
+    return next((up.removesuffix(ending) for ending in _UPS if up.endswith(ending)), module)
 
 
 def _index(tensors: Mapping[str, Tensor], where: str) -> PackedIndex:

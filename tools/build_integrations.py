@@ -15,7 +15,8 @@ from pathlib import Path
 __all__ = ["VENDORED", "build"]
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {"comfyui": "ComfyUI-lora-compress"}  # folder of integrations/: that of the plug-in
+NAMES = {"comfyui": "ComfyUI-lora-compress", "a1111": "sd-webui-lora-compress"}  # folder of integrations/: that of the plug-in
+_PACKAGES = {"a1111": "lora_compress_webui"}  # where the core goes: the host imports scripts of its own by their path alone
 VENDORED = "_lora_compress"
 _OUR_IMPORT = re.compile(r"^(\s*from )lora_compress\b", re.MULTILINE)
 
@@ -26,9 +27,10 @@ def build(integration: str, target: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     shutil.copytree(ROOT / "integrations" / integration, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in folder.glob("*.py"):
+    package = folder / _PACKAGES.get(integration, "")
+    for file in package.glob("*.py"):
         file.write_text(_OUR_IMPORT.sub(rf"\1.{VENDORED}", file.read_text(encoding="utf-8")), encoding="utf-8")
-    shutil.copytree(ROOT / "lora_compress", folder / VENDORED, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "lora_compress", package / VENDORED, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "LICENSE", folder)
     return folder
 

@@ -11,21 +11,10 @@ from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import HeldModule, held_modules
-from lora_compress.plain import PlainKeys
+from lora_compress.held import HeldModule, held_modules, layer_name
 
-__all__ = ["PackedAdapter", "layer_name", "register"]
+__all__ = ["PackedAdapter", "register"]
 
-# The keys of `up` by which ComfyUI's own adapter finds a layer's LoRA (comfy/weight_adapter/lora.py, LoRAAdapter.load).
-_UPS = (
-    ".lora_up.weight",
-    "_lora.up.weight",
-    ".lora_B.weight",
-    ".lora.up.weight",
-    ".lora_B",
-    ".lora_linear_layer.up.weight",
-    ".lora_B.default.weight",
-)
 _BYPASS = ("multiplier", "shape", "is_conv", "conv_dim", "kernel_size", "in_channels", "out_channels", "kw_dict")
 _opened = WeakTensorKeyDictionary()  # {index: {layer name: module}}, for as long as the LoRA is in memory
 
@@ -90,12 +79,6 @@ class PackedAdapter(WeightAdapterBase):
         module, dora_scale = self.weights
         update = module.decode()
         return LoRAAdapter(self.loaded_keys, (update.up, update.down, update.alpha, None, dora_scale, None))
-
-
-def layer_name(module: str, keys: PlainKeys) -> str:
-    """The name under which ComfyUI would look for the module if the file were expanded: its key of `up` without the ending."""
-    up = keys.up.replace("{}", module, 1)
-    return next((up.removesuffix(ending) for ending in _UPS if up.endswith(ending)), module)
 
 
 def register() -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import SettingsError
 from ..update import LowRankUpdate
 
-__all__ = ["attach_updates", "balanced_factors"]
+__all__ = ["attach_updates", "balanced_factors", "swap_updates"]
 
 
 def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name: str) -> None:
@@ -27,7 +28,11 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
         model: the U-Net, the transformer or a text encoder.
         updates: by the name of the layer in the model.
         adapter_name: no adapter of the model has it.
+
+    Raises:
+        SettingsError: PEFT does not fit a quantization library that is installed.
     """
+    import peft
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     ranks: dict[int, list[str]] = {}
@@ -47,9 +52,37 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
-        inject_adapter_in_model(config, model, adapter_name=adapter_name, low_cpu_mem_usage=True)
+        try:
+            inject_adapter_in_model(config, model, adapter_name=adapter_name, low_cpu_mem_usage=True)
+        except ImportError as error:  # PEFT asks every quantization library that is installed about every layer
+            raise SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"]) from None
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True  # what diffusers and transformers ask before they look for adapters
+
+
+def swap_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name: str) -> None:
+    """Put updates in the place of those of an adapter: tensors keep place and shape, so that a compiled model stays compiled.
+
+    Components that an update has fewer of than the adapter has room for are zeros, and so are layers that it does not change.
+
+    Raises:
+        SettingsError: a layer without the adapter, one with too little room, or the adapter is fused; nothing was changed then.
+    """
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if adapter_name in getattr(m, "lora_A", {})}
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise SettingsError([f"{adapter_name} is fused: call unfuse_lora before it is swapped"])
+    for name, update in updates.items():
+        room = layers[name].r[adapter_name] if name in layers else 0
+        if update.rank > room:
+            raise SettingsError(
+                [f"{name} has rank {update.rank}, {adapter_name} has room for {room}: load the LoRA with the largest ranks first"]
+            )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            down, up = layer.lora_A[adapter_name].weight.zero_(), layer.lora_B[adapter_name].weight.zero_()
+            if name in updates:
+                new_down, new_up = balanced_factors(updates[name], down.dtype, layer.base_layer)
+                down[: len(new_down)], up[:, : len(new_down)] = new_down, new_up
 
 
 def balanced_factors(update: LowRankUpdate, dtype: torch.dtype, layer: torch.nn.Module) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from ..errors import FormatError, SettingsError
 from ..loading import load_lora as read_lora
 from ..update import LowRankUpdate
-from .attaching import attach_updates
+from .attaching import attach_updates, swap_updates
 from .names import find_layers
 
 __all__ = ["load_lora"]
@@ -20,7 +20,9 @@ _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_en
 _KINDS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-def load_lora(pipe: Any, path: str | os.PathLike[str], adapter_name: str | None = None, weight: float = 1.0) -> str:
+def load_lora(
+    pipe: Any, path: str | os.PathLike[str], adapter_name: str | None = None, weight: float = 1.0, hotswap: bool = False
+) -> str:
     """Load a LoRA file, packed or of any plain layout, onto a pipeline for SD, SDXL, SD3 or FLUX.
 
     The adapter is one of PEFT, as load_lora_weights makes it: set_adapters, fuse_lora, unfuse_lora, delete_adapters and
@@ -31,19 +33,23 @@ def load_lora(pipe: Any, path: str | os.PathLike[str], adapter_name: str | None 
     Args:
         pipe: a pipeline of diffusers.
         path: of the file.
-        adapter_name: no adapter of the pipeline has it; None for lora_0, lora_1, ...
+        adapter_name: no adapter of the pipeline has it, unless it is swapped; None for lora_0, lora_1, ...
         weight: strength of the adapter, which becomes the one that is active.
+        hotswap: put the file in the place of the adapter `adapter_name`. Ranks may be smaller and layers fewer than those of the
+            adapter, not larger or others. Tensors keep their places and shapes, so that a compiled model stays compiled.
 
     Returns:
         The name of the adapter.
 
     Raises:
         FormatError: the file cannot be read, or it is not for this pipeline: a module has no layer, or one of another size.
-        SettingsError: there is an adapter of this name.
+        SettingsError: there is an adapter of this name; with `hotswap` there is none, or it has no room for the file.
     """
     components = {name: model for name in _COMPONENTS if isinstance(model := getattr(pipe, name, None), torch.nn.Module)}
     taken = {name for model in components.values() for name in getattr(model, "peft_config", {})}
-    if adapter_name in taken:
+    if hotswap and adapter_name not in taken:
+        raise SettingsError([f"hotswap: there is no adapter {adapter_name}, only {', '.join(sorted(taken)) or 'none'}"])
+    if adapter_name in taken and not hotswap:
         raise SettingsError([f"adapter_name={adapter_name}: there is an adapter of this name: delete it, or choose another name"])
     name = adapter_name or next(f"lora_{number}" for number in range(len(taken) + 1) if f"lora_{number}" not in taken)
     file = read_lora(path)
@@ -56,7 +62,9 @@ def load_lora(pipe: Any, path: str | os.PathLike[str], adapter_name: str | None 
     updates = _matched(str(path), file.updates, layers, type(pipe).__name__)
     for component, model in components.items():
         own = {layer.removeprefix(component + "."): u for layer, u in updates.items() if layer.startswith(component + ".")}
-        if own:
+        if hotswap and (own or name in getattr(model, "peft_config", {})):
+            swap_updates(model, own, name)
+        elif own:
             attach_updates(model, own, name)
     pipe.set_adapters(name, weight)
     return name

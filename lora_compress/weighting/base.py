@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import FormatError, SaveError
 from ..files import atomic_path
+from ..header import read_header
 from .names import LayerRows, layer_name, layers_of_key
 
 __all__ = ["BaseNorm", "base_norms", "default_cache_dir", "relative_scores", "relative_weights", "spectral_norm"]
@@ -152,6 +153,7 @@ def _fingerprint(files: list[tuple[Path, str | None]]) -> str:
 
 def _measure(files: list[tuple[Path, str | None]], wanted: set[str]) -> Iterator[tuple[str, BaseNorm]]:
     for path, component in files:
+        read_header(path)  # bounded, unlike what safe_open accepts
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  safe_open is no mapping

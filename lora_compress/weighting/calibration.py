@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..files import atomic_path
+from ..header import read_header
 from ..update import LowRankUpdate
 from .activation import diagonal_gram
 
@@ -88,11 +89,9 @@ class Calibration:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata, self._keys = file.metadata() or {}, frozenset(file.keys())
-        except (OSError, SafetensorError) as error:
-            raise FormatError(f"{path}: cannot be read as a calibration file: {error}") from None
+        header, _, _ = read_header(self.path)  # bounded, unlike what safe_open accepts
+        metadata = header.pop("__metadata__", None) or {}
+        self._keys = frozenset(header)
         version = metadata.get(_VERSION_KEY)
         if version != _VERSION:
             found = "no calibration file" if version is None else f"a calibration file of version {version}"

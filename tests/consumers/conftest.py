@@ -1,4 +1,7 @@
-"""Programs that open LoRA, where a checkout of theirs is at hand: COMFYUI_DIR. REQUIRE_CONSUMERS=1 makes each skip a failure."""
+"""Programs that open LoRA, where a checkout of theirs is at hand: COMFYUI_DIR, A1111_DIR, FORGE_DIR.
+
+REQUIRE_CONSUMERS=1 makes each skip a failure.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import NoReturn
 import pytest
 
 
-def _absent(reason: str) -> NoReturn:
+def absent(reason: str) -> NoReturn:
+    """Skip, or fail where every program is required."""
     if os.environ.get("REQUIRE_CONSUMERS") == "1":
         pytest.fail(f"{reason} (REQUIRE_CONSUMERS=1)")
     pytest.skip(reason)
@@ -22,7 +26,7 @@ def comfyui() -> Iterator[Path]:
     """The root of ComfyUI, importable in this process, on the CPU."""
     given = os.environ.get("COMFYUI_DIR")
     if not given:
-        _absent("ComfyUI is absent: set COMFYUI_DIR to a checkout of it, and install its requirements.txt")
+        absent("ComfyUI is absent: set COMFYUI_DIR to a checkout of it, and install its requirements.txt")
     root = Path(given)
     from library.compress_torchvision import declare_missing_operators
 
@@ -34,6 +38,6 @@ def comfyui() -> Iterator[Path]:
         comfy.cli_args.args.cpu = True
         import nodes  # noqa: F401
     except ImportError as error:
-        _absent(f"ComfyUI in {root} cannot be imported ({error}): install its requirements.txt")
+        absent(f"ComfyUI in {root} cannot be imported ({error}): install its requirements.txt")
     yield root
     sys.path.remove(str(root))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from consumers.pipelines import linear_updates
 from core.factories import dense, random_update
 from safetensors.torch import save_file
 from torch import Tensor
@@ -129,6 +130,92 @@ def test_adapters_are_weighed_fused_and_deleted(sd: Any, tmp_path: Path) -> None
         load_lora(sd, paths[1], "one")
     sd.unload_lora_weights()
     close(output(sd), base)
+
+
+def test_an_adapter_is_swapped_for_a_file_of_smaller_ranks(sd: Any, tmp_path: Path) -> None:
+    """In its place: the same parameters hold the other file, zeros where it has less."""
+    large = varied(sd, magnitude=0.05)
+    small = {name: random_update(1, u.down.shape[1], len(u.up), u.kernel, 2.0, 7, 0.05) for name, u in [*large.items()][::2]}
+    paths = [write(tmp_path / f"{i}.safetensors", u, bits=8) for i, u in enumerate((large, small))]
+    before, after = (read_lora(path).updates for path in paths)
+    with pytest.raises(SettingsError, match="there is no adapter style, only none"):
+        load_lora(sd, paths[0], "style", hotswap=True)
+    load_lora(sd, paths[0], "style")
+    held = {name: parameter.data_ptr() for name, parameter in sd.unet.named_parameters() if ".style." in name}
+    load_lora(sd, paths[1], "style", 0.6, hotswap=True)
+    assert held == {name: parameter.data_ptr() for name, parameter in sd.unet.named_parameters() if ".style." in name}
+    torch.testing.assert_close(output(sd), merged_plain(sd, after, 0.6), rtol=1e-3, atol=1e-3)
+    load_lora(sd, paths[0], "style", hotswap=True)
+    torch.testing.assert_close(output(sd), merged_plain(sd, before, 1.0), rtol=1e-3, atol=1e-3)
+    wide = {name: random_update(u.rank + 1, u.down.shape[1], len(u.up), u.kernel) for name, u in large.items()}
+    with pytest.raises(SettingsError, match=r"has rank \d, style has room for \d: load the LoRA with the largest ranks first"):
+        load_lora(sd, write(tmp_path / "wide.safetensors", wide), "style", hotswap=True)
+    sd.fuse_lora()
+    with pytest.raises(SettingsError, match="style is fused"):
+        load_lora(sd, paths[1], "style", hotswap=True)
+
+
+def merged_plain(pipe: Any, updates: dict[str, LowRankUpdate], strength: float) -> Tensor:
+    """As `merged`, with the adapters of the pipeline switched off."""
+    pipe.disable_lora()
+    layers = {
+        prefix + name.replace(".", "_"): layer
+        for prefix, model in (("lora_unet_", pipe.unet), ("lora_te_", pipe.text_encoder))
+        for name, layer in model.named_modules()
+    }
+    before = {}
+    for name, update in updates.items():
+        weight: Any = layers[name].base_layer.weight
+        before[weight] = weight.data
+        weight.data = weight.data + strength * dense(update).float().reshape(weight.shape)
+    try:
+        return output(pipe)
+    finally:
+        for weight, data in before.items():
+            weight.data = data
+        pipe.enable_lora()
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 5, "strategy": "entropy"}], ids=str)
+def test_pictures_of_the_packed_file_are_those_of_the_expanded_one(settings: dict[str, object], tmp_path: Path) -> None:
+    """By load_lora, and by diffusers' own loader for the drop-in file: at most 1 of 255 apart in any pixel."""
+    from diffusers import StableDiffusionPipeline
+
+    from lora_compress import expand_file
+
+    pictures = []
+    for kind in ("none", "packed", "plain"):
+        pipe = StableDiffusionPipeline.from_pretrained(str(TINY_SD), safety_checker=None, torch_dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        if kind == "packed":
+            attention = {name: u for name, u in linear_updates(pipe, every=1, magnitude=0.2).items() if "attn" in name}
+            packed = write(tmp_path / "lora.safetensors", attention, **settings)
+            expand_file(packed, tmp_path / "expanded.safetensors", save_dtype=torch.float32)
+            one_rule = ["diffusers-0.32"]
+            compress_file(
+                tmp_path / "expanded.safetensors",
+                tmp_path / "plain.safetensors",
+                CompressionSettings.parse({}),
+                save_dtype=torch.float32,
+                consumers=one_rule,
+            )
+            load_lora(pipe, packed)
+        elif kind == "plain":
+            pipe.load_lora_weights(str(tmp_path), weight_name="plain.safetensors")
+        pipe.scheduler.set_timesteps(4)
+        drawn = pipe(
+            "a red star",
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            height=64,
+            width=64,
+            output_type="np",
+            generator=torch.Generator().manual_seed(1),
+        )
+        pictures.append(torch.from_numpy(drawn.images[0]) * 255)
+    none, ours, theirs = pictures
+    assert (ours - none).abs().mean() > 1
+    assert (ours - theirs).abs().max() < 1
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_attached(sd: Any, tmp_path: Path) -> None:

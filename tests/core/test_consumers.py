@@ -93,7 +93,12 @@ def with_others(count: int, family: str = "sd1", ending: str = ".strength") -> P
 
 NO_TEXT_KEYS = planned(modules={"lora_unet_mid_block_attentions_0_proj_in": PlannedModule(4, 4.0)})
 PROBLEMS = {
-    "packed": ("all", planned(save_format="packed"), "save_format=packed cannot be read by ComfyUI, .*set save_format=kohya"),
+    "packed": ("invokeai", planned(save_format="packed"), "InvokeAI cannot read packed files: set save_format=kohya"),
+    "packed, others": (
+        "diffusers",
+        dataclasses.replace(with_others(1), save_format="packed"),
+        r"load_lora refuses .*bundle_emb\.x0",
+    ),
     "fp8 for FLUX": ("diffusers", planned(save_format="fp8", family="flux1"), "diffusers loads fp8.*sdxl.*flux1.*save_precision"),
     "fp8 by its dtype": ("diffusers-0.32", planned(dtype=FP8, family="wan"), r"diffusers 0\.32 loads fp8 .*wan"),
     "others": ("diffusers", with_others(1), r"diffusers refuses files with keys such as bundle_emb\.x0.*take them out"),
@@ -115,6 +120,16 @@ def test_what_cannot_be_loaded_is_told_with_its_remedy(name: str, file: PlannedF
 def test_invokeai_refuses_sdxl_names_of_sd() -> None:
     (problem,) = rules("invokeai").problems(planned(family="sdxl"))
     assert "lora_te_text_model" in problem
+
+
+def test_packed_files_need_our_parts_in_the_programs() -> None:
+    ours, packed = rules("comfyui", "a1111", "forge", "diffusers"), planned(save_format="packed")
+    assert ours.problems(packed) == []
+    assert [note.rpartition(" with ")[2] for note in ours.notes(packed)] == [
+        "the plug-in for ComfyUI",
+        *["the extension for AUTOMATIC1111 and Forge"] * 2,
+        "lora_compress.diffusers.load_lora",
+    ]
 
 
 def test_what_a_program_drops_is_told() -> None:

@@ -69,7 +69,8 @@ def test_packed_files_and_strange_keys(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["--model", str(path), "--save_to", str(packed), "--quantize", "bits=4"]) == 0
     capsys.readouterr()
     status, found = check(capsys, packed)
-    assert status == 1 and "plug-in" in found["comfyui"]["notes"][0] and "expand" in found["forge"]["reasons"][0]
+    assert status == 1 and "plug-in" in found["comfyui"]["notes"][0] and "extension" in found["forge"]["notes"][0]
+    assert "expand" in found["invokeai"]["reasons"][0]
     assert not found["diffusers"]["opens"] and "such as bundle" in found["diffusers"]["reasons"][0]
     assert main(["check", "--model", str(packed), "--for", "comfyui"]) == 0
     assert "ComfyUI" in capsys.readouterr().out

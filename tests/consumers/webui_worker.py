@@ -1,0 +1,164 @@
+"""Applies LoRA files with the loader of AUTOMATIC1111 or Forge, in a process of its own: their packages have names of ours.
+
+    python webui_worker.py a1111|forge HOST EXTENSION LORA... OUT
+
+The model is a handful of layers under the names of an SD1.5 checkpoint. The loader's files are the host's own; what they import of
+the web page, settings and model management is stood in for. Writes {number of the LoRA}.{kohya's name}: the weights afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+STRENGTHS = {1: -0.7, 2: 0.0}  # of the second and third LoRA, the first and the others have 1
+UNET = {
+    "lora_unet_down_blocks_0_attentions_0_proj_in": "input_blocks.1.1.proj_in",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": "middle_block.1.transformer_blocks.0.attn2.to_k",
+    "lora_unet_up_blocks_1_resnets_0_conv1": "output_blocks.3.0.in_layers.2",
+}
+TEXT = {"lora_te_text_model_encoder_layers_0_mlp_fc1": "transformer.text_model.encoder.layers.0.mlp.fc1"}
+
+
+def layers() -> dict[str, nn.Module]:
+    """A layer for each name."""
+    torch.manual_seed(0)
+    made = [nn.Conv2d(24, 16, 1), nn.Linear(20, 28), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(16, 40)]
+    return {name: layer.requires_grad_(False) for name, layer in zip((*UNET, *TEXT), made, strict=True)}
+
+
+def stand_in(name: str, **values: Any) -> None:
+    """A module of the host that its loader imports and that would bring the whole program with it."""
+    module = sys.modules[name] = ModuleType(name)
+    module.__dict__.update(values)
+    parent, _, child = name.rpartition(".")
+    if parent in sys.modules:
+        setattr(sys.modules[parent], child, module)
+
+
+def fail(error: Exception, *_: Any, **__: Any) -> None:
+    """What the host shows on its page."""
+    raise error
+
+
+def no_files(files: list[str]) -> dict[str, Any]:
+    """Settings with empty folders of LoRA: the loader lists them as it is imported."""
+    folder = str(Path(files[0]).parent / "none")
+    options = SimpleNamespace(lora_dir=folder, lyco_dir_backcompat=folder)
+    return {"cmd_opts": options, "walk_files": lambda *_, **__: []}
+
+
+def register(extension: str) -> None:
+    """As the host loads a script of an extension."""
+    sys.path.insert(0, extension)
+    script = Path(extension) / "scripts" / "packed_lora.py"
+    exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), {"__name__": "packed_lora.py"})
+
+
+def run_a1111(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
+    """Load and apply each file alone, by the Lora extension's load_networks."""
+    made = layers()
+    stand_in("gradio")
+    stand_in("modules", __path__=[str(root / "modules")])
+    embeddings = SimpleNamespace(word_embeddings={}, expected_shape=-1)
+    hijack = SimpleNamespace(embedding_db=embeddings, comments=[])
+    settings = SimpleNamespace(lora_in_memory_limit=0)
+    stand_in("modules.shared", sd_model=SimpleNamespace(is_sdxl=False), opts=settings, **no_files(files))
+    stand_in("modules.devices", cpu=torch.device("cpu"), device=torch.device("cpu"), dtype=torch.float32, torch_gc=lambda: None)
+    stand_in("modules.sd_models", read_state_dict=load_file)
+    stand_in("modules.errors", display=fail)
+    stand_in("modules.sd_hijack", model_hijack=hijack)
+    for name in ("scripts", "cache", "hashes", "textual_inversion", "textual_inversion.textual_inversion"):
+        stand_in(f"modules.{name}")
+    sys.path.insert(0, str(root / "extensions-builtin" / "Lora"))
+    networks: Any = __import__("networks")
+    mapping = {}
+    for name, layer in made.items():
+        layer.network_layer_name = networks.convert_diffusers_name_to_compvis(name, False)  # type: ignore[assignment]
+        mapping[layer.network_layer_name] = layer
+    sys.modules["modules.shared"].sd_model.network_layer_mapping = mapping
+    register(extension)
+    register(extension)  # a second copy changes nothing
+    found = {}
+    for number, file in enumerate(files):
+        disk = SimpleNamespace(filename=file, read_hash=lambda: None)
+        networks.available_networks[file] = networks.available_network_aliases[file] = disk
+        strength = STRENGTHS.get(number, 1.0)
+        networks.load_networks([file], [strength], [strength], [None])
+        for name, layer in made.items():
+            networks.network_apply_weights(layer)
+            found[f"{number}.{name}"] = layer.weight.detach().clone()
+    return found
+
+
+def run_forge(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
+    """Load and apply each file alone, by its LoRA extension's load_lora_for_models and its LoraLoader."""
+    made = layers()
+    stand_in("modules")
+    stand_in("modules.shared", **no_files(files))
+    for name in ("sd_models", "errors", "scripts"):
+        stand_in(f"modules.{name}")
+    stand_in("network")
+    sys.path[:0] = [str(root), str(root / "extensions-builtin" / "sd_forge_lora")]
+    sys.argv[1:] = ["--always-cpu"]
+    networks: Any = __import__("networks")
+    from backend.patcher.base import ModelPatcher
+
+    register(extension)
+    register(extension)
+    keys = {name: f"diffusion_model.{key}" for name, key in UNET.items()} | TEXT
+    models = [holder({keys[name]: made[name] for name in names}) for names in (UNET, TEXT)]
+    cpu = torch.device("cpu")
+    unet, text = (ModelPatcher(model, load_device=cpu, offload_device=cpu) for model in models)
+    networks.model_lora_keys_unet = lambda model: {name: f"{keys[name]}.weight" for name in UNET}  # of whole models alone
+    networks.model_lora_keys_clip = lambda model: {name: f"{keys[name]}.weight" for name in TEXT}
+    clip = Clip(text)
+    found = {}
+    for number, file in enumerate(files):
+        strength = STRENGTHS.get(number, 1.0)
+        tensors = networks.load_lora_state_dict(file)
+        patched, after = networks.load_lora_for_models(unet, clip, tensors, strength, strength, filename=file)
+        for patcher, names in ((patched, UNET), (after.patcher, TEXT)):
+            patcher.lora_loader.refresh(patcher.lora_patches, force_refresh=True)
+            for name in names:
+                weight = patcher.model.get_parameter(f"{keys[name]}.weight")
+                found[f"{number}.{name}"] = weight.detach().clone()
+    return found
+
+
+class Clip:
+    """What the loader asks of the host's text encoder."""
+
+    def __init__(self, patcher: Any) -> None:
+        self.patcher, self.cond_stage_model = patcher, patcher.model
+
+    def clone(self) -> Clip:
+        return Clip(self.patcher.clone())
+
+    def add_patches(self, **arguments: Any) -> Any:
+        return self.patcher.add_patches(**arguments)
+
+
+def holder(layers: dict[str, nn.Module]) -> nn.Module:
+    """A module that has the layers under their full names."""
+    root = nn.Module()
+    for name, layer in layers.items():
+        *parents, last = name.split(".")
+        place = root
+        for parent in parents:
+            if not hasattr(place, parent):
+                place.add_module(parent, nn.Module())
+            place = getattr(place, parent)
+        place.add_module(last, layer)
+    return root
+
+
+if __name__ == "__main__":
+    host, root, extension, *files, out = sys.argv[1:]
+    save_file({"a1111": run_a1111, "forge": run_forge}[host](Path(root), extension, files), out)
