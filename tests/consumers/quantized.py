@@ -38,7 +38,7 @@ class Base:
         package: that it needs.
         quantize: makes the linear layers of a model quantized, in place.
         dequantized: the weight that such a layer stands for.
-        tolerance: of the outputs, relative; over 1e-5 only where the layer rounds its inputs too.
+        tolerance: of the outputs, relative.
         models: that are measured on it.
     """
 
@@ -217,7 +217,7 @@ def _by_itself(layer: Any) -> Tensor:
 
 BASES: dict[str, Base] = {
     "none": Base("not quantized", "torch", lambda network: None, lambda layer: layer.weight.data),
-    "bnb8": Base("bitsandbytes, 8 bit", "bitsandbytes", _bitsandbytes8, _bitsandbytes8_weight, 0.02),
+    "bnb8": Base("bitsandbytes, 8 bit", "bitsandbytes", _bitsandbytes8, _bitsandbytes8_weight),
     "bnb4": Base("bitsandbytes, 4 bit", "bitsandbytes", _bitsandbytes4, _bitsandbytes4_weight),
     "quanto": Base("Quanto, int8", "optimum-quanto", _quanto, _by_itself),
     "torchao": Base("torchao, int8", "torchao", _torchao, _by_itself),

@@ -20,7 +20,8 @@ from lora_compress import EvaluationSettings, LoraCompressError, SettingsError, 
 from tests import architectures
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"pruning", "quantization", "evaluation", "quantization_device", "model_type", "base_quantize", "load_8bit_text_encoder"}
+OURS = {"pruning", "quantization", "evaluation", "adaptive", "quantization_device"}
+OURS |= {"model_type", "base_quantize", "load_8bit_text_encoder"}
 LORA_SCRIPTS = {  # the keys of lora-scripts' config/lora.toml and default.toml, section by section
     "model_arguments": {"v2": False, "v_parameterization": False, "pretrained_model_name_or_path": "./sd-models/model.ckpt"},
     "dataset_arguments": {"train_data_dir": "./train/aki", "reg_data_dir": "", "resolution": "512,512", "prior_loss_weight": 1},

@@ -223,3 +223,37 @@ def test_settings_of_the_evaluation_are_the_sections_and_above_them_the_flags(
         parse(ext, monkeypatch, "--config", write(tmp_path / "c.toml", wrong))
     with pytest.raises(SettingsError, match="--evaluation: size=100: must be a multiple of 64"):
         parse(ext, monkeypatch, "--evaluation", "size=100")
+
+
+def test_adaptive_settings_bring_what_they_need_and_refuse_what_they_lack(
+    sd_scripts: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ext = importlib.import_module("train_network_ext")
+    sections: dict[str, dict[str, Any]] = {
+        "additional_network": {"network_module": "networks.lora_compress"},
+        "quantization": {"bits": 8},
+        "evaluation": {"reference": "held"},
+        "adaptive": {"max_fid_gap": 0.1},
+    }
+    path = write(tmp_path / "a.toml", sections)
+    args = parse(ext, monkeypatch, "--config", path, "--adaptive", "patience=3")
+    assert args.adaptive == ["max_fid_gap=0.1", "patience=3"]
+    given = dict(pair.split("=", 1) for pair in args.network_args)
+    assert given == {"rank_ratio": "0.9", "iterative_pruning": "True", "rank_return": "True", "qat": "True", "bits": "8"}
+    args = parse(ext, monkeypatch, "--config", path, "--pruning", "rank_ratio=0.7", "--quantization", "bits=4", "qat=false")
+    given = dict(pair.split("=", 1) for pair in args.network_args)
+    assert (given["rank_ratio"], given["bits"], given["qat"]) == ("0.7", "4", "false")
+    assert parse(ext, monkeypatch, "--config", path, "--adaptive", "enabled=false").adaptive is None
+    wrong = {
+        "there are none: add a section": {**sections, "evaluation": {"enabled": False}},
+        "network_module is networks.lora: set": {
+            **sections,
+            "additional_network": {"network_module": "networks.lora"},
+            "quantization": {},
+        },
+        "window=1: must be 3 or more": {**sections, "adaptive": {"window": 1}},
+        "strategy=mixed: its bits are chosen at saving": {**sections, "quantization": {"bits": 4, "strategy": "mixed"}},
+    }
+    for message, values in wrong.items():
+        with pytest.raises(SettingsError, match=message):
+            parse(ext, monkeypatch, "--config", write(tmp_path / "b.toml", values))
