@@ -12,6 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+if __name__ == "__main__" and (
+    "--host=diffusers" in sys.argv or ("--host", "diffusers") in zip(sys.argv, sys.argv[1:], strict=False)
+):
+    from library.compress_torchvision import declare_missing_operators
+    from lora_compress.diffusers.start import main as train_with_diffusers  # before sd-scripts is looked for
+
+    declare_missing_operators()
+    sys.exit(train_with_diffusers(sys.argv[1:]))
+
 import networks.sd_scripts_path  # noqa: F401  joins our packages with those of sd-scripts: must come before either is used
 
 # isort: split

@@ -1,0 +1,46 @@
+"""What `train_network_ext.py --host diffusers` does: reads a TOML and single options over it, and trains."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from ..errors import LoraCompressError, SettingsError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Exit status 0, or 2 after one line that says what is wrong; options --name value win over the file."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="train_network_ext.py", allow_abbrev=False)
+    parser.add_argument("--host", choices=["diffusers"], required=True, help="train with diffusers, without sd-scripts")
+    parser.add_argument("--config_file", "--config", required=True, help="TOML: docs/training_diffusers.md lists its keys")
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "output_name", "max_train_steps", "seed"):
+        parser.add_argument(f"--{name}", default=None)
+    given = vars(parser.parse_args(argv))
+    del given["host"]
+    try:
+        config = _read_toml(given.pop("config_file"))
+        over = {name: value for name, value in given.items() if value is not None}
+        from .training import train
+
+        logging.getLogger(__name__).info("%s", train({**config, "command line": over}))
+    except LoraCompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    import toml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return toml.load(file)
+    except OSError as error:
+        raise SettingsError([f"cannot be read: {error.strerror}"], path) from None
+    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
+        raise SettingsError([f"not valid TOML: {error}"], path) from error
