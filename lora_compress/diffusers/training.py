@@ -70,7 +70,8 @@ def train(config: Mapping[str, Any]) -> Path:
     pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    groups, pairs = [], {}
+    groups: list[dict[str, Any]] = []
+    pairs: dict[str, Pair] = {}
     for module, prefix, targets, rate in (
         (pipe.unet, "lora_unet", _UNET, float(options["unet_lr"])),
         (pipe.text_encoder, "lora_te", _TEXT, float(options["text_encoder_lr"])),
@@ -78,7 +79,7 @@ def train(config: Mapping[str, Any]) -> Path:
         module.requires_grad_(False)
         if rate:
             rank, alpha = int(options["network_dim"]), float(options["network_alpha"])
-            module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+            module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))  # type: ignore[arg-type]
             found = _kohya_names(find_pairs(module), prefix)
             groups.append({"params": [weight for pair in found.values() for weight in pair.weights], "lr": rate})
             pairs |= found
@@ -87,7 +88,9 @@ def train(config: Mapping[str, Any]) -> Path:
     steps = int(options["max_train_steps"])
     session = TrainingSession(pairs, settings, total_steps=steps)
     optimizer = torch.optim.AdamW(groups)
-    rates = get_scheduler(options["lr_scheduler"], optimizer, int(options["lr_warmup_steps"]), steps)
+    rates = get_scheduler(
+        options["lr_scheduler"], optimizer, num_warmup_steps=int(options["lr_warmup_steps"]), num_training_steps=steps
+    )
     pictures = [(_encode(pipe, path, options), caption) for path, caption in pairs_of_files]
     order: list[int] = []
     for step in range(steps):
