@@ -18,6 +18,7 @@ def gram(rows: Tensor) -> Tensor:
         return rows @ rows.mT
     flat = rows.detach().reshape(rows.shape[:-2].numel(), *rows.shape[-2:])
     found = torch.empty(len(flat), rows.shape[-2], rows.shape[-2], dtype=rows.dtype)
-    for matrix, place in zip(flat.numpy(), found.numpy(), strict=True):
-        np.matmul(matrix, matrix.T, out=place)
+    with np.errstate(all="ignore"):  # of factors that are infinite or NaN, which whoever asked finds out
+        for matrix, place in zip(flat.numpy(), found.numpy(), strict=True):
+            np.matmul(matrix, matrix.T, out=place)
     return found.reshape(*rows.shape[:-1], rows.shape[-2])

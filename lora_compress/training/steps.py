@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import cache
+from typing import Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,22 +36,23 @@ class OptimizerWatch:
         self._strangers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._inside = False
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
-        watch, led = weakref.ref(self), weakref.ref(follower)
+        self._follower = weakref.ref(follower)
+        _listen()
+        _watches.add(self)
 
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            this, that = watch(), led()
-            if this is not None and that is not None and this._leads(optimizer):
-                this._inside = True
-                that.before_step()
+    def before(self, optimizer: Optimizer) -> None:
+        """A step of any optimizer begins."""
+        follower = self._follower()
+        if follower is not None and self._leads(optimizer):
+            self._inside = True
+            follower.before_step()
 
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            this, that = watch(), led()
-            if this is not None and that is not None and this._inside and this._leads(optimizer):
-                this._inside = False
-                that.after_step(this.optimizers)
-
-        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        weakref.finalize(follower, _remove, self._handles)
+    def after(self, optimizer: Optimizer) -> None:
+        """A step of any optimizer has been made."""
+        follower = self._follower()
+        if follower is not None and self._inside and self._leads(optimizer):
+            self._inside = False
+            follower.after_step(self.optimizers)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -59,7 +61,7 @@ class OptimizerWatch:
 
     def close(self) -> None:
         """Watch no longer."""
-        _remove(self._handles)
+        _watches.discard(self)
 
     def _leads(self, optimizer: Optimizer) -> bool:
         if optimizer in self._strangers:
@@ -74,6 +76,16 @@ class OptimizerWatch:
         return self.optimizers[0] is optimizer
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+_watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
+
+
+@cache
+def _listen() -> None:
+    """Once and for all: torch goes through its hooks while they are called, and a watch may be collected at any moment."""
+    register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: _tell("before", optimizer))
+    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: _tell("after", optimizer))
+
+
+def _tell(event: str, optimizer: Optimizer) -> None:
+    for watch in list(_watches):
+        getattr(watch, event)(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -219,3 +220,19 @@ def test_bits_that_a_strategy_does_not_have_switch_it() -> None:
 def test_a_session_that_cannot_relax_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         led(Run(**values))
+
+
+def test_a_session_may_be_collected_while_another_one_steps() -> None:
+    """torch iterates over its hooks then: no session may take its own away."""
+    run, gone = Run(**QAT), Run(**QAT)
+    before = run.session.before_step
+
+    def collecting() -> None:
+        nonlocal gone
+        gone = None  # type: ignore[assignment]
+        gc.collect()
+        before()
+
+    run.session.before_step = collecting  # type: ignore[method-assign]
+    run.train(2)
+    assert run.session.step == 2
