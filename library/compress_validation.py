@@ -25,6 +25,8 @@ from library import train_util
 from lora_compress import AdaptiveSettings, EvaluationError, EvaluationSettings, SaveError, SettingsError
 from lora_compress.evaluation.pictures import PictureFolder
 from lora_compress.evaluation.validation import Validation, read_history, write_history
+from lora_compress.report.html import write_page
+from lora_compress.report.html_history import history_page
 from lora_compress.training import SessionController
 
 __all__ = ["ValidationMixin"]
@@ -98,6 +100,20 @@ class ValidationMixin:
         super().update_metadata(metadata, args)  # type: ignore[misc]
         self._lead(args)
         self._steps_per_epoch = -(-int(metadata["ss_num_batches_per_epoch"]) // args.gradient_accumulation_steps)
+
+    def train(self, args: argparse.Namespace) -> None:
+        """The host's, then a page about what was measured beside the last file."""
+        super().train(args)  # type: ignore[misc]
+        if self._validation is None or not self._history or int(os.environ.get("RANK", "0")):
+            return
+        name = args.output_name or "lora"
+        settings = _parsed([*args.evaluation, *(args.adaptive or ())])
+        path = Path(args.output_dir) / f"{name}.evaluations.html"
+        try:
+            write_page(history_page(name, self._history, settings), path)
+            tqdm.write(f"report: {path}")
+        except SaveError as error:
+            logger.error("%s", error)
 
     def _lead(self, args: argparse.Namespace) -> None:
         """Let the controller, if there is to be one, take over the session of the network."""

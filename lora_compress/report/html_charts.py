@@ -8,7 +8,7 @@ from html import escape
 
 from .file_report import FileReport, ModuleReport
 
-__all__ = ["bytes_chart", "curve_chart", "size_text", "spectrum_overview"]
+__all__ = ["bytes_chart", "curve_chart", "linear_ticks", "size_text", "spectrum_overview", "svg"]
 
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 44
@@ -43,7 +43,7 @@ def bytes_chart(report: FileReport) -> str:
     )
     head = f"<thead><tr><th></th><td>{titles[0]}</td><td>{titles[1]}</td><td>share kept</td></tr></thead>"
     table = f'<table class="bytes">{head}{rows}</table>'
-    drawing = _svg(f"bytes of input and output: {' and '.join(map(size_text, report.bytes))}", shapes, 126)
+    drawing = svg(f"bytes of input and output: {' and '.join(map(size_text, report.bytes))}", shapes, 126)
     return f"<figure><figcaption>Bytes before and after</figcaption>{drawing}{table}</figure>"
 
 
@@ -62,7 +62,7 @@ def curve_chart(report: FileReport) -> str:
         x = _LEFT + math.log(size / low) / math.log(high / low) * (_WIDTH - _LEFT - _RIGHT)
         return x, _TOP + (1 - error / top) * (_HEIGHT - _TOP - _BOTTOM)
 
-    shapes = [_horizontal(place(low, value)[1], f"{100 * value:.3g}%") for value in _linear_ticks(top)]
+    shapes = [_horizontal(place(low, value)[1], f"{100 * value:.3g}%") for value in linear_ticks(top)]
     shapes += [_vertical(place(value, 0)[0], size_text(value)) for value in _log_ticks(low, high)]
     shapes.append(f'<path class="line" d="{_path([place(*point) for point in points])}"/>')
     for size, error in points:
@@ -76,7 +76,7 @@ def curve_chart(report: FileReport) -> str:
         label = f'class="strong halo" text-anchor="{anchor}" x="{x + shift:.1f}" y="{above:.1f}"'
         shapes.append(f"<text {label}>{size_text(size)}, {error:.2%}</text>")
     shapes += _axis_titles("size of the file (logarithmic)", "relative error")
-    return f"<figure>{caption}{_svg('relative error against size of the file', shapes)}</figure>"
+    return f"<figure>{caption}{svg('relative error against size of the file', shapes)}</figure>"
 
 
 def spectrum_overview(modules: Sequence[ModuleReport]) -> str:
@@ -131,7 +131,7 @@ def _overview(part: str, modules: list[ModuleReport]) -> str:
     shapes.append(f'<text class="axis" text-anchor="middle" x="{middle}" y="{height - 6}">component i</text>')
     turned = f"translate(11 {(top + height - bottom) / 2}) rotate(-90)"
     shapes.append(f'<text class="axis" text-anchor="middle" transform="{turned}">σᵢ / σ₁</text>')
-    return _svg(f"spectra of {part}", shapes, height, width)
+    return svg(f"spectra of {part}", shapes, height, width)
 
 
 def _quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -140,7 +140,8 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _svg(label: str, shapes: Sequence[str], height: int = _HEIGHT, width: int = _WIDTH) -> str:
+def svg(label: str, shapes: Sequence[str], height: int = _HEIGHT, width: int = _WIDTH) -> str:
+    """An inline drawing of SVG elements, with a label for those who cannot see it."""
     style = ' class="wide"' if width == _WIDTH else ""
     return f'<svg{style} role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">{"".join(shapes)}</svg>'
 
@@ -172,7 +173,7 @@ def _axis_titles(horizontal: str, vertical: str) -> list[str]:
     ]
 
 
-def _linear_ticks(top: float) -> list[float]:
+def linear_ticks(top: float) -> list[float]:
     """About five round values from 0 to `top`."""
     step = 10.0 ** math.floor(math.log10(top / 4))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if top / (step * factor) <= 5.5)

@@ -76,8 +76,8 @@ def _timesteps(found: Evaluation) -> str:
     if not found.by_timestep:
         return ""
     cells = "".join(f"<tr><td>{time:g}</td><td>{value:.4f}</td></tr>" for time, value in found.by_timestep)
-    table = f"<table><thead><tr><th>timestep</th><th>error</th></tr></thead><tbody>{cells}</tbody></table>"
-    return f'<section><h2>Relative output error by timestep</h2><div class="scroll">{table}</div></section>'
+    table = f'<table class="measures"><thead><tr><th>timestep</th><th>error</th></tr></thead><tbody>{cells}</tbody></table>'
+    return f'<section><h2>Relative output error by timestep</h2><div class="scroll-x">{table}</div></section>'
 
 
 def _pictures(found: Evaluation) -> str:
@@ -86,6 +86,7 @@ def _pictures(found: Evaluation) -> str:
         return ""
     columns = dict(found.pictures)
     before, after = list(columns.values())[-2:]
+    left, right = list(columns)[-2:]
     columns[f"difference × {_GAIN}"] = (after.int() - before.int()).abs().mul(_GAIN).clamp(0, 255).byte()
     headings = "".join(f"<th>{escape(name)}</th>" for name in columns)
     rows = "".join(
@@ -95,7 +96,13 @@ def _pictures(found: Evaluation) -> str:
         for i in range(len(before))
     )
     table = f'<table class="pictures"><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'<section><h2>Pictures of the same prompt and noise</h2><div class="scroll-x">{table}</div></section>'
+    hint = '<span class="unit">left and right of the slider; click a row for other pictures</span>'
+    viewer = (  # filled by the script, with pictures of the table
+        f'<figure id="compare" hidden><figcaption>{escape(left)} and {escape(right)} {hint}</figcaption>'
+        '<div class="stack"><img alt=""><img alt=""></div>'
+        f'<input type="range" min="0" max="100" value="50" aria-label="where {escape(right)} begins"></figure>'
+    )
+    return f'<section><h2>Pictures of the same prompt and noise</h2>{viewer}<div class="scroll-x">{table}</div></section>'
 
 
 def _source(picture: Tensor) -> str:

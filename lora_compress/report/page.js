@@ -71,3 +71,22 @@ if (figure) {
   rows.forEach((row, index) => row.addEventListener("click", () => draw(index)));
   draw(data.share.indexOf(Math.max(...data.share)) >= 0 ? data.share.indexOf(Math.max(...data.share)) : 0);
 }
+
+// Two pictures on top of each other, the second one shown right of the slider.
+const compare = document.getElementById("compare");
+if (compare) {
+  const rows = [...document.querySelectorAll("table.pictures tbody tr")];
+  const [before, after] = compare.querySelectorAll("img");
+  const slider = compare.querySelector("input");
+  const show = (index) => {
+    const pictures = [...rows[index].querySelectorAll("img")].slice(-3); // the last one is the difference
+    [before, after].forEach((image, side) => { image.src = pictures[side].src; image.alt = pictures[side].alt; });
+    rows.forEach((row, i) => row.classList.toggle("on", i === index));
+  };
+  const cut = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
+  slider.addEventListener("input", cut);
+  rows.forEach((row, index) => row.addEventListener("click", () => show(index)));
+  compare.hidden = false;
+  show(0);
+  cut();
+}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from lora_compress.report.file_report import FileReport, ModuleReport
 from lora_compress.report.html import html_page, write_html
 from lora_compress.report.html_batch import batch_page
 from lora_compress.report.html_blocks import place_of
+from lora_compress.report.html_history import history_page
 
 _VOID = {"meta", "link", "br", "input", "img", "hr"}
 
@@ -51,7 +54,7 @@ def _module(name: str, part: str = "U-Net", rank: tuple[int, int] = (8, 4), bits
     return ModuleReport(name, part, (16, inputs), rank, (rank[0] * (16 + inputs) * 2, stored), lost, norm, sigma)
 
 
-def _report(modules: Sequence[ModuleReport], **changes: object) -> FileReport:
+def report_of(modules: Sequence[ModuleReport], **changes: object) -> FileReport:
     sizes = tuple(sum(module.bytes[side] for module in modules) + 500 for side in (0, 1))
     values = {
         "input": "in.safetensors",
@@ -69,7 +72,7 @@ def _report(modules: Sequence[ModuleReport], **changes: object) -> FileReport:
     return FileReport(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def _many(count: int = 40) -> list[ModuleReport]:
+def many_modules(count: int = 40) -> list[ModuleReport]:
     return [
         _module(
             f"lora_unet_down_blocks_{i // 20}_attentions_{i // 10 % 2}_transformer_blocks_0_attn1_{i % 10}", rank=(8, 1 + i % 7)
@@ -79,7 +82,7 @@ def _many(count: int = 40) -> list[ModuleReport]:
 
 
 def test_the_page_holds_the_numbers_of_the_report() -> None:
-    report = _report(_many())
+    report = report_of(many_modules())
     page = _Page(html_page(report))
     text = " ".join(" ".join(page.text).split())
     assert page.balanced and not page.open
@@ -100,7 +103,7 @@ def test_the_page_holds_the_numbers_of_the_report() -> None:
 
 
 def test_the_page_asks_nothing_of_a_network() -> None:
-    text = html_page(_report(_many()))
+    text = html_page(report_of(many_modules()))
     page = _Page(text)
     assert not [tag for tag, attributes in page.tags if {"src", "href", "srcset", "xlink:href"} & attributes.keys()]
     assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "img")]
@@ -114,10 +117,10 @@ def test_the_page_asks_nothing_of_a_network() -> None:
     "evil", ["</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a&b<i>", "$script ${title}"]
 )
 def test_what_names_hold_stays_text(evil: str) -> None:
-    plain = _Page(html_page(_report([_module("lora_unet_a"), _module("lora_unet_b", rank=(8, 2))])))
+    plain = _Page(html_page(report_of([_module("lora_unet_a"), _module("lora_unet_b", rank=(8, 2))])))
     modules = [_module(f"lora_unet_blocks_0_{evil}", part=evil), _module(f"{evil}_blocks_1_x", part=evil, rank=(8, 2))]
     text = html_page(
-        _report(modules, input=evil, output=evil, notes=(evil,), settings={evil: evil, "none": None}, layout=evil, family=evil)
+        report_of(modules, input=evil, output=evil, notes=(evil,), settings={evil: evil, "none": None}, layout=evil, family=evil)
     )
     page = _Page(text)
     assert page.balanced and not page.open
@@ -132,14 +135,14 @@ def test_what_names_hold_stays_text(evil: str) -> None:
 def test_files_without_curves_spectra_or_survivors_have_a_page_too() -> None:
     dropped = [_module("lora_unet_blocks_0_x", rank=(8, 0)), _module("lora_unet_blocks_1_x", rank=(8, 0))]
     for report in (
-        _report(dropped, status="not_smaller", output=None, curve=()),
-        _report([ModuleReport("a", "U-Net", (4, 4), (2, 2), (32, 8), 0.0, 0.0)], bytes=(100, 0)),
-        _report([], curve=()),
+        report_of(dropped, status="not_smaller", output=None, curve=()),
+        report_of([ModuleReport("a", "U-Net", (4, 4), (2, 2), (32, 8), 0.0, 0.0)], bytes=(100, 0)),
+        report_of([], curve=()),
     ):
         page = _Page(html_page(report))
         assert page.balanced and not page.open
-    assert "every module was dropped" in html_page(_report(dropped))
-    some = html_page(_report([*_many(6), dropped[0]]))
+    assert "every module was dropped" in html_page(report_of(dropped))
+    some = html_page(report_of([*many_modules(6), dropped[0]]))
     assert 'class="gone"' in some and "dropped (1)" in some
 
 
@@ -147,11 +150,11 @@ def test_a_thousand_modules_fit_in_two_megabytes() -> None:
     modules = [
         _module(f"lora_unet_input_blocks_{i // 90}_1_transformer_blocks_{i % 9}_attn{i % 7}", rank=(64, 8)) for i in range(1014)
     ]
-    assert len(html_page(_report(modules)).encode()) < 2_000_000
+    assert len(html_page(report_of(modules)).encode()) < 2_000_000
 
 
 def test_the_page_is_written_whole(tmp_path: Path) -> None:
-    report = _report(_many(4))
+    report = report_of(many_modules(4))
     write_html(report, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == html_page(report)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
@@ -159,7 +162,7 @@ def test_the_page_is_written_whole(tmp_path: Path) -> None:
 
 def test_a_batch_page_lists_every_file() -> None:
     files = [
-        {**_report(_many(3)).as_json(), "input": "a<b>.safetensors"},
+        {**report_of(many_modules(3)).as_json(), "input": "a<b>.safetensors"},
         {"input": "bad.safetensors", "output": None, "status": "failed", "error": "bad: is <refused>", "notes": []},
         {"input": "old.safetensors", "output": "x", "status": "skipped", "notes": []},
     ]
@@ -204,3 +207,47 @@ def test_blocks_stand_in_the_order_of_the_model() -> None:
     ]
     ordered = [place.block for place in sorted(map(place_of, names), key=lambda place: place.order)]
     assert ordered == ["down 2.1", "down 2", "down 10.0", "mid 0", "up 0.0", "other"]
+
+
+def history() -> list[dict[str, Any]]:
+    """Of a training that compresses at its third evaluation and fails to be measured at its fourth."""
+    levels = [(0.8, 8), (0.8, 8), (0.75, 6), (0.75, 6)]
+    entries: list[dict[str, Any]] = []
+    for step, (ratio, bits) in zip((10, 20, 30, 40), levels, strict=True):
+        entry: dict[str, Any] = {
+            "step": step,
+            "pictures": 48,
+            "extractor": "probe",
+            "rank_ratio": ratio,
+            "bits": bits,
+            "bytes": step * 1000,
+        }
+        entries.append(entry | {"strategy": "dynamic", "action": "keep", "reason": f"because {step} < 100"})
+        if step < 40:
+            entries[-1] |= {
+                "probe_fd": 5.0 / step,
+                "probe_fd_interval": [0.0, 1.0],
+                "probe_fd_floor": 0.125,
+                "probe_fd_full": 4.0 / step,
+            }
+    entries[1] |= {"action": "compress", "next": {"rank_ratio": 0.75, "bits": 6, "strategy": "dynamic"}}
+    entries[3] |= {"error": "OutOfMemoryError: <none left>"}
+    return entries
+
+
+def test_the_page_of_a_training_holds_what_was_measured_and_decided() -> None:
+    text = history_page("lora <1>", history(), {"mode": "fid_gap"})
+    shown = html.unescape(text)
+    assert "lora <1>" in shown and "lora <1>" not in text and "<none left>" not in text
+    assert all(f"because {step} < 100" in shown for step in (10, 20, 30, 40)) and "OutOfMemoryError: <none left>" in shown
+    assert text.count("<figure>") == 4  # probe_fd, rank_ratio, bits, bytes
+    assert text.count('class="line second"') == 1 and "probe_fd after step 30: 0.1667" in shown
+    assert "uncompressed after step 20: 0.2" in shown and ">1</b>" in text and "floor 0.125" in shown
+    assert not re.search(r"(src|href)=.?(https?:)?//", text)
+
+
+def test_a_training_without_a_controller_has_its_distances_alone() -> None:
+    entries = [{key: entry[key] for key in ("step", "probe_fd", "probe_fd_interval")} for entry in history()[:3]]
+    text = history_page("lora", entries, {})
+    assert text.count("<figure>") == 1 and "changes of the compression" not in text
+    assert history_page("lora", [{"step": 1, "error": "no"}], {}).count("<figure>") == 0

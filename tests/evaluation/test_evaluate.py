@@ -172,7 +172,8 @@ def test_every_number_has_its_count_its_extractor_and_its_interval(evaluated) ->
 
 def test_the_page_holds_the_numbers_and_the_pictures(evaluated) -> None:  # type: ignore[no-untyped-def]
     text = evaluation_page(evaluated)
-    assert text.count("data:image/png;base64,") == 4 * 4  # base, full, compressed, difference
+    assert text.count("data:image/png;base64,") == 4 * 4  # base, full, compressed, difference; the slider shows them again
+    assert text.count('type="range"') == 1
     for estimate in evaluated.estimates:
         assert f"<td>{estimate.name}</td><td>{estimate.value:.4g}</td>" in text
     assert 'src="http' not in text and "href=" not in text and "url(" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import importlib
 import json
 import os
@@ -122,7 +123,8 @@ def test_a_training_that_is_measured_is_the_same_to_the_last_bit(root: Path) -> 
     assert len(losses(root, "plain")) == 4 and losses(root, "plain") == losses(root, "measured")
     assert not (root / "plain" / "lora.evaluations.jsonl").exists()
     assert {path.name for path in (root / "measured").iterdir()} - {path.name for path in (root / "plain").iterdir()} == {
-        "lora.evaluations.jsonl"
+        "lora.evaluations.jsonl",
+        "lora.evaluations.html",
     }  # no picture is left behind
 
 
@@ -156,6 +158,8 @@ def test_the_controller_changes_ranks_and_bits_and_says_so(root: Path) -> None:
     assert file.metadata["ss_compress_adaptive"] == "fid_gap"
     changes = file.metadata["ss_compress_adaptive_changes"].split("; step ")
     assert [change.split(":")[0] for change in changes] == ["step 3", "4", "5"]
+    page = (root / "adapted" / "lora.evaluations.html").read_text(encoding="utf-8")
+    assert all(entry["reason"] in html.unescape(page) for entry in entries)
 
 
 def test_an_adapted_training_that_is_interrupted_between_decision_and_step_goes_on_with_it(root: Path) -> None:

@@ -1,0 +1,123 @@
+"""The pages in a real browser: no errors, charts that can be seen, a slider that moves, phones, light and dark."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_compress.evaluation.results import Estimate, Evaluation
+from lora_compress.report.html import html_page
+from lora_compress.report.html_evaluation import evaluation_page
+from lora_compress.report.html_history import history_page
+from tests.core.test_html import history, many_modules, report_of
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--dump-dom"]
+_FLAGS += ["--virtual-time-budget=2000"]
+_FIRST = """<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(String(event.message)));
+addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective));
+</script>"""
+_LAST = """<script>
+addEventListener("load", () => {
+  const boxes = [...document.querySelectorAll("svg[role=img]")].map((svg) => svg.getBoundingClientRect());
+  const seen = {
+    errors, charts: boxes.length, hidden: boxes.filter((box) => box.width < 40 || box.height < 20).length,
+    overflow: document.documentElement.scrollWidth - innerWidth, width: innerWidth,
+    page: getComputedStyle(document.body).backgroundColor,
+  };
+  const compare = document.getElementById("compare");
+  if (compare) {
+    const [before, after] = compare.querySelectorAll("img");
+    const slider = compare.querySelector("input");
+    const cuts = ["0", "25", "100"].map((value) => {
+      slider.value = value;
+      slider.dispatchEvent(new Event("input"));
+      return getComputedStyle(after).clipPath;
+    });
+    const first = before.src;
+    document.querySelectorAll("table.pictures tbody tr")[1].click();
+    Object.assign(seen, { cuts, changed: before.src !== first, shown: before.getBoundingClientRect().width });
+  }
+  const pre = document.createElement("pre");
+  pre.id = "seen";
+  pre.textContent = JSON.stringify(seen);
+  document.body.append(pre);
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
+    starts = found and subprocess.run([found, *_FLAGS, "about:blank"], capture_output=True, timeout=120).returncode == 0
+    if not starts:
+        why = f"{found} does not start here" if found else "no Chromium on the path: apt-get install chromium"
+        if os.environ.get("REQUIRE_BROWSER"):
+            pytest.fail(why)
+        pytest.skip(f"{why} (REQUIRE_BROWSER=1 makes this a failure)")
+    assert found is not None
+    return found
+
+
+def look(browser: str, page: str, folder: Path, *, phone: bool, dark: bool) -> dict[str, Any]:
+    """What a script inside the page sees, after it has moved what can be moved."""
+    path = folder / "page.html"
+    page = page.replace("<style>", f"{_FIRST}<style>", 1).replace("</body>", f"{_LAST}</body>")
+    path.write_text(page, encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--virtual-time-budget=2000",
+    ]
+    flags += [f"--user-data-dir={folder / 'profile'}", f"--window-size={'390,844' if phone else '1280,900'}"]
+    flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", path.as_uri()]
+    done = subprocess.run([browser, *flags], capture_output=True, text=True, timeout=120)
+    assert '<pre id="seen">' in done.stdout, done.stderr[-2000:]
+    seen: dict[str, Any] = json.loads(unescape(done.stdout.split('<pre id="seen">')[1].split("</pre>")[0]))
+    return seen
+
+
+def evaluation() -> str:
+    """A page with three prompts, drawn three times."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("base", "full", "compressed")
+    pictures = {name: torch.randint(256, (3, 3, 64, 64), generator=generator).byte() for name in names}
+    estimate = Estimate("ssim", 0.93, (0.9, 0.95), 8, "pixels", 0.99, "how alike pictures are")
+    return evaluation_page(
+        Evaluation("small", "big", 2000, 9000, 0.05, (estimate,), ((100.0, 0.02), (500.0, 0.03)), (), {"count": 3}, pictures)
+    )
+
+
+PAGES = {
+    "file": lambda: html_page(report_of(many_modules())),
+    "training": lambda: history_page("star", history(), {"mode": "fid_gap"}),
+    "evaluation": evaluation,
+}
+CHARTS = {"file": 3, "training": 4, "evaluation": 0}  # at least
+
+
+@pytest.mark.parametrize(("phone", "dark"), [(False, False), (True, True)], ids=["desktop, light", "phone, dark"])
+@pytest.mark.parametrize("name", list(PAGES))
+def test_a_page_in_a_browser(name: str, phone: bool, dark: bool, browser: str, tmp_path: Path) -> None:
+    seen = look(browser, PAGES[name](), tmp_path, phone=phone, dark=dark)
+    assert seen["errors"] == []
+    assert seen["charts"] >= CHARTS[name] and seen["hidden"] == 0
+    assert seen["overflow"] <= 0 and (seen["width"] < 600) == phone
+    brightness = sum(map(int, seen["page"].removeprefix("rgb(").rstrip(")").split(","))) / 3
+    assert (brightness < 80) == dark
+    if name == "evaluation":
+        cuts = [cut.removeprefix("inset(").rstrip(")").split()[-1] for cut in seen["cuts"]]
+        assert cuts in (["0%", "25%", "100%"], ["0px", "25%", "100%"]) and seen["changed"] and seen["shown"] > 100
