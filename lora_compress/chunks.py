@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class Spool:
         self._folder, self._end = folder, 0
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed when nobody needs it any more
+            weakref.finalize(self, self._file.close)
         except OSError as error:
             raise self._refused(error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 import zlib
 from pathlib import Path
 
@@ -29,3 +30,16 @@ def test_what_is_kept_reads_the_same_in_any_order(tmp_path: Path) -> None:
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"gone: cannot be written \(.*\): free disk space or choose another output folder"):
         Spool(tmp_path / "gone")
+
+
+def test_a_spool_that_nobody_needs_closes_its_file(tmp_path: Path) -> None:
+    """Python would warn, and the command line would tell the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spool = Spool(tmp_path)
+        kept = spool.keep(Chunk.of(b"bytes"))
+        file = spool._file
+        del spool
+        assert not file.closed and kept.read() == b"bytes"
+        del kept
+        assert file.closed
