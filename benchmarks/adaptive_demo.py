@@ -110,7 +110,10 @@ def main() -> None:
         own = (arguments.steps, arguments.every, arguments.pictures)
         runs = dict(zip(_MODES, pool.map(lambda mode: adapt(folder, mode, *own), _MODES), strict=True))
         files = {mode: file for mode, (file, _) in runs.items()}
-        last = runs["fid_gap"][1][-1]
+        levels = [entry for entry in runs["fid_gap"][1] if "rank_ratio" in entry]
+        if not levels:
+            raise SystemExit("error: no evaluation came after the schedule had ended: more steps, or a smaller --every")
+        last = levels[-1]
         files["by hand"] = train(folder, "by-hand", 1, arguments.steps, flags(last["rank_ratio"], last["bits"]))
         tasks = {name: pool.submit(fresh, _SCRIPT, "score", lora=f, pictures=2 * arguments.pictures) for name, f in files.items()}
         found = {name: {"bytes": files[name].stat().st_size, **task.result().said} for name, task in tasks.items()}

@@ -46,8 +46,8 @@ def score(lora: str, pictures: int, floor: bool = False) -> dict[str, Any]:
 
     Returns:
         concept, caption (shape, colour and background): 1 or 0 for each picture. distance: kernel distance of the probe's features;
-        fd: their Fréchet distance. With `floor`, floor_distance and floor_fd: distances to pictures of the same LoRA from other
-        noise.
+        fd: their Fréchet distance. With `floor`, floor_distance and floor_fd: by how much both differ for pictures of the same LoRA
+        from other noise.
     """
     import torch
 
@@ -80,7 +80,8 @@ def score(lora: str, pictures: int, floor: bool = False) -> dict[str, Any]:
     said: dict[str, Any] = {"concept": concept.int().tolist(), "caption": words.int().tolist()}
     said |= {"distance": kernel_distance(found, real), "fd": frechet_distance(found, real)}
     if other is not None:
-        said |= {"floor_distance": kernel_distance(found, other), "floor_fd": frechet_distance(found, other)}
+        said["floor_distance"] = abs(kernel_distance(other, real) - said["distance"])
+        said["floor_fd"] = abs(frechet_distance(other, real) - said["fd"])
     return said
 
 

@@ -5,8 +5,8 @@
 A LoRA of rank 16 learns the striped star with each seed and is compressed afterwards: rank_ratio 0.8, 0.6 and 0.4, each with 8 and
 4 bits, then entropy-coded to 15 and to 10 % of the bytes of its fp16 file. Each file draws the same prompts from one noise, and
 the probe in assets/tiny-sd reads them. The loss is what the distance from held-out pictures of the concept has grown by against
-the full LoRA's, in its Fréchet distance (probe_fd) and kernel distance (KID's estimator, probe_kd); the floor is the distance of
-two drawings of the full LoRA from different noise, of as many pictures: below it two files cannot be told apart. Means over the
+the full LoRA's, in its Fréchet distance (probe_fd) and kernel distance (KID's estimator, probe_kd); the floor is by how much these
+differ between two drawings of the full LoRA from different noise: below it two files cannot be told apart. Means over the
 seeds; intervals are of 95 %, over the pictures of all seeds. Folders of benchmarks/train_compare.py have the trainings already.
 """
 
@@ -86,6 +86,7 @@ def lines_of(seeds: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]
             "fd": fmean(seed[name]["fd"] - seed["full"]["fd"] for seed in seeds),
             "kd": fmean(seed[name]["distance"] - seed["full"]["distance"] for seed in seeds),
             "fd_floor": fmean(seed["full"]["floor_fd"] for seed in seeds),
+            "kd_floor": fmean(seed["full"]["floor_distance"] for seed in seeds),
             "concept": (float(hits.mean()), *bootstrap_interval(hits)),
             "concept_lost": fmean(1 - share(seed[name], "concept") / max(share(seed["full"], "concept"), 1e-9) for seed in seeds),
         }
@@ -133,8 +134,9 @@ def main() -> None:
             write_dataset(folder / "data", count=96)
         tasks = [pool.submit(measure, folder, seed, arguments.steps, arguments.pictures) for seed in arguments.seeds]
         lines = lines_of([task.result() for task in tasks])
-    floor = lines["full"]["fd_floor"]
-    print(f"seeds {', '.join(map(str, arguments.seeds))}, {arguments.pictures} pictures; floor of probe_fd {floor:.3g}\n")
+    floors = lines["full"]
+    print(f"seeds {', '.join(map(str, arguments.seeds))}, {arguments.pictures} pictures")
+    print(f"floors: probe_fd {floors['fd_floor']:.3g}, probe_kd {floors['kd_floor']:.3g}\n")
     print(f"{table(lines)}\n")
     print(goal_table(goals(lines)))
     if arguments.json:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from library import train_util
-from lora_compress import AdaptiveSettings, EvaluationError, EvaluationSettings, SaveError, SettingsError
+from lora_compress import AdaptiveSettings, EvaluationError, EvaluationSettings, LoraCompressError, SaveError, SettingsError
 from lora_compress.evaluation.pictures import PictureFolder
 from lora_compress.evaluation.validation import Validation, read_history, write_history
 from lora_compress.report.html import write_page
@@ -146,7 +146,9 @@ class ValidationMixin:
         epoch = -(-step // self._steps_per_epoch)
         entry = {"step": step, "epoch": epoch, **entry, "seconds": round(time.perf_counter() - start, 1)}
         if self._controller is not None and accelerator.is_main_process:
-            entry |= {"bytes": self._trained.session.compress().report.bytes[1], **self._controller.decide(self._history, entry)}
+            entry |= self._controller.decide(self._history, entry)
+            if "rank_ratio" in entry and "error" not in entry:
+                entry |= self._size()
         entry = broadcast_object_list([entry])[0]
         self._history.append(entry)
         if self._controller is not None:
@@ -164,6 +166,14 @@ class ValidationMixin:
         numbers = {f"evaluation/{name}": value for name, value in validation.plain_numbers(entry).items()}
         if numbers and accelerator.trackers:
             self.step_logging(accelerator, numbers, step, epoch)  # type: ignore[attr-defined]
+
+    def _size(self) -> dict[str, int]:
+        """Bytes of the file that would be saved now; nothing where it could not be, because weights are NaN."""
+        try:
+            return {"bytes": self._trained.session.compress().report.bytes[1]}
+        except LoraCompressError as error:
+            logger.error("%s", error)
+            return {}
 
     def _measured(
         self, validation: Validation, accelerator: Any, args: argparse.Namespace, step: int, models: Any

@@ -29,7 +29,7 @@ class SessionController:
         metric: that is followed, the name of a value in the entries; `<metric>_floor` and `<metric>_full` belong to it.
 
     Raises:
-        SettingsError: the session cannot change its ranks.
+        SettingsError: the session cannot change its ranks, or a target does.
     """
 
     def __init__(self, session: TrainingSession, settings: AdaptiveSettings, metric: str) -> None:
@@ -38,6 +38,8 @@ class SessionController:
             raise SettingsError(["[adaptive] needs iterative_pruning=true and rank_return=true: what was masked may come back"])
         if pruning.rank_ratio >= 1.0:
             raise SettingsError(["[adaptive] changes rank_ratio: give one below 1 to begin with"])
+        if session.settings.budget.enabled:
+            raise SettingsError(["[adaptive] and a target both decide about ranks: give rank_ratio and bits to begin with"])
         session.adaptable = True
         self.session, self.settings, self.metric = session, replace(settings, metric=metric), metric
         session.remarks["adaptive"] = settings.mode

@@ -22,6 +22,7 @@ from lora_compress import EvaluationSettings, SettingsError, load_lora
 from lora_compress.evaluation.shapes import write_dataset
 from lora_compress.evaluation.validation import Validation, read_history
 from tests import models
+from tests.core.training.test_adapting import Run
 from tests.trainer.test_config import parse, write
 from tests.trainer.test_train import config
 
@@ -200,6 +201,15 @@ def test_an_evaluation_that_fails_is_an_entry_and_the_training_goes_on(
     (entry,) = read_history(tmp_path / "lora.evaluations.jsonl")
     assert (entry["step"], entry["epoch"]) == (4, 2) and entry["error"].startswith("TypeError") and "probe_fd" not in entry
     assert torch.equal(torch.get_rng_state(), before[0]) and accelerator.trackers is before[1] and trainer._trained.training
+
+
+def test_the_size_of_a_training_that_diverged_is_left_out(sd_scripts: Path) -> None:
+    trainer = importlib.import_module("library.compress_validation").ValidationMixin()
+    run = Run()
+    trainer._trained = argparse.Namespace(session=run.session)
+    assert trainer._size()["bytes"] > 0
+    next(iter(run.session.pairs.values())).weights[0].data[0] = torch.nan
+    assert trainer._size() == {}
 
 
 def test_settings_of_the_evaluation_are_the_sections_and_above_them_the_flags(

@@ -215,7 +215,11 @@ def test_bits_that_a_strategy_does_not_have_switch_it() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"rank_return": False}, "rank_return=true"), ({"rank_ratio": 1.0, "new_rank": 4}, "rank_ratio: give one below 1")],
+    [
+        ({"rank_return": False}, "rank_return=true"),
+        ({"rank_ratio": 1.0, "new_rank": 4}, "rank_ratio: give one below 1"),
+        ({"target_error": 0.1}, "a target both decide"),
+    ],
 )
 def test_a_session_that_cannot_relax_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
