@@ -10,7 +10,6 @@ from the start. Final files are scored as in benchmarks/train_compare.py. --plot
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -22,11 +21,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
-from concept import score, share, train  # noqa: E402
-from measure import Goal, answer, fresh, goal_table  # noqa: E402
+from concept import arguments, scored, share, train  # noqa: E402
+from measure import Goal, goal_table  # noqa: E402
 
-_SCRIPT = Path(__file__).resolve()
-_TASKS = {"score": score}
 _MODES = ("fid_trend", "fid_gap")
 _SCHEDULE = ["iterative_pruning=true", "pruning_start=0.02", "pruning_end=0.2", "min_rank=0"]
 _PANELS = {
@@ -90,33 +87,28 @@ def plot(path: Path, histories: Mapping[str, History]) -> None:
 
 
 def main() -> None:
-    if answer(_TASKS, sys.argv[1:]):
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser = arguments(__doc__)
     parser.add_argument("--every", type=int, default=30, help="steps between evaluations")
     parser.add_argument("--pictures", type=int, default=48, help="drawn for each evaluation; twice as many for the final files")
-    parser.add_argument("--folder", type=Path, help="for data sets and files; default a temporary one, removed at the end")
     parser.add_argument("--plot", type=Path, help="write an SVG")
-    parser.add_argument("--json", type=Path, help="also write histories and scores to this file")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     from lora_compress.evaluation.shapes import write_dataset
 
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
-        folder = (arguments.folder or Path(temporary)).resolve()
+        folder = (given.folder or Path(temporary)).resolve()
         for name, count, seed in (("data", 96, 0), ("held", 128, 5)):
             if not (folder / name).exists():
                 write_dataset(folder / name, count=count, repeats=1 if name == "held" else 10, seed=seed)
-        own = (arguments.steps, arguments.every, arguments.pictures)
+        own = (given.steps, given.every, given.pictures)
         runs = dict(zip(_MODES, pool.map(lambda mode: adapt(folder, mode, *own), _MODES), strict=True))
         files = {mode: file for mode, (file, _) in runs.items()}
         levels = [entry for entry in runs["fid_gap"][1] if "rank_ratio" in entry]
         if not levels:
             raise SystemExit("error: no evaluation came after the schedule had ended: more steps, or a smaller --every")
         last = levels[-1]
-        files["by hand"] = train(folder, "by-hand", 1, arguments.steps, flags(last["rank_ratio"], last["bits"]))
-        tasks = {name: pool.submit(fresh, _SCRIPT, "score", lora=f, pictures=2 * arguments.pictures) for name, f in files.items()}
-        found = {name: {"bytes": files[name].stat().st_size, **task.result().said} for name, task in tasks.items()}
+        files["by hand"] = train(folder, "by-hand", 1, given.steps, flags(last["rank_ratio"], last["bits"]))
+        tasks = {name: pool.submit(scored, file, 2 * given.pictures) for name, file in files.items()}
+        found = {name: task.result() for name, task in tasks.items()}
     histories = {mode: history for mode, (_, history) in runs.items()}
     for mode, history in histories.items():
         print(f"{mode}:")
@@ -127,10 +119,10 @@ def main() -> None:
         print(f"| {name} | {line['bytes']:,} | {share(line, 'concept'):.1%} | {share(line, 'caption'):.1%} | {line['fd']:.3g} |")
     lines = [Goal("bytes of fid_gap / of the training by hand", 1.02, found["fid_gap"]["bytes"] / found["by hand"]["bytes"])]
     print(f"\n{goal_table(lines)}")
-    if arguments.plot:
-        plot(arguments.plot, histories)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"histories": histories, "scores": found}, indent=1) + "\n", encoding="utf-8")
+    if given.plot:
+        plot(given.plot, histories)
+    if given.json:
+        given.json.write_text(json.dumps({"histories": histories, "scores": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(_ROOT), str(_ROOT / "tools")]
+_SCRIPT = Path(__file__).resolve()
+_ROOT = _SCRIPT.parents[1]
+sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
-__all__ = ["compress", "score", "share", "train"]
+from measure import answer, fresh  # noqa: E402
+
+__all__ = ["arguments", "compressed", "scored", "share", "train"]
 
 _HELD_OUT = 512  # pictures of the concept that nobody trained on
 _OTHER_NOISE = 1000  # added to the seed of pictures
 
 
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark of trainings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--folder", type=Path, help="for data set and files; default a temporary one, removed at the end")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
 def train(folder: Path, name: str, seed: int, steps: int, flags: Sequence[str]) -> Path:
-    """Train with config/demo.toml through train_network_ext.py, on one thread, unless the file is there already."""
+    """Train with config/demo.toml through train_network_ext.py, on one thread, unless the file is there already.
+
+    The data set is in `folder`/data; see `lora_compress.evaluation.shapes.write_dataset`.
+    """
     target = folder / f"{name}.safetensors"
     if target.exists():
         return target
@@ -31,15 +48,36 @@ def train(folder: Path, name: str, seed: int, steps: int, flags: Sequence[str]) 
     return target
 
 
-def compress(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Compress a finished file."""
+def compressed(source: Path, target: Path, settings: Mapping[str, Any]) -> Path:
+    """A finished file, compressed in a process of its own, unless that is there already."""
+    if not target.exists():
+        fresh(_SCRIPT, "compress", source=source, target=target, settings=settings)
+    return target
+
+
+def scored(lora: Path, pictures: int, floor: bool = False) -> dict[str, Any]:
+    """Bytes and `_score` of a file; kept beside it, and told again from there as long as the file is the same."""
+    kept = lora.with_name(f"{lora.stem}.{pictures}{'.floor' if floor else ''}.json")
+    if not kept.exists() or kept.stat().st_mtime < lora.stat().st_mtime:
+        said = fresh(_SCRIPT, "score", lora=lora, pictures=pictures, floor=floor).said
+        kept.write_text(json.dumps({"bytes": lora.stat().st_size, **said}), encoding="utf-8")
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def share(found: Mapping[str, Any], what: str) -> float:
+    """Of pictures that show it."""
+    return sum(found[what]) / len(found[what])
+
+
+def _compress(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     from lora_compress import CompressionSettings
     from lora_compress.file_pipeline import compress_file
 
     return {"bytes": compress_file(source, target, CompressionSettings.parse(settings)).bytes[1]}
 
 
-def score(lora: str, pictures: int, floor: bool = False) -> dict[str, Any]:
+def _score(lora: str, pictures: int, floor: bool) -> dict[str, Any]:
     """What each picture shows, and how far all of them are from held-out pictures of the concept.
 
     The same prompts from the same noise each time. The probe in assets/tiny-sd reads them.
@@ -85,6 +123,5 @@ def score(lora: str, pictures: int, floor: bool = False) -> dict[str, Any]:
     return said
 
 
-def share(scored: Mapping[str, Any], what: str) -> float:
-    """Of pictures that show it."""
-    return sum(scored[what]) / len(scored[what])
+if __name__ == "__main__":
+    answer({"compress": _compress, "score": _score}, sys.argv[1:])

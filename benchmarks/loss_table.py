@@ -12,7 +12,6 @@ seeds; intervals are of 95 %, over the pictures of all seeds. Folders of benchma
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -26,14 +25,12 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
-from concept import compress, score, share, train  # noqa: E402
-from measure import Goal, answer, fresh, goal_table  # noqa: E402
+from concept import arguments, compressed, scored, share, train  # noqa: E402
+from measure import Goal, goal_table  # noqa: E402
 
-_SCRIPT = Path(__file__).resolve()
 _OFF = ["--pruning", "enabled=false", "--quantization", "enabled=false"]
 _QUOTED = {0.8: ("30 to 40 %", "under 1 %"), 0.6: ("40 to 55 %", "1 to 3 %"), 0.4: ("55 to 70 %", "3 to 5 %")}  # smaller, loss
 _SMALLER = 0.85  # share of the fp16 file's bytes that must be saved with the loss inside the floor
-_TASKS = {"compress": compress, "score": score}
 
 Scores = Mapping[str, Any]
 
@@ -54,21 +51,10 @@ def variants(whole: int) -> dict[str, dict[str, Any]]:
 def measure(folder: Path, seed: int, steps: int, pictures: int) -> dict[str, Scores]:
     """Scores of the full LoRA of a seed and of all that is made of it; kept beside the files."""
     full = train(folder, f"full-{seed}", seed, steps, _OFF)
-    found = {"full": _scored(full, pictures, floor=True)}
+    found = {"full": scored(full, pictures, floor=True)}
     for name, settings in variants(os.path.getsize(full)).items():
         target = folder / f"loss-{name.replace(' ', '').replace('%', '').replace(',', '-')}-{seed}.safetensors"
-        if not target.exists():
-            fresh(_SCRIPT, "compress", source=full, target=target, settings=settings)
-        found[name] = _scored(target, pictures)
-    return found
-
-
-def _scored(lora: Path, pictures: int, floor: bool = False) -> Scores:
-    kept = lora.with_name(f"{lora.stem}.loss{pictures}.json")
-    if not kept.exists() or kept.stat().st_mtime < lora.stat().st_mtime:
-        said = fresh(_SCRIPT, "score", lora=lora, pictures=pictures, floor=floor).said
-        kept.write_text(json.dumps({"bytes": lora.stat().st_size, **said}), encoding="utf-8")
-    found: Scores = json.loads(kept.read_text(encoding="utf-8"))
+        found[name] = scored(compressed(full, target, settings), pictures)
     return found
 
 
@@ -117,30 +103,25 @@ def goals(lines: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
 
 
 def main() -> None:
-    if answer(_TASKS, sys.argv[1:]):
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pictures", type=int, default=128, help="drawn for each file")
-    parser.add_argument("--folder", type=Path, help="for data set and files; default a temporary one, removed at the end")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     from lora_compress.evaluation.shapes import write_dataset
 
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
-        folder = (arguments.folder or Path(temporary)).resolve()
+        folder = (given.folder or Path(temporary)).resolve()
         if not (folder / "data").exists():
             write_dataset(folder / "data", count=96)
-        tasks = [pool.submit(measure, folder, seed, arguments.steps, arguments.pictures) for seed in arguments.seeds]
+        tasks = [pool.submit(measure, folder, seed, given.steps, given.pictures) for seed in given.seeds]
         lines = lines_of([task.result() for task in tasks])
     floors = lines["full"]
-    print(f"seeds {', '.join(map(str, arguments.seeds))}, {arguments.pictures} pictures")
+    print(f"seeds {', '.join(map(str, given.seeds))}, {given.pictures} pictures")
     print(f"floors: probe_fd {floors['fd_floor']:.3g}, probe_kd {floors['kd_floor']:.3g}\n")
     print(f"{table(lines)}\n")
     print(goal_table(goals(lines)))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
+    if given.json:
+        given.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ Trainings run two at a time, one thread each; a folder given by --folder keeps w
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,9 +33,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
-from measure import Goal, answer, fresh, goal_table  # noqa: E402
+from concept import arguments, compressed, scored, share, train  # noqa: E402
+from measure import Goal, goal_table  # noqa: E402
 
-_SCRIPT = Path(__file__).resolve()
 _RANK = 16  # of config/demo.toml
 _LADDER = ((0.5, 4), (0.25, 4), (0.25, 3), (0.25, 2), (0.125, 3), (0.125, 2), (0.0625, 2))  # rank_ratio, bits; mild to strong
 _LOST = 0.20  # points that compression afterwards must lose
@@ -67,61 +65,6 @@ class Setting:
         return [*size, "--pruning", "enabled=false", "--quantization", *quantization]
 
 
-def train(folder: Path, name: str, seed: int, steps: int, flags: Sequence[str]) -> Path:
-    """Train as a user would, unless the file is there already."""
-    target = folder / f"{name}.safetensors"
-    if target.exists():
-        return target
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_cpu_threads_per_process=1"]
-    paths = [f"--train_data_dir={folder / 'data'}", f"--output_dir={folder}", f"--output_name={name}"]
-    command = [*launch, "train_network_ext.py", "--config_file=config/demo.toml", *paths, f"--seed={seed}"]
-    done = subprocess.run([*command, f"--max_train_steps={steps}", *flags], cwd=_ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: training {name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return target
-
-
-def compress(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Compress a finished file."""
-    from lora_compress import CompressionSettings
-    from lora_compress.file_pipeline import compress_file
-
-    return {"bytes": compress_file(source, target, CompressionSettings.parse(settings)).bytes[1]}
-
-
-def score(lora: str, pictures: int) -> dict[str, Any]:
-    """What each picture shows, and how far all of them are from held-out pictures of the concept."""
-    import torch
-
-    torch.set_num_threads(1)
-    import demo
-    import numpy as np
-    from evaluate_tiny_sd import CONCEPT
-
-    from lora_compress.evaluation.kernels import kernel_distance
-    from lora_compress.evaluation.probe import HEADS, load_probe
-    from lora_compress.evaluation.shapes import caption, render, sample_drawing
-
-    generator = np.random.default_rng([7, 1])
-    drawings = [sample_drawing(generator, **CONCEPT) for _ in range(pictures)]
-    probe = load_probe(demo.TINY_SD)
-    drawn = demo.draw([caption(drawing, generator, complete=True) for drawing in drawings], probe, Path(lora)).pictures
-    read = probe.classify(drawn)
-    right = {
-        head: read[head] == torch.tensor([HEADS[head].index(getattr(drawing, head)) for drawing in drawings])
-        for head in ("shape", "colour", "background", "texture")
-    }
-    concept, words = right["shape"] & right["texture"], right["shape"] & right["colour"] & right["background"]
-    held_out = [render(sample_drawing(generator, **CONCEPT)) for _ in range(512)]
-    real = torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2).float() / 255
-    with torch.no_grad():
-        distance = kernel_distance(probe.features(drawn), probe.features(real))
-    return {"concept": concept.int().tolist(), "caption": words.int().tolist(), "distance": distance}
-
-
-_TASKS = {"compress": compress, "score": score}
-
-
 class Comparison:
     """All arms of all seeds, in a folder that keeps what was made."""
 
@@ -143,17 +86,11 @@ class Comparison:
 
     def _compressed(self, name: str, setting: Setting, seed: int, settings: Mapping[str, Any]) -> Path:
         target = self.folder / f"{name}-{setting.ratio}-{setting.bits}-{seed}.safetensors"
-        source = self.trained(setting, "full", seed)
-        fresh(_SCRIPT, "compress", source=source, target=target, settings=settings)
-        return target
+        return compressed(self.trained(setting, "full", seed), target, settings)
 
     def scored(self, lora: Path) -> dict[str, Any]:
-        """Bytes and score of a file; told again from a file beside it if it was scored before."""
-        kept = lora.with_name(f"{lora.stem}.{self.pictures}.json")
-        if not kept.exists() or kept.stat().st_mtime < lora.stat().st_mtime:
-            said = fresh(_SCRIPT, "score", lora=lora, pictures=self.pictures).said
-            kept.write_text(json.dumps({"bytes": lora.stat().st_size, **said}), encoding="utf-8")
-        return json.loads(kept.read_text(encoding="utf-8"))
+        """Bytes and score of a file."""
+        return scored(lora, self.pictures)
 
     def settle(self, seed: int) -> Setting:
         """The mildest setting at which compression afterwards has lost enough."""
@@ -176,11 +113,6 @@ class Comparison:
             files[arm] = self._compressed(arm, setting, seed, {**codec, "target_size": size, "min_rank": 0})
         scores = {arm: pool.submit(self.scored, path) for arm, path in files.items()}
         return {arm: scores[arm].result() for arm in ("full", "afterwards", "entropy", *_TRAINED)}
-
-
-def share(score: Mapping[str, Any], what: str) -> float:
-    """Of pictures that show it."""
-    return sum(score[what]) / len(score[what])
 
 
 def summed_up(seeds: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -229,32 +161,27 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    if answer(_TASKS, sys.argv[1:]):
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--pictures", type=int, default=128, help="drawn for each file")
     parser.add_argument("--setting", nargs=2, metavar=("RATIO", "BITS"), help="take this one instead of what seed 0 settles")
-    parser.add_argument("--folder", type=Path, help="for data set and files; default a temporary one, removed at the end")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
-        folder = (arguments.folder or Path(temporary)).resolve()
+        folder = (given.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        comparison = Comparison(folder, arguments.steps, arguments.pictures)
-        setting = Setting(float(arguments.setting[0]), int(arguments.setting[1])) if arguments.setting else None
-        ahead = [pool.submit(comparison.trained, Setting(1.0, 4), "full", seed) for seed in arguments.seeds]  # needed in any case
+        comparison = Comparison(folder, given.steps, given.pictures)
+        setting = Setting(float(given.setting[0]), int(given.setting[1])) if given.setting else None
+        ahead = [pool.submit(comparison.trained, Setting(1.0, 4), "full", seed) for seed in given.seeds]  # needed in any case
         setting = setting or comparison.settle(0)
         for future in ahead:
             future.result()
-        seeds = {seed: comparison.arms(setting, seed, pool) for seed in arguments.seeds}
+        seeds = {seed: comparison.arms(setting, seed, pool) for seed in given.seeds}
     found = summed_up(seeds)
     print(f"rank_ratio {setting.ratio:g}, {setting.bits} bits, seeds {', '.join(map(str, seeds))}\n\n{table(found)}")
     print(goal_table(goals(found)))
-    if arguments.json:
+    if given.json:
         text = json.dumps({"setting": [setting.ratio, setting.bits], "arms": found}, indent=1) + "\n"
-        arguments.json.write_text(text, encoding="utf-8")
+        given.json.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
