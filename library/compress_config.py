@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-import toml
-
 from lora_compress import (
     AdaptiveSettings,
     BudgetSettings,
@@ -25,6 +23,7 @@ from lora_compress import (
     setting_names,
     split_settings,
 )
+from lora_compress.settings import read_toml as read_file
 
 __all__ = [
     "add_arguments",
@@ -75,16 +74,7 @@ def read_toml(path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    full = path if path.endswith(".toml") else path + ".toml"
-    try:
-        with open(full, encoding="utf-8") as file:
-            return toml.load(file)
-    except FileNotFoundError:
-        raise SettingsError(["no such file: give the path of a TOML file"], full) from None
-    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
-        raise SettingsError([f"not valid TOML: {error}"], full) from error
-    except OSError as error:
-        raise SettingsError([f"cannot be read: {error.strerror}"], full) from error
+    return read_file(path if path.endswith(".toml") else path + ".toml")
 
 
 def check_host_values(config: Mapping[str, Any], parser: argparse.ArgumentParser, path: str | None) -> None:

@@ -106,11 +106,10 @@ class ValidationMixin:
         super().train(args)  # type: ignore[misc]
         if self._validation is None or not self._history or int(os.environ.get("RANK", "0")):
             return
-        name = args.output_name or "lora"
         settings = _parsed([*args.evaluation, *(args.adaptive or ())])
-        path = Path(args.output_dir) / f"{name}.evaluations.html"
+        path = _history_path(args, "html")
         try:
-            write_page(history_page(name, self._history, settings), path)
+            write_page(history_page(args.output_name or "lora", self._history, settings), path)
             tqdm.write(f"report: {path}")
         except SaveError as error:
             logger.error("%s", error)
@@ -119,7 +118,7 @@ class ValidationMixin:
         """Let the controller, if there is to be one, take over the session of the network."""
         if args.adaptive is None or self._controller is not None:
             return
-        self._controller = controller = SessionController(self._trained.session, self._adaptive, self._adaptive.metric)
+        self._controller = controller = SessionController(self._trained.session, self._adaptive)
         self._trained.session.state.on_load(lambda: controller.restore(self._history))
 
     def sample_images(self, accelerator: Any, args: argparse.Namespace, epoch: int | None, global_step: int, *models: Any) -> None:
@@ -160,7 +159,7 @@ class ValidationMixin:
         else:
             tqdm.write(f"step {step}: {_told(validation, entry)}")
         try:
-            write_history(Path(args.output_dir) / f"{args.output_name or 'lora'}.evaluations.jsonl", self._history)
+            write_history(_history_path(args, "jsonl"), self._history)
         except SaveError as error:
             logger.error("step %d: %s", step, error)
         numbers = {f"evaluation/{name}": value for name, value in validation.plain_numbers(entry).items()}
@@ -230,6 +229,10 @@ class ValidationMixin:
             if len(paths) != len(share):
                 raise EvaluationError(f"sd-scripts drew {len(paths)} of {len(share)} pictures")
             return validation.extractor(PictureFolder(tuple(paths), (), None).batches()) if paths else None
+
+
+def _history_path(args: argparse.Namespace, ending: str) -> Path:
+    return Path(args.output_dir) / f"{args.output_name or 'lora'}.evaluations.{ending}"
 
 
 def _parsed(pairs: Iterable[str]) -> dict[str, str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from typing import Any
 
-from ..errors import LoraCompressError, SettingsError
+from ..errors import LoraCompressError
+from ..settings import read_toml
 
 __all__ = ["main"]
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     given = vars(parser.parse_args(argv))
     del given["host"]
     try:
-        config = _read_toml(given.pop("config_file"))
+        config = read_toml(given.pop("config_file"))
         over = {name: value for name, value in given.items() if value is not None}
         from .training import train
 
@@ -32,15 +32,3 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _read_toml(path: str) -> dict[str, Any]:
-    import toml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            return toml.load(file)
-    except OSError as error:
-        raise SettingsError([f"cannot be read: {error.strerror}"], path) from None
-    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
-        raise SettingsError([f"not valid TOML: {error}"], path) from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraCompressError, SettingsError
+from ..evaluation.pictures import PICTURE_ENDINGS
 from ..pipeline import save
 from ..settings import CompressionSettings
 from ..training import Pair, TrainingSession, find_pairs
@@ -40,7 +41,6 @@ _DEFAULTS: dict[str, Any] = {
 }
 _UNET = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 _TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def train(config: Mapping[str, Any]) -> Path:
@@ -135,7 +135,7 @@ def _find_pictures(options: Mapping[str, Any]) -> list[tuple[Path, str]]:
     found = []
     for folder in sorted(Path(options["train_data_dir"]).glob("[0-9]*_*")):
         repeats = int(folder.name.partition("_")[0])
-        for path in sorted(file for file in folder.iterdir() if file.suffix.lower() in _PICTURES):
+        for path in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_ENDINGS):
             caption = path.with_suffix(options["caption_extension"])
             if not caption.is_file():
                 raise LoraCompressError(f"{path}: has no caption {caption.name} beside it: write one, or set caption_extension")

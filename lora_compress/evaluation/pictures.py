@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import EvaluationError
 
-__all__ = ["PictureFolder", "read_pictures"]
+__all__ = ["PICTURE_ENDINGS", "PictureFolder", "read_pictures"]
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CAPTIONS = (".txt", ".caption")
 
 
@@ -82,9 +82,9 @@ def read_pictures(
     root = Path(folder)
     if not root.is_dir():
         raise EvaluationError(f"{folder}: is no folder: name the folder that holds the pictures and their captions")
-    paths = tuple(sorted(path for path in root.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file()))
+    paths = tuple(sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file()))
     if not paths:
-        raise EvaluationError(f"{folder}: holds no pictures ({', '.join(_ENDINGS)}), nor do the folders in it")
+        raise EvaluationError(f"{folder}: holds no pictures ({', '.join(PICTURE_ENDINGS)}), nor do the folders in it")
     if len(paths) < least:
         raise EvaluationError(f"{folder}: holds 1 picture: a distance between sets needs {least} or more, 50 to mean anything")
     sizes = {path: _size(path) for path in paths}

@@ -8,7 +8,16 @@ from html import escape
 
 from .file_report import FileReport, ModuleReport
 
-__all__ = ["bytes_chart", "curve_chart", "linear_ticks", "size_text", "spectrum_overview", "svg"]
+__all__ = [
+    "bytes_chart",
+    "curve_chart",
+    "horizontal_line",
+    "linear_ticks",
+    "path_through",
+    "size_text",
+    "spectrum_overview",
+    "svg",
+]
 
 _WIDTH, _HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 44
@@ -62,9 +71,9 @@ def curve_chart(report: FileReport) -> str:
         x = _LEFT + math.log(size / low) / math.log(high / low) * (_WIDTH - _LEFT - _RIGHT)
         return x, _TOP + (1 - error / top) * (_HEIGHT - _TOP - _BOTTOM)
 
-    shapes = [_horizontal(place(low, value)[1], f"{100 * value:.3g}%") for value in linear_ticks(top)]
+    shapes = [horizontal_line(place(low, value)[1], f"{100 * value:.3g}%") for value in linear_ticks(top)]
     shapes += [_vertical(place(value, 0)[0], size_text(value)) for value in _log_ticks(low, high)]
-    shapes.append(f'<path class="line" d="{_path([place(*point) for point in points])}"/>')
+    shapes.append(f'<path class="line" d="{path_through([place(*point) for point in points])}"/>')
     for size, error in points:
         x, y = place(size, error)
         shapes.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{size_text(size)}: {error:.2%}</title></circle>')
@@ -114,10 +123,12 @@ def _overview(part: str, modules: list[ModuleReport]) -> str:
 
     shapes = [f'<text x="{left}" y="12" class="lab">{escape(part)} ({len(modules)} modules)</text>']
     for power in range(0, low - 1, min(-1, -round(-low / 4))):
-        shapes.append(_horizontal(place(1, 10.0**power)[1], f"{10.0**power:g}" if power > -4 else f"1e{power}", left, width - 12))
+        shapes.append(
+            horizontal_line(place(1, 10.0**power)[1], f"{10.0**power:g}" if power > -4 else f"1e{power}", left, width - 12)
+        )
     edge = [place(i + 1, band[2]) for i, band in enumerate(bands)] + [place(i + 1, band[0]) for i, band in enumerate(bands)][::-1]
-    shapes.append(f'<path class="band" d="{_path(edge)}Z"/>')
-    shapes.append(f'<path class="line" d="{_path([place(i + 1, band[1]) for i, band in enumerate(bands)])}"/>')
+    shapes.append(f'<path class="band" d="{path_through(edge)}Z"/>')
+    shapes.append(f'<path class="line" d="{path_through([place(i + 1, band[1]) for i, band in enumerate(bands)])}"/>')
     kept = sum(module.rank[1] for module in modules) / len(modules)
     if kept:
         x = place(min(max(kept, 1), length), 1)[0]
@@ -146,11 +157,13 @@ def svg(label: str, shapes: Sequence[str], height: int = _HEIGHT, width: int = _
     return f'<svg{style} role="img" aria-label="{escape(label)}" viewBox="0 0 {width} {height}">{"".join(shapes)}</svg>'
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
+def path_through(points: Sequence[tuple[float, float]]) -> str:
+    """What the attribute d of a path says."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _horizontal(y: float, text: str, left: int = _LEFT, right: int = _WIDTH - _RIGHT) -> str:
+def horizontal_line(y: float, text: str, left: int = _LEFT, right: int = _WIDTH - _RIGHT) -> str:
+    """A line of the grid with its label."""
     return (
         f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="tick" text-anchor="end" x="{left - 6}" y="{y + 4:.1f}">{text}</text>'

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from .html import page, tiles
-from .html_charts import linear_ticks, size_text, svg
+from .html_charts import horizontal_line, linear_ticks, path_through, size_text, svg
 
 __all__ = ["history_page"]
 
@@ -27,7 +27,7 @@ def history_page(name: str, history: Sequence[Mapping[str, Any]], settings: Mapp
         history: at least one entry; those of evaluations that failed, and those without a controller, are told as what they are.
         settings: of the training, shown as they are.
     """
-    metrics = [key[: -len("_interval")] for key in history[-1] if key.endswith("_interval")] or _measured(history)
+    metrics = _measured(history)
     charts = [
         _chart(metric, {metric: _points(history, metric), "uncompressed": _points(history, f"{metric}_full")}, _short)
         for metric in metrics
@@ -42,8 +42,8 @@ def history_page(name: str, history: Sequence[Mapping[str, Any]], settings: Mapp
 
 
 def _measured(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Metrics of any entry, where the last one failed."""
-    return list(dict.fromkeys(key[: -len("_interval")] for entry in history for key in entry if key.endswith("_interval")))
+    """Metrics of any entry: an evaluation that failed has none."""
+    return list(dict.fromkeys(key.removesuffix("_interval") for entry in history for key in entry if key.endswith("_interval")))
 
 
 def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
@@ -78,17 +78,13 @@ def _chart(caption: str, lines: Mapping[str, Sequence[Point]], text: Callable[[f
         x = _LEFT + (step - first) / max(last - first, 1) * (_WIDTH - _LEFT - _RIGHT)
         return x, _TOP + (1 - max(value, 0.0) / top) * (_HEIGHT - _TOP - _BOTTOM)
 
-    shapes = []
-    for value in linear_ticks(top):
-        y = place(first, value)[1]
-        shapes.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        shapes.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{escape(text(value))}</text>')
+    shapes = [horizontal_line(place(first, value)[1], escape(text(value)), _LEFT) for value in linear_ticks(top)]
     for step in sorted({first, (first + last) // 2, last}):
         x = place(step, 0.0)[0]
         shapes.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}">{step}</text>')
     for style, (label, points) in zip(_STYLES, drawn.items(), strict=False):
         places = [place(*point) for point in points]
-        shapes.append(f'<path class="{style}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
+        shapes.append(f'<path class="{style}" d="{path_through(places)}"/>')
         for (x, y), (step, value) in zip(places, points, strict=True):
             told = f"{escape(label)} after step {step}: {escape(text(value))}"
             shapes.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>')

@@ -4,7 +4,7 @@ from .adaptive import AdaptiveSettings
 from .budget import BudgetSettings, parse_size
 from .compression import SAVE_FORMATS, CompressionSettings, setting_names, split_settings
 from .evaluation import EXTRACTOR_NAMES, EvaluationSettings
-from .parsing import refuse_setting
+from .parsing import read_toml, refuse_setting
 from .pruning import PruningSettings
 from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
 from .training import QatSettings, TrainingSettings
@@ -23,6 +23,7 @@ __all__ = [
     "TrainingSettings",
     "allows_bits",
     "parse_size",
+    "read_toml",
     "refuse_setting",
     "setting_names",
     "split_settings",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SettingsError
-from .parsing import names_of, parse_values
+from .parsing import parse_section
 
 __all__ = ["ADAPTIVE_MODES", "AdaptiveSettings"]
 
@@ -67,14 +67,7 @@ class AdaptiveSettings:
         Raises:
             SettingsError: unknown names, values of the wrong type or range, contradictions; all of them in one error.
         """
-        parsed, problems = parse_values(values, names_of(cls))
-        try:
-            settings = cls(**parsed)
-        except SettingsError as error:
-            raise SettingsError([*problems, *error.problems], "adaptive settings") from None
-        if problems:
-            raise SettingsError(problems, "adaptive settings")
-        return settings
+        return parse_section(cls, values, "adaptive settings")
 
     def _range_problems(self) -> list[str]:
         found = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
-from .parsing import names_of, parse_values
+from .parsing import parse_section
 
 __all__ = ["EXTRACTOR_NAMES", "EvaluationSettings"]
 
@@ -73,11 +73,4 @@ class EvaluationSettings:
         Raises:
             SettingsError: unknown names, values of the wrong type or range; all of them in one error.
         """
-        parsed, problems = parse_values(values, names_of(cls))
-        try:
-            settings = cls(**parsed)
-        except SettingsError as error:
-            raise SettingsError([*problems, *error.problems], "evaluation settings") from None
-        if problems:
-            raise SettingsError(problems, "evaluation settings")
-        return settings
+        return parse_section(cls, values, "evaluation settings")

@@ -6,9 +6,13 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
-__all__ = ["names_of", "parse_values", "pick", "refuse_setting"]
+from ..errors import SettingsError
+
+__all__ = ["names_of", "parse_section", "parse_values", "pick", "read_toml", "refuse_setting"]
+
+Section = TypeVar("Section")
 
 _TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", Path: "a path"}
 
@@ -29,6 +33,41 @@ def parse_values(values: Mapping[str, Any], known: Mapping[str, type]) -> tuple[
             except (KeyError, TypeError, ValueError, OverflowError):
                 problems.append(f"{name}={value!r}: must be {_TYPE_NAMES[known[name]]}")
     return parsed, problems
+
+
+def parse_section(kind: type[Section], values: Mapping[str, Any], where: str) -> Section:
+    """Settings of one dataclass from `{name: text or number}` pairs.
+
+    Raises:
+        SettingsError: unknown names, values of the wrong type or range, contradictions; all of them in one error.
+    """
+    parsed, problems = parse_values(values, names_of(kind))
+    try:
+        settings = kind(**parsed)
+    except SettingsError as error:
+        raise SettingsError([*problems, *error.problems], where) from None
+    if problems:
+        raise SettingsError(problems, where)
+    return settings
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """A TOML file as nested dicts.
+
+    Raises:
+        SettingsError: there is no such file, or it is no TOML.
+    """
+    import toml  # for those who train; the core alone does without it
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return toml.load(file)
+    except FileNotFoundError:
+        raise SettingsError(["no such file: give the path of a TOML file"], path) from None
+    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
+        raise SettingsError([f"not valid TOML: {error}"], path) from error
+    except OSError as error:
+        raise SettingsError([f"cannot be read: {error.strerror}"], path) from error
 
 
 def pick(parsed: Mapping[str, Any], settings: type) -> dict[str, Any]:

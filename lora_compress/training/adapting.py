@@ -25,14 +25,13 @@ class SessionController:
 
     Args:
         session: of the training; must quantize in the forward pass for bits to change.
-        settings: of the section [adaptive].
-        metric: that is followed, the name of a value in the entries; `<metric>_floor` and `<metric>_full` belong to it.
+        settings: of the section [adaptive]; its metric names a value of the entries, to which <metric>_floor and _full belong.
 
     Raises:
         SettingsError: the session cannot change its ranks, or a target does.
     """
 
-    def __init__(self, session: TrainingSession, settings: AdaptiveSettings, metric: str) -> None:
+    def __init__(self, session: TrainingSession, settings: AdaptiveSettings) -> None:
         training, pruning = session.settings.training, session.settings.pruning
         if not (training.iterative_pruning and training.rank_return):
             raise SettingsError(["[adaptive] needs iterative_pruning=true and rank_return=true: what was masked may come back"])
@@ -41,7 +40,7 @@ class SessionController:
         if session.settings.budget.enabled:
             raise SettingsError(["[adaptive] and a target both decide about ranks: give rank_ratio and bits to begin with"])
         session.adaptable = True
-        self.session, self.settings, self.metric = session, replace(settings, metric=metric), metric
+        self.session, self.settings = session, settings
         session.remarks["adaptive"] = settings.mode
 
     @property
@@ -93,7 +92,8 @@ class SessionController:
         remarks["adaptive_changes"] = f"{remarks['adaptive_changes']}; {told}" if "adaptive_changes" in remarks else told
 
     def _read(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        names = {self.metric: self.metric, f"{self.metric}_full": f"{self.metric}_full", f"{self.metric}_floor": "floor"}
+        metric = self.settings.metric
+        names = {metric: metric, f"{metric}_full": f"{metric}_full", f"{metric}_floor": "floor"}
         return {new: entry[old] for old, new in names.items() if old in entry} | {
             name: entry[name] for name in ("rank_ratio", "bits") if entry[name] is not None
         }

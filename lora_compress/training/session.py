@@ -230,7 +230,9 @@ class TrainingSession:
         assert self.grid is not None
         grid = self.grid
         rows = {name: pair.live_rows() for name, pair in self.pairs.items()}
-        stored = {name: [part * self.kept(name).unsqueeze(1) for part in parts] for name, parts in rows.items()}
+        stored: Mapping[str, Sequence[Tensor]] = rows
+        if self.may_return and self.any_masked:  # otherwise what is masked is zero already
+            stored = {name: tuple(part * self.kept(name).unsqueeze(1) for part in parts) for name, parts in rows.items()}
         grid.prepare(stored, self.state.down_grid)  # type: ignore[arg-type]
         for name, found in each_module(lambda name, parts: grid.choose(parts), rows).items():
             for kind, parameters in zip(("down_grid", "up_grid"), found, strict=True):

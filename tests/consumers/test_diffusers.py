@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from consumers.pipelines import linear_updates
+from consumers.pipelines import flux, linear_updates
 from core.factories import dense, random_update
 from safetensors.torch import save_file
 from torch import Tensor
@@ -258,23 +258,6 @@ def test_sgm_names_are_those_that_diffusers_itself_maps_to() -> None:
         for theirs, ours in (("input_blocks", "down_blocks"), ("output_blocks", "up_blocks"), ("middle_block", "mid_block")):
             key = key.replace(theirs, ours)  # the second step of its converter
         assert sgm_name(name) == key
-
-
-def flux() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 14, 14),
-    )
-    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=transformer, **absent)
 
 
 def flux_updates(width: int, blocks: int) -> dict[str, LowRankUpdate]:

@@ -77,7 +77,7 @@ def entry(step: int, value: float, full: float | None = None) -> dict[str, Any]:
 
 
 def led(run: Run, **values: Any) -> SessionController:
-    return SessionController(run.session, AdaptiveSettings.parse(values), "fid")
+    return SessionController(run.session, AdaptiveSettings.parse(values))
 
 
 def test_a_change_takes_effect_with_the_next_step_and_what_went_comes_back() -> None:
