@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class CompressedLora:
         report: sizes and errors; its second size is that of the main file.
         settings: what it was made with.
         exact: whether a plain file beside it is to hold the same factors and alphas, as a training computed with them.
+        carried: what both files hold beside the updates, as it is (dora_scale, norms); among `tensors` too.
     """
 
     updates: dict[str, LowRankUpdate]
@@ -66,6 +67,15 @@ class CompressedLora:
     report: CompressionReport
     settings: CompressionSettings
     exact: bool = False
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def carrying(self, tensors: Mapping[str, Tensor]) -> CompressedLora:
+        """The same with more tensors in its files."""
+        whole = self.tensors | dict(tensors)
+        before, after = self.report.bytes
+        grown = safetensors_size({key: TensorSpec.of(tensor) for key, tensor in whole.items()}, self.metadata) - after
+        report = replace(self.report, bytes=(before + grown, after + grown))
+        return replace(self, tensors=whole, report=report, carried=dict(tensors))
 
 
 def compress(
@@ -126,7 +136,7 @@ def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype 
             make = exact_plain if lora.exact else plain_partner
             partner = {name: make(update, dtype or torch.float32) for name, update in lora.updates.items()}
             with atomic_path(kohya_partner(path)) as beside:
-                write_safetensors(as_kohya(partner), beside, partner_metadata(lora.metadata, partner))
+                write_safetensors(as_kohya(partner) | dict(lora.carried), beside, partner_metadata(lora.metadata, partner))
     return lora.report
 
 

@@ -1,7 +1,7 @@
 """base=lycoris.kohya: a LyCORIS network (LoCon, DoRA, LoHa, LoKr, ...) with compressed saving.
 
 LyCORIS writes its own file, and that is compressed as any file is: what is no pair of down and up is converted to one where that is
-possible, dora_scale and norms are carried over as they are.
+possible, dora_scale and norms are carried over as they are. Pruning and quantizing while it trains is for pairs: LoCon and DoRA.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_compress import (
+    CompressedLora,
     CompressionReport,
     CompressionSettings,
     FormatError,
@@ -29,6 +32,7 @@ from lora_compress import (
     open_lora,
 )
 from lora_compress.report import PartReport
+from lora_compress.training import Pair, TrainingSession, live_weight
 
 __all__ = ["LycorisNetwork", "check_lycoris", "shape_like_layers"]
 
@@ -41,9 +45,13 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     Raises:
         SettingsError: compression is asked for, and none of the network's modules can be read as a low-rank update.
     """
-    if settings.acts_in_training:
-        raise SettingsError(["pruning and quantizing while training cannot be used with base=lycoris.kohya: leave one out"])
     modules = _modules(network)
+    if settings.acts_in_training:
+        if problems := _training_problems(modules, settings):
+            raise SettingsError(problems, "base=lycoris.kohya")
+        if others := Counter(type(module).__name__ for module in modules if not _is_pair(module)):
+            logger.warning("no pairs of down and up, trained and saved as they are: %s", dict(others))
+        return
     kinds = {type(module).__name__: module for module in modules}
     if not settings.enabled or not kinds:
         return
@@ -57,6 +65,23 @@ def check_lycoris(network: Any, settings: CompressionSettings) -> None:
     if names:
         count = sum(type(module).__name__ not in readable for module in modules)
         logger.warning("%d modules (%s) cannot be compressed and will be saved as they are", count, names)
+
+
+def _training_problems(modules: list[Any], settings: CompressionSettings) -> list[str]:
+    """What keeps pairs from being pruned and quantized while they are trained."""
+    pairs, problems = [module for module in modules if _is_pair(module)], []
+    if not pairs:
+        problems.append(
+            "pruning and quantizing while training needs pairs of down and up: choose algo=lora or locon without use_tucker"
+        )
+    if any(isinstance(module.scalar, nn.Parameter) for module in pairs):
+        problems.append("use_scalar cannot be used with pruning and quantizing while training: remove one of the two")
+    pruning = settings.pruning
+    if any(module.wd for module in pairs) and (
+        pruning.layer_threshold or (settings.training.iterative_pruning and not pruning.rank_floor)
+    ):
+        problems.append("min_rank=0 and layer_threshold would drop magnitudes of DoRA that were trained: set min_rank=1")
+    return problems
 
 
 def shape_like_layers(weights: Mapping[str, Tensor], text_encoder: Any, unet: nn.Module) -> dict[str, Tensor]:
@@ -82,6 +107,41 @@ class LycorisNetwork:
     """Goes before `CompressNetwork` in a network of LyCORIS."""
 
     compression: CompressionSettings
+    session: TrainingSession | None
+
+    def apply_to(self, *args: Any, **kwargs: Any) -> None:
+        """As `CompressNetwork` does; where a session watches what goes into a pair, its down is called for that."""
+        super().apply_to(*args, **kwargs)  # type: ignore[misc]
+        settings = self.compression.training
+        if self.session is not None and (settings.collect_calibration or settings.importance == "activation"):
+            for module in _modules(self):
+                if _is_pair(module):
+                    module.org_module[0].register_forward_pre_hook(_shown_to(module.lora_down))
+
+    def pairs(self) -> dict[str, Pair]:
+        """LoCon modules and those of DoRA."""
+        pairs = [module for module in _modules(self) if _is_pair(module)]
+        return {module.lora_name: Pair(module.lora_name, module.lora_down, module.lora_up, float(module.scale)) for module in pairs}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What is trained: LyCORIS takes the weights of its layers, which under a session are what they compute with."""
+        with nullcontext() if self.session is None else self.session.uncompressed():
+            return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def compress(self, dtype: torch.dtype | None = None, metadata: dict[str, str] | None = None) -> CompressedLora:
+        """Of a session; what is no pair, and magnitudes of DoRA, are carried as they are."""
+        found: CompressedLora = super().compress(dtype, metadata)  # type: ignore[misc]
+        return found.carrying(_beside_pairs(self))
+
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any) -> Any:
+        """LyCORIS's, which puts what it scales by into a scalar of its own; for a session it goes into up."""
+        found = _host(self).apply_max_norm_regularization(self, max_norm_value, device)
+        if self.session is not None:
+            for module in _modules(self):
+                if _is_pair(module):
+                    live_weight(module.lora_up).data.mul_(module.scalar)
+                    module.scalar.fill_(1.0)
+        return found
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """The live weights of LoCon modules, of DoRA without its magnitudes; what has no pair of down and up is left out."""
@@ -100,7 +160,9 @@ class LycorisNetwork:
         return _host(self).load_weights(self, file)
 
     def _write(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> CompressionReport:
-        """Write LyCORIS's file beside `file`, compress it into `file`, and remove it."""
+        """Write LyCORIS's file beside `file`, compress it into `file`, and remove it; what a session made is written as it is."""
+        if self.session is not None:
+            return super()._write(file, dtype, metadata)  # type: ignore[misc]
         with tempfile.TemporaryDirectory(dir=Path(file).parent, prefix=".lycoris-") as folder:
             whole = Path(folder) / "lora.safetensors"
             with atomic_path(whole) as temporary:
@@ -129,8 +191,28 @@ def _is_pair(module: Any) -> bool:
 
 
 def _pair(module: Any) -> LowRankUpdate:
-    up = module.lora_up.weight.detach() * module.scalar.detach()
-    return LowRankUpdate(module.lora_down.weight.detach(), up, float(module.scale) * module.lora_dim)
+    up = live_weight(module.lora_up).detach() * module.scalar.detach()
+    return LowRankUpdate(live_weight(module.lora_down).detach(), up, float(module.scale) * module.lora_dim)
+
+
+def _beside_pairs(network: Any) -> dict[str, Tensor]:
+    """What LyCORIS would write beside pairs of down and up: dora_scale, norms, modules of other kinds."""
+    return {
+        f"{module.lora_name}.{key}": tensor.detach().cpu().contiguous()
+        for module in _modules(network)
+        for key, tensor in module.state_dict().items()
+        if not (_is_pair(module) and key in ("lora_down.weight", "lora_up.weight", "alpha"))
+    }
+
+
+def _shown_to(down: nn.Module) -> Any:
+    """A hook for the layer that a module changes: while the network learns and someone watches its down, that is called."""
+
+    def show(layer: nn.Module, args: Any) -> None:
+        if down.training and torch.is_grad_enabled() and (down._forward_hooks or down._forward_pre_hooks):
+            down(args[0].detach().to(live_weight(down).dtype))
+
+    return show
 
 
 def _readable(kinds: dict[str, Any]) -> set[str]:

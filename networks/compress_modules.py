@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compress import LowRankUpdate, SettingsError, as_kohya, thin_svd
+from lora_compress.training import live_weight
 from lora_compress.update import relative_error
 
 __all__ = ["live_update", "module_tensors", "pairs_of"]
@@ -27,7 +28,7 @@ def pairs_of(lora: Any) -> list[tuple[nn.Module, nn.Module]]:
 
 def live_update(lora: Any) -> LowRankUpdate:
     """The update of a module, detached; of a split one the pairs as one: down stacked, (n r, in), up block-diagonal, (out, n r)."""
-    downs, ups = zip(*((down.weight.detach(), up.weight.detach()) for down, up in pairs_of(lora)), strict=True)
+    downs, ups = zip(*((live_weight(down).detach(), live_weight(up).detach()) for down, up in pairs_of(lora)), strict=True)
     if len(downs) == 1:
         return LowRankUpdate(downs[0], ups[0], float(lora.scale) * lora.lora_dim)
     down, up = torch.cat(downs), torch.block_diag(*ups)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compress import SettingsError, as_kohya
+from lora_compress.training import live_weight
 from networks.compress_modules import live_update, pairs_of
 
 __all__ = ["SplitNetwork", "fused_sizes", "split_network"]
@@ -84,12 +85,13 @@ class SplitNetwork:
         norms, scaled = [], 0
         for lora in self.text_encoder_loras + self.unet_loras:  # type: ignore[attr-defined]
             for down, up in pairs_of(lora):
-                norm = float((up.weight.flatten(1).float() @ down.weight.flatten(1).float()).norm()) * abs(lora.scale)
+                weights = live_weight(up), live_weight(down)
+                norm = float((weights[0].flatten(1).float() @ weights[1].flatten(1).float()).norm()) * abs(lora.scale)
                 ratio = min(1.0, max_norm_value / norm) if norm else 1.0
                 if ratio < 1.0:
                     scaled += 1
-                    down.weight.mul_(ratio**0.5)
-                    up.weight.mul_(ratio**0.5)
+                    for weight in weights:
+                        weight.mul_(ratio**0.5)
                 norms.append(norm * ratio)
         return scaled, sum(norms) / len(norms), max(norms)
 

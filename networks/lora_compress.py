@@ -37,7 +37,7 @@ from lora_compress import (
     settings_table,
     split_settings,
 )
-from lora_compress.training import TrainingSession, find_pairs, write_calibration
+from lora_compress.training import Pair, TrainingSession, find_pairs, write_calibration
 from networks.compress_bases import LYCORIS, base_module, host_arguments
 from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
 from networks.compress_modules import live_update, module_tensors
@@ -128,7 +128,7 @@ class CompressNetwork:
         """The host's, then the effective settings and the size to expect, in the log once a training."""
         super().apply_to(text_encoder, unet, apply_text_encoder, apply_unet)
         if self.compression.acts_in_training and self._learns and self.session is None:
-            self.session = TrainingSession(find_pairs(self), self.compression, self._total_steps)
+            self.session = TrainingSession(self.pairs(), self.compression, self._total_steps)
             self.compress_training = self.session.state  # a submodule: goes wherever the host saves and loads the network
         if not self._announced:
             self._announced = True
@@ -138,6 +138,10 @@ class CompressNetwork:
                 most = "at most " if self.compression.size_is_open else ""
                 values |= {"expected file size": f"{most}{size / 1e6:.2f} MB"}
             tqdm.write(settings_table(values, "compression"))
+
+    def pairs(self) -> dict[str, Pair]:
+        """The pairs of layers that are trained, by name."""
+        return find_pairs(self)
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """The live weights of all modules, detached, by name."""

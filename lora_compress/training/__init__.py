@@ -2,8 +2,17 @@
 
 from .adapting import SessionController
 from .calibration import calibration_path, write_calibration
-from .pairs import Pair, find_pairs
+from .pairs import Pair, find_pairs, live_weight
 from .schedule import Timeline
 from .session import TrainingSession
 
-__all__ = ["Pair", "SessionController", "Timeline", "TrainingSession", "calibration_path", "find_pairs", "write_calibration"]
+__all__ = [
+    "Pair",
+    "SessionController",
+    "Timeline",
+    "TrainingSession",
+    "calibration_path",
+    "find_pairs",
+    "live_weight",
+    "write_calibration",
+]

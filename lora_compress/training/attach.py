@@ -1,7 +1,8 @@
-"""What a session puts over the layers of its pairs: a forward of their own, and only while it has something to do."""
+"""What a session puts over the layers of its pairs: a weight of their own, and only while it has something to do."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,21 @@ from torch import Tensor, nn
 from .calibration import observe_inputs
 from .fake import straight_through
 from .importance import update_gram
-from .pairs import Pair, apply_layer, is_convolution
+from .pairs import Pair, is_convolution
 
 if TYPE_CHECKING:
     from .session import TrainingSession
 
 __all__ = ["Attachment"]
 
+_GIVEN = "_given_weight"  # of a layer: a function that tells its weight
+
 
 class Attachment:
-    """Instance forwards and hooks on the layers of a session's pairs.
+    """What `weight` is, and hooks, on the layers of a session's pairs.
+
+    While weights are masked or quantized, a layer is of a subclass whose `weight` is what it is to compute with: hosts that call
+    the layer and hosts that take its weight (LyCORIS) get the same. Parameters and state_dict stay those that are trained.
 
     Masked components that are gone are zeros in both factors: they put out nothing and get no gradient, so nothing has to be
     done for them in the forward pass. Those that may return keep their weights; up's rows are multiplied by the mask with a
@@ -33,7 +39,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._samplers: list[Any] = []
         self._held: list[tuple[Pair, int, Tensor, Tensor]] = []
-        self.called = False  # whether a layer has computed with what it was given here
+        self.used = False  # whether anyone has computed with what is given out here
 
     @property
     def session(self) -> TrainingSession:
@@ -49,7 +55,8 @@ class Attachment:
         if wanted and not self._patched:
             for pair in session.pairs.values():
                 for side, layer in enumerate((pair.down, pair.up)):
-                    layer.forward = _forward(self._session, pair, side, layer)  # type: ignore[method-assign]
+                    layer.__dict__[_GIVEN] = functools.partial(_given, self._session, pair, side)
+                    layer.__class__ = _given_class(type(layer))  # type: ignore[arg-type]
                     self._patched.append(layer)
         elif self._patched and not wanted:
             self._unpatch()
@@ -109,7 +116,8 @@ class Attachment:
 
     def _unpatch(self) -> None:
         for layer in self._patched:
-            layer.__dict__.pop("forward", None)
+            layer.__class__ = type(layer).__base__  # type: ignore[assignment]
+            del layer.__dict__[_GIVEN]
         self._patched = []
 
 
@@ -120,17 +128,18 @@ def _removed(hooks: list[Any]) -> list[Any]:
     return []
 
 
-def _forward(session: weakref.ref[TrainingSession], pair: Pair, side: int, layer: nn.Module) -> Any:
-    own = type(layer).forward
+def _given(session: weakref.ref[TrainingSession], pair: Pair, side: int) -> Tensor:
+    current = session()
+    if current is None:
+        return pair.weights[side]
+    current.attachment.used = True
+    return current.effective_weight(pair.name, side)
 
-    def forward(x: Tensor) -> Tensor:
-        current = session()
-        if current is None:
-            return own(layer, x)
-        current.attachment.called = True
-        return apply_layer(layer, x, current.effective_weight(pair.name, side))
 
-    return forward
+@functools.cache
+def _given_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the kind of a layer, of the same name, for hosts go by names."""
+    return type(cls.__name__, (cls,), {"weight": property(lambda layer: layer.__dict__[_GIVEN]()), "__module__": cls.__module__})
 
 
 def _observer(session: weakref.ref[TrainingSession], pair: Pair) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
@@ -53,7 +52,7 @@ class Pair:
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """The parameters of down and up."""
-        return self.down.weight, self.up.weight  # type: ignore[return-value]
+        return live_weight(self.down), live_weight(self.up)
 
     @property
     def row_sizes(self) -> tuple[int, int]:
@@ -118,8 +117,8 @@ def is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, _CONVOLUTIONS)
 
 
-def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What `layer` would put out with another weight."""
-    if isinstance(layer, nn.Linear):
-        return torch.nn.functional.linear(x, weight)
-    return layer._conv_forward(x, weight, None)  # type: ignore[operator]
+def live_weight(layer: nn.Module) -> nn.Parameter:
+    """What is trained, whatever a session lets `layer.weight` be."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight

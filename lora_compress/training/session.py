@@ -177,10 +177,8 @@ class TrainingSession:
         """After an optimizer step: whatever is due."""
         timeline = self.timeline or self.begin()
         self.attachment.release_masked()
-        if self.quantizing and not self.attachment.called:
-            raise SettingsError(
-                ["qat=true: the network computes with the weights of its layers without calling them: remove qat"], "training"
-            )
+        if self.quantizing and not self.attachment.used:
+            raise SettingsError(["qat=true: the network does not compute with the weights of its layers: remove qat"], "training")
         self._step += 1
         self.state.step.fill_(self._step)
         if self._step == timeline.rotation and not self.quantizing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +78,8 @@ def changes(network: Any) -> torch.Tensor:
     added = []
     for lora in sorted(network.unet_loras, key=lambda lora: lora.lora_name):
         layer, generator = lora.org_module[0], torch.Generator().manual_seed(5)
+        if layer.weight.ndim == 1:  # a norm
+            continue
         inputs = layer.weight.shape[1]
         shape = (1, 5, inputs) if isinstance(layer, torch.nn.Linear) else (1, inputs, 6, 6)
         x = torch.randn(shape, generator=generator)
@@ -173,6 +175,104 @@ def test_a_packed_file_does_not_go_into_a_loha(ours: ModuleType, unet: Any, tmp_
     network.save_weights(str(tmp_path / "lora.safetensors"), None, {})
     with pytest.raises(SettingsError, match="converted to plain LoRA"):
         network.load_weights(str(tmp_path / "lora.safetensors"))
+
+
+IN_TRAINING = {"iterative_pruning": "true", "max_iterations": "2", "rank_ratio": "0.5", "min_rank": "1", "pruning_end": "0.4"}
+QAT = {"bits": "4", "group_size": "32", "qat": "true", "qat_start": "0.5"}
+
+
+def compressed_while_training(ours: ModuleType, unet: torch.nn.Module, folder: Path, steps: int = 12, **network_args: str) -> Any:
+    network = create(ours, unet, conv_dim="4", conv_alpha="2", **{**IN_TRAINING, **QAT, **network_args})
+    network.prepare_network(
+        SimpleNamespace(save_model_as="safetensors", save_precision="float", output_dir=folder, max_train_steps=12)
+    )
+    network.apply_to(torch.nn.Module(), unet, False, True)
+    parameters, _ = network.prepare_optimizer_params(1e-2, 1e-2, 1e-2)
+    optimizer = torch.optim.AdamW([{**group, "params": list(group["params"])} for group in parameters], lr=1e-2)
+    network.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (predict(unet) + 1).square().mean().backward()
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    "network_args",
+    [
+        {"algo": "locon"},
+        {"algo": "lora", "dora_wd": "True"},
+        {"algo": "locon", "bypass_mode": "True", "rs_lora": "True"},
+        {"algo": "lora", "train_norm": "True", "use_tucker": "True"},
+        {"algo": "locon", "strategy": "nf4", "group_size": "64"},
+    ],
+    ids=lambda arguments: " ".join(arguments.values()),
+)
+def test_pairs_are_pruned_and_quantized_while_they_train(
+    ours: ModuleType, unet: Any, tmp_path: Path, network_args: dict[str, str]
+) -> None:
+    """The file computes what the network computed, dora_scale and norms included."""
+    network = compressed_while_training(ours, unet, tmp_path, **network_args)
+    session = network.session
+    assert session.quantizing and 0.45 < float(session.state.kept.float().mean()) < 0.55  # min_rank keeps a few more
+    with torch.no_grad():
+        drawn, changed = predict(unet), changes(network)
+        live = network.state_dict()
+        for name, pair in session.pairs.items():  # what is trained goes into the state, what it computes with into the file
+            assert torch.equal(live[f"{name}.lora_up.weight"], pair.weights[1])
+        assert any(not torch.equal(session.effective_weight(name, 1), pair.weights[1]) for name, pair in session.pairs.items())
+        file = str(tmp_path / "lora.safetensors")
+        network.save_weights(file, torch.float32, {})
+        network.restore()
+        assert network.report.bytes[1] == (tmp_path / "lora.safetensors").stat().st_size
+        again, weights = ours.create_network_from_weights(1.0, file, None, None, unet, base="lycoris.kohya")
+        again.apply_to(None, unet, False, True)
+        again.load_state_dict(weights, False)
+        assert (changes(again) - changed).norm() < 1e-4 * changed.norm()
+        assert torch.allclose(predict(unet), drawn, rtol=1e-3, atol=1e-5)
+        again.restore()
+    resumed = compressed_while_training(ours, unet, tmp_path, steps=0, **network_args)
+    with torch.no_grad():
+        resumed.load_state_dict(live)
+        assert resumed.session.quantizing and torch.equal(predict(unet), drawn)
+    carried = {key.rpartition(".")[2] for key in load_lora(file).others}
+    expected = {"dora_wd": {"dora_scale"}, "train_norm": {"w_norm", "b_norm", "weight", "alpha"}}  # and CP convolutions
+    assert carried == next((keys for name, keys in expected.items() if name in network_args), set())
+
+
+def test_inputs_of_pairs_are_seen_though_nobody_calls_them(ours: ModuleType, unet: Any, tmp_path: Path) -> None:
+    watched = {"importance": "activation", "collect_calibration": "true"}
+    network = compressed_while_training(ours, unet, tmp_path, algo="locon", **watched)
+    assert bool(network.session.state.gram.any()) and network.session.calibrated
+    network.save_weights(str(tmp_path / "lora.safetensors"), torch.float32, {})
+    assert (tmp_path / "lora.calibration.safetensors").exists()
+
+
+def test_a_norm_that_is_held_down_goes_into_the_weights(ours: ModuleType, unet: Any, tmp_path: Path) -> None:
+    network = compressed_while_training(ours, unet, tmp_path, algo="locon")
+    with torch.no_grad():
+        largest = max(
+            float(update.up_matrix.mul(update.scale).matmul(update.down_matrix).norm()) for update in network.updates().values()
+        )
+        before = changes(network)
+        scaled, _, _ = network.apply_max_norm_regularization(largest / 3, "cpu")
+        assert scaled and not torch.allclose(changes(network), before)
+        assert all(float(module.scalar) == 1.0 for module in network.unet_loras)
+        network.save_weights(str(tmp_path / "lora.safetensors"), torch.float32, {})  # compared with what it computes, bit by bit
+
+
+@pytest.mark.parametrize(
+    ("network_args", "found"),
+    [
+        ({"algo": "loha"}, "needs pairs of down and up: choose algo=lora"),
+        ({"algo": "lora", "use_scalar": "True"}, "use_scalar cannot be used"),
+        ({"algo": "lora", "dora_wd": "True", "min_rank": "0"}, "would drop magnitudes of DoRA"),
+    ],
+    ids=["loha", "scalar", "dora"],
+)
+def test_what_cannot_be_compressed_while_it_trains(ours: ModuleType, unet: Any, network_args: dict[str, str], found: str) -> None:
+    with pytest.raises(SettingsError, match=found):
+        create(ours, unet, **{"conv_dim": "4", **IN_TRAINING, **QAT, **network_args})
 
 
 def test_arguments_of_lycoris_and_no_others(ours: ModuleType, unet: Any) -> None:
