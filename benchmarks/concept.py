@@ -16,7 +16,7 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
 from measure import answer, fresh  # noqa: E402
 
-__all__ = ["arguments", "compressed", "scored", "share", "train"]
+__all__ = ["arguments", "compressed", "held_out_features", "scored", "share", "train"]
 
 _HELD_OUT = 512  # pictures of the concept that nobody trained on
 _OTHER_NOISE = 1000  # added to the seed of pictures
@@ -70,6 +70,32 @@ def share(found: Mapping[str, Any], what: str) -> float:
     return sum(found[what]) / len(found[what])
 
 
+def held_out_features(pictures: int) -> Any:
+    """(512, d), what the probe sees in pictures of the concept that nobody trained on, beside `pictures` that are drawn."""
+    import demo
+    import torch
+
+    from lora_compress.evaluation.probe import load_probe
+
+    with torch.no_grad():
+        return load_probe(demo.TINY_SD).features(_asked_for(pictures)[2])
+
+
+def _asked_for(pictures: int) -> tuple[list[Any], list[str], Any]:
+    """What is to be drawn, its prompts, and pictures of the concept (512, 3, 64, 64) in [0, 1]."""
+    import numpy as np
+    import torch
+    from evaluate_tiny_sd import CONCEPT
+
+    from lora_compress.evaluation.shapes import caption, render, sample_drawing
+
+    generator = np.random.default_rng([7, 1])
+    drawings = [sample_drawing(generator, **CONCEPT) for _ in range(pictures)]
+    prompts = [caption(drawing, generator, complete=True) for drawing in drawings]
+    held_out = np.stack([render(sample_drawing(generator, **CONCEPT)) for _ in range(_HELD_OUT)])
+    return drawings, prompts, torch.from_numpy(held_out).permute(0, 3, 1, 2).float() / 255
+
+
 def _compress(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     from lora_compress import CompressionSettings
     from lora_compress.file_pipeline import compress_file
@@ -84,24 +110,19 @@ def _score(lora: str, pictures: int, floor: bool) -> dict[str, Any]:
 
     Returns:
         concept, caption (shape, colour and background): 1 or 0 for each picture. distance: kernel distance of the probe's features;
-        fd: their Fréchet distance. With `floor`, floor_distance and floor_fd: by how much both differ for pictures of the same LoRA
-        from other noise.
+        fd: their Fréchet distance; features: these features, a row for each picture. With `floor`, floor_distance and floor_fd: by
+        how much both differ for pictures of the same LoRA from other noise.
     """
     import torch
 
     torch.set_num_threads(1)
     import demo
-    import numpy as np
-    from evaluate_tiny_sd import CONCEPT
 
     from lora_compress.evaluation.frechet import frechet_distance
     from lora_compress.evaluation.kernels import kernel_distance
     from lora_compress.evaluation.probe import HEADS, load_probe
-    from lora_compress.evaluation.shapes import caption, render, sample_drawing
 
-    generator = np.random.default_rng([7, 1])
-    drawings = [sample_drawing(generator, **CONCEPT) for _ in range(pictures)]
-    prompts = [caption(drawing, generator, complete=True) for drawing in drawings]
+    drawings, prompts, held_out = _asked_for(pictures)
     probe = load_probe(demo.TINY_SD)
     drawn = demo.draw(prompts, probe, Path(lora)).pictures
     read = probe.classify(drawn)
@@ -110,13 +131,12 @@ def _score(lora: str, pictures: int, floor: bool) -> dict[str, Any]:
         for head in ("shape", "colour", "background", "texture")
     }
     concept, words = right["shape"] & right["texture"], right["shape"] & right["colour"] & right["background"]
-    held_out = [render(sample_drawing(generator, **CONCEPT)) for _ in range(_HELD_OUT)]
     with torch.no_grad():
-        real = probe.features(torch.from_numpy(np.stack(held_out)).permute(0, 3, 1, 2).float() / 255)
+        real = probe.features(held_out)
         found = probe.features(drawn)
         other = probe.features(demo.draw(prompts, probe, Path(lora), seed=_OTHER_NOISE).pictures) if floor else None
     said: dict[str, Any] = {"concept": concept.int().tolist(), "caption": words.int().tolist()}
-    said |= {"distance": kernel_distance(found, real), "fd": frechet_distance(found, real)}
+    said |= {"distance": kernel_distance(found, real), "fd": frechet_distance(found, real), "features": found.tolist()}
     if other is not None:
         said["floor_distance"] = abs(kernel_distance(other, real) - said["distance"])
         said["floor_fd"] = abs(frechet_distance(other, real) - said["fd"])

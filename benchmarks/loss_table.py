@@ -7,7 +7,8 @@ A LoRA of rank 16 learns the striped star with each seed and is compressed after
 the probe in assets/tiny-sd reads them. The loss is what the distance from held-out pictures of the concept has grown by against
 the full LoRA's, in its Fréchet distance (probe_fd) and kernel distance (KID's estimator, probe_kd); the floor is by how much these
 differ between two drawings of the full LoRA from different noise: below it two files cannot be told apart. Means over the
-seeds; intervals are of 95 %, over the pictures of all seeds. Folders of benchmarks/train_compare.py have the trainings already.
+seeds; intervals are of 95 %, over the pictures: of the growth by the
+jackknife, pictures of one prompt and noise going together. Folders of benchmarks/train_compare.py have the trainings already.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
-from concept import arguments, compressed, scored, share, train  # noqa: E402
+from concept import arguments, compressed, held_out_features, scored, share, train  # noqa: E402
 from measure import Goal, goal_table  # noqa: E402
 
 _OFF = ["--pruning", "enabled=false", "--quantization", "enabled=false"]
@@ -58,12 +59,33 @@ def measure(folder: Path, seed: int, steps: int, pictures: int) -> dict[str, Sco
     return found
 
 
+def growth_interval(distance: Callable[[Any, Any], float], seeds: Sequence[Mapping[str, Scores]], name: str, real: Any) -> Any:
+    """Of the mean over the seeds of how much further a file's pictures are from held-out ones than the full LoRA's."""
+    import torch
+
+    from lora_compress.evaluation.intervals import jackknife_interval
+
+    def growth(pictures: Any, held_out: Any) -> float:
+        width = held_out.shape[1]
+        return distance(pictures[:, :width], held_out) - distance(pictures[:, width:], held_out)
+
+    middle, reach = 0.0, 0.0
+    for seed in seeds:
+        both = torch.cat([torch.tensor(seed[which]["features"]) for which in (name, "full")], dim=1)
+        low, high = jackknife_interval(growth, both, real)
+        middle, reach = middle + (low + high) / 2, reach + ((high - low) / 2) ** 2
+    return (middle - reach**0.5) / len(seeds), (middle + reach**0.5) / len(seeds)
+
+
 def lines_of(seeds: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]:
     """A line for each variant: share of bytes saved, loss in both distances and their floors, concept with its interval."""
     import torch
 
+    from lora_compress.evaluation.frechet import frechet_distance
     from lora_compress.evaluation.intervals import bootstrap_interval
+    from lora_compress.evaluation.kernels import kernel_distance
 
+    real = held_out_features(len(seeds[0]["full"]["features"]))
     found = {}
     for name in seeds[0]:
         hits = torch.tensor([hit for seed in seeds for hit in seed[name]["concept"]], dtype=torch.float64)
@@ -71,6 +93,8 @@ def lines_of(seeds: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]
             "saved": 1 - fmean(seed[name]["bytes"] / seed["full"]["bytes"] for seed in seeds),
             "fd": fmean(seed[name]["fd"] - seed["full"]["fd"] for seed in seeds),
             "kd": fmean(seed[name]["distance"] - seed["full"]["distance"] for seed in seeds),
+            "fd_interval": growth_interval(frechet_distance, seeds, name, real),
+            "kd_interval": growth_interval(kernel_distance, seeds, name, real),
             "fd_floor": fmean(seed["full"]["floor_fd"] for seed in seeds),
             "kd_floor": fmean(seed["full"]["floor_distance"] for seed in seeds),
             "concept": (float(hits.mean()), *bootstrap_interval(hits)),
@@ -81,6 +105,10 @@ def lines_of(seeds: Sequence[Mapping[str, Scores]]) -> dict[str, dict[str, Any]]
 
 def table(lines: Mapping[str, Mapping[str, Any]]) -> str:
     """In Markdown."""
+
+    def told(what: str, line: Mapping[str, Any]) -> str:
+        return "{:+.3g} ({:+.3g} to {:+.3g})".format(line[what], *line[f"{what}_interval"])
+
     rows = [
         "| | smaller | quoted | probe_fd, growth | probe_kd, growth | concept | of it lost | quoted |",
         "|---|---|---|---|---|---|---|---|",
@@ -90,7 +118,7 @@ def table(lines: Mapping[str, Mapping[str, Any]]) -> str:
         smaller, loss = _QUOTED.get(ratio, ("-", "-"))
         concept = "{:.1%} ({:.1%} to {:.1%})".format(*line["concept"])
         rows.append(
-            f"| {name} | {line['saved']:.1%} | {smaller} | {line['fd']:+.3g} | {line['kd']:+.3g} | {concept} | "
+            f"| {name} | {line['saved']:.1%} | {smaller} | {told('fd', line)} | {told('kd', line)} | {concept} | "
             f"{line['concept_lost']:+.1%} | {loss} |"
         )
     return "\n".join(rows)

@@ -1,6 +1,6 @@
 """The same LoRA at the same bytes, compressed after training and while it trains: what is left of the concept it learned.
 
-    python benchmarks/train_compare.py [--seeds 1 2 3] [--steps 600] [--pictures 128] [--folder DIR] [--json OUT.json]
+    python benchmarks/train_compare.py [--seeds 1 2 3] [--steps 600] [--pictures 128] [--folder DIR] [--plot F.svg] [--json F.json]
 
 tiny-sd learns the striped star through train_network_ext.py with the settings of config/demo.toml, in equal steps every time:
 
@@ -17,6 +17,7 @@ prompts from the same noise; the probe in assets/tiny-sd reads concept and capti
 and the kernel distance of its features to held-out pictures of the concept tells how good they look. Intervals are of 95 %, over
 the pictures of all seeds.
 Trainings run two at a time, one thread each; a folder given by --folder keeps what was made, and a second run goes on with it.
+--plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -160,10 +161,32 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return head + "".join(rows)
 
 
+def plot(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The share of pictures that show the concept, with its interval, a line for each arm."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "train_compare"
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7.5, 3), layout="constrained")
+    for place, (arm, line) in enumerate(found.items()):
+        middle, low, high = (100 * value for value in line["concept"])
+        colour = "#0b57d0" if arm in _TRAINED else "#c2410c" if arm != "full" else "#555555"
+        axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
+    axis.set_yticks(range(len(found)), [f"{arm}, {line['bytes'] / 1e3:,.0f} kB" for arm, line in found.items()])
+    axis.invert_yaxis()
+    axis.set_xlabel("pictures that show the concept, %")
+    axis.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--pictures", type=int, default=128, help="drawn for each file")
+    parser.add_argument("--plot", type=Path, help="write an SVG")
     parser.add_argument("--setting", nargs=2, metavar=("RATIO", "BITS"), help="take this one instead of what seed 0 settles")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
@@ -179,6 +202,8 @@ def main() -> None:
     found = summed_up(seeds)
     print(f"rank_ratio {setting.ratio:g}, {setting.bits} bits, seeds {', '.join(map(str, seeds))}\n\n{table(found)}")
     print(goal_table(goals(found)))
+    if given.plot:
+        plot(given.plot, found)
     if given.json:
         text = json.dumps({"setting": [setting.ratio, setting.bits], "arms": found}, indent=1) + "\n"
         given.json.write_text(text, encoding="utf-8")

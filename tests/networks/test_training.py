@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,25 @@ def test_checkpoints_between_are_compressed_as_the_training_stands(unet: Any, tm
     assert json.loads(metadata["ss_compress_trained_steps"]) == STEPS
 
 
-def test_deepspeed_is_refused_before_training(unet: Any, tmp_path: Path) -> None:
-    network = importlib.import_module("networks.lora_compress").create_network(1.0, 4, 2, None, torch.nn.Identity(), unet, **QAT)
-    args = argparse.Namespace(
-        save_model_as="safetensors", save_precision=None, output_dir=str(tmp_path), max_train_steps=1, deepspeed=True
-    )
-    with pytest.raises(SettingsError, match="deepspeed"):
+PRUNED = {"iterative_pruning": "true", "rank_ratio": "0.5"}
+
+
+@pytest.mark.parametrize(
+    ("told", "network_args", "found"),
+    [
+        ({"zero_stage": 3}, {}, "zero_stage=3 cannot be used"),
+        ({"zero_stage": 2, "offload_optimizer_device": "cpu"}, {}, "offload_optimizer_device=cpu cannot be used"),
+        ({"zero_stage": 1}, {"rank_return": "true", **PRUNED}, "rank_return=true needs gradients"),
+        ({"zero_stage": 1}, {"importance": "sensitivity", **PRUNED}, "importance=sensitivity needs gradients"),
+        ({"zero_stage": 2}, {}, None),
+    ],
+)
+def test_what_cannot_follow_deepspeed_is_refused_before_training(
+    unet: Any, tmp_path: Path, told: dict[str, Any], network_args: dict[str, str], found: str | None
+) -> None:
+    create = importlib.import_module("networks.lora_compress").create_network
+    network = create(1.0, 4, 2, None, torch.nn.Identity(), unet, **{**QAT, **network_args})
+    given = {"save_model_as": "safetensors", "save_precision": None, "output_dir": str(tmp_path), "max_train_steps": 1}
+    args = argparse.Namespace(**given, deepspeed=True, **told)
+    with pytest.raises(SettingsError, match=found) if found else nullcontext():
         network.prepare_network(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from consumers.conftest import absent
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 16
@@ -21,24 +23,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(command: list[str], folder: Path, settings: dict[str, Any]) -> None:
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+DEEPSPEED = Path(os.environ.get("DEEPSPEED_OVERLAY") or ROOT / ".deepspeed")
+
+
+def run(command: list[str], folder: Path, settings: dict[str, Any], stage: int = 0) -> None:
     worker = str(Path(__file__).with_name("parallel_worker.py"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = subprocess.run(
-        [*command, worker, str(folder), json.dumps(settings), str(STEPS)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    if stage:
+        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{DEEPSPEED}", "DS_ACCELERATOR": "cpu"}
+    told = [str(folder), json.dumps(settings), str(STEPS), str(stage)]
+    done = subprocess.run([*command, worker, *told], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_two_ranks_agree_and_are_one_process_with_the_doubled_batch(name: str, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run(torchrun, tmp_path, SETTINGS[name])
-    run([sys.executable], tmp_path, SETTINGS[name])
-    first, second, alone = (torch.load(tmp_path / f"{kind}.pt") for kind in ("2-0", "2-1", "1-0"))
+def agree(folder: Path) -> None:
+    """What two ranks and one process have come to."""
+    first, second, alone = (torch.load(folder / f"{kind}.pt") for kind in ("2-0", "2-1", "1-0"))
     for part in ("weights", "state"):
         assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
     assert torch.equal(first["state"]["kept"], alone["state"]["kept"])
     assert not first["state"]["kept"].all()
     for key, matrix in alone["dense"].items():
+        assert matrix.abs().max() > 1e-3
         assert torch.allclose(first["dense"][key], matrix, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_ranks_agree_and_are_one_process_with_the_doubled_batch(name: str, tmp_path: Path) -> None:
+    run(TORCHRUN, tmp_path, SETTINGS[name])
+    run([sys.executable], tmp_path, SETTINGS[name])
+    agree(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles what its processes talk through, and there is no c++")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_of_deepspeed_comes_to_the_same(stage: int, tmp_path: Path) -> None:
+    """AdamW in two groups: its averages are on either rank in part, and follow the rotations of a pruning step."""
+    if not (DEEPSPEED / "deepspeed").is_dir():
+        absent(f"pip install --no-deps --target {DEEPSPEED} -r requirements/deepspeed.txt has not been run")
+    settings = {**PRUNING, "qat": True, "bits": 4, "group_size": 16, "adam": True}
+    run(TORCHRUN, tmp_path, settings, stage)
+    run([sys.executable], tmp_path, settings)
+    agree(tmp_path)
