@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from .allocation import truncation_points
+from .comparison import compare_files
 from .errors import FormatError
 from .layouts import open_lora
 from .parallel import each_module
+from .report.file_report import FileReport, ModuleReport
 from .spectrum import thin_svd
 
-__all__ = ["FileInspection", "ModuleInspection", "effective_rank", "inspect_file", "truncation_curve"]
+__all__ = ["FileInspection", "ModuleInspection", "effective_rank", "inspect_file", "report_files", "truncation_curve"]
 
 _ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 
@@ -137,6 +139,23 @@ def inspect_file(path: str) -> FileInspection:
         source.metadata,
         truncation_curve(modules, dtype.itemsize, size - sum(module.bytes for module in modules)),
     )
+
+
+def report_files(original: str, path: str) -> FileReport:
+    """What became of `original` in `path`, as if it had just been compressed: told from the two files.
+
+    Raises:
+        FormatError: one of them cannot be read, or they are of different models.
+    """
+    inspected, compared = inspect_file(original), compare_files(original, path)
+    changed = {module.name: module for module in compared.modules}
+    reports = []
+    for module in inspected.modules:
+        other = changed[module.name]
+        numbers = other.rank, other.bytes, other.squared_error, other.squared_norm
+        reports.append(ModuleReport(module.name, module.part, module.shape, *numbers, module.sigma))
+    bytes_, about = compared.bytes, (inspected.layout, inspected.family)
+    return FileReport(original, path, "written", *about, bytes_, 0.0, tuple(reports), inspected.notes, curve=inspected.curve)
 
 
 def effective_rank(sigma: Sequence[float]) -> float:

@@ -1,8 +1,8 @@
-"""The main job in minutes: train a LoRA on tiny-sd through sd-scripts, save it compressed, load it again, draw with it.
+"""The main job in minutes: train a LoRA on tiny-sd through sd-scripts, save it compressed, load it again, draw with it, report.
 
     python bootstrap.py demo
 
-Writes outputs/demo/: the data set, the LoRA (packed, and its kohya partner) and comparison.png.
+Writes outputs/demo/: the data set, the LoRA (packed, and its kohya partner), comparison.png and report.html.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from lora_compress.evaluation.performance import evaluate_lora_performance  # noqa: E402
 from lora_compress.evaluation.probe import Probe, load_probe  # noqa: E402
 from lora_compress.evaluation.shapes import concept_prompts, write_dataset  # noqa: E402
+from lora_compress.report.html_evaluation import write_evaluation_html  # noqa: E402
 from networks import lora_compress as network_module  # noqa: E402
 
 TINY_SD = ROOT / "assets" / "tiny-sd"
@@ -87,11 +89,21 @@ def save_comparison(variants: dict[str, Drawn], path: Path, columns: int = 8, zo
     sheet.save(path)
 
 
+def report(lora: Path, full: Path, prompts: list[str]) -> Path:
+    """The page that `resize_lora_ext.py evaluate --report` writes, beside the LoRA, of a few pictures."""
+    options = {"count": 8, "steps": 10, "prompts_compared": 4, "guidance": GUIDANCE, "extractors": ("probe",)}
+    found = evaluate_lora_performance(
+        lora, base_model=TINY_SD, original=full, prompts=prompts[:8], weights={"probe": TINY_SD / "probe.safetensors"}, **options
+    )
+    write_evaluation_html(found, lora.with_name("report.html"))
+    return lora.with_name("report.html")
+
+
 def main() -> int:
     """Exit status 1 if the compressed LoRA does not draw what the full one draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo", help="replaced if it is there")
-    parser.add_argument("--pictures", type=int, default=64, help="drawn for each variant")
+    parser.add_argument("--pictures", type=int, default=32, help="drawn for each variant")
     parser.add_argument("--image", type=Path, default=None, help="where to put the comparison; default <output>/comparison.png")
     options = parser.parse_args()
     folder: Path = options.output.resolve()
@@ -121,16 +133,18 @@ def main() -> int:
     for name, drawn in variants.items():
         table.add_row(name, f"{drawn.size / 1e3:.0f} KB" if drawn.size else "-", f"{drawn.found:.0%}")
     Console().print(table)
+    packed = folder / f"{NAME}.safetensors"
+    page = report(packed, full, prompts)
     print(
-        f"pictures: {image}\npacked LoRA: {loras['compressed LoRA']}\nthe same for every program: {folder / NAME}.kohya.safetensors"
+        f"report: {page}\npictures: {image}\npacked LoRA: {packed}\nthe same for every program: {folder / NAME}.kohya.safetensors"
     )
     print(f"{time.monotonic() - started:.0f} s")
-    base, whole, packed = (drawn.found for drawn in variants.values())
-    learned, kept = base <= 0.1 and whole >= 0.8, packed >= 0.8 * whole
+    base, whole, small = (drawn.found for drawn in variants.values())
+    learned, kept = base <= 0.1 and whole >= 0.8, small >= 0.8 * whole
     if not learned:
         print(f"error: the LoRA has not learned its concept: found in {base:.0%} without it, {whole:.0%} with it", file=sys.stderr)
     if not kept:
-        print(f"error: compression lost the concept: {whole:.0%} before, {packed:.0%} after", file=sys.stderr)
+        print(f"error: compression lost the concept: {whole:.0%} before, {small:.0%} after", file=sys.stderr)
     return 0 if learned and kept else 1
 
 

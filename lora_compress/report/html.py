@@ -15,7 +15,7 @@ from .file_report import FileReport, ModuleReport
 from .html_charts import bytes_chart, curve_chart, size_text, spectrum_overview
 from .html_heat import heat_maps
 
-__all__ = ["html_page", "page", "tiles", "write_html", "write_page"]
+__all__ = ["file_body", "html_page", "page", "spectra_data", "tiles", "write_html", "write_page"]
 
 _HEADINGS = (
     ("module", "its name in the file", ""),
@@ -47,17 +47,22 @@ def write_page(text: str, path: str | os.PathLike[str]) -> None:
 
 def html_page(report: FileReport) -> str:
     """The page: headline numbers, bytes, size-error curve, ranks and bits by block, spectra, table of modules, notes, settings."""
+    name = os.path.basename(report.input)
+    lead = f"{escape(report.input)} &rarr; {escape(report.output or 'nothing written')}"
+    about = f"{report.layout} layout, {report.family} family, status {report.status.replace('_', ' ')}"
+    body = tiles(_headline(report)) + file_body(report)
+    return page(name, lead, escape(about), body, report.notes, report.settings, spectra_data(report.modules))
+
+
+def file_body(report: FileReport) -> str:
+    """The sections about a file; its page needs `spectra_data`."""
     sections = [
         f'<div class="pair">{bytes_chart(report)}{curve_chart(report)}</div>',
         f"<section><h2>Rank and bits by block</h2>{heat_maps(report.modules)}</section>",
         _spectra(report.modules),
         _table(report.modules),
     ]
-    name = os.path.basename(report.input)
-    lead = f"{escape(report.input)} &rarr; {escape(report.output or 'nothing written')}"
-    about = f"{report.layout} layout, {report.family} family, status {report.status.replace('_', ' ')}"
-    body = tiles(_headline(report)) + "".join(sections)
-    return page(name, lead, escape(about), body, report.notes, report.settings, _data(report.modules))
+    return "".join(sections)
 
 
 def page(
@@ -150,7 +155,7 @@ def _row(module: ModuleReport, total: float) -> str:
     return f"<tr><td>{escape(module.name)}</td><td>{escape(module.part)}</td>{cells}</tr>"
 
 
-def _data(modules: tuple[ModuleReport, ...]) -> dict[str, Any]:
+def spectra_data(modules: tuple[ModuleReport, ...]) -> dict[str, Any]:
     """What the script draws spectra from: singular values to four digits."""
     return {
         "name": [module.name for module in modules],

@@ -1,19 +1,29 @@
-"""A page about an evaluation: its numbers with their intervals, the error over timesteps, and the pictures side by side."""
+"""A page about an evaluation: its numbers with their intervals, the error over timesteps, and the pictures side by side.
+
+With them on the page: what became of the file that the LoRA was made from, and the evaluations of its training.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from ..evaluation.results import Estimate, Evaluation
-from .html import page, tiles, write_page
+from ..inspection import report_files
+from .file_report import FileReport
+from .html import file_body, page, spectra_data, tiles, write_page
 from .html_charts import size_text
+from .html_history import history_body, history_notes
 
 __all__ = ["evaluation_page", "write_evaluation_html"]
 
@@ -23,19 +33,34 @@ _HEADINGS = ("metric", "value", "95 % interval", "floor", "N", "measured by", "w
 
 
 def write_evaluation_html(found: Evaluation, path: str | os.PathLike[str]) -> None:
-    """Write `evaluation_page` to `path`, whole or not at all.
+    """Write `evaluation_page` to `path`, whole or not at all, with all that is known of the LoRA.
+
+    The original's file is compared with the LoRA's; the history of its training is taken from <name>.evaluations.jsonl beside it.
 
     Raises:
         SaveError: the file cannot be written.
     """
-    write_page(evaluation_page(found), path)
+    file = None if found.original is None else report_files(found.original, found.path)
+    history = Path(found.path).with_suffix(".evaluations.jsonl")
+    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
+    write_page(evaluation_page(found, file, [json.loads(line) for line in lines]), path)
 
 
-def evaluation_page(found: Evaluation) -> str:
-    """The page, with nothing in it that comes from elsewhere."""
-    body = tiles(_headline(found)) + _table(found) + _timesteps(found) + _pictures(found)
+def evaluation_page(found: Evaluation, file: FileReport | None = None, history: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page, with nothing in it that comes from elsewhere.
+
+    Args:
+        found: what was measured.
+        file: what became of the original's file.
+        history: of the training, as `html_history.history_page` takes it.
+    """
+    body = tiles(_headline(found)) + _table(found) + _pictures(found) + _timesteps(found)
+    body += "" if file is None else f"<h2>The file</h2>{file_body(file)}"
+    body += f"<h2>The training</h2>{history_body(history)}" if history else ""
+    data = spectra_data(file.modules) if file is not None else None
+    notes = [*found.notes, *(file.notes if file is not None else ()), *history_notes(history)]
     lead = escape(found.path) if found.original is None else f"{escape(found.original)} &rarr; {escape(found.path)}"
-    return page(os.path.basename(found.path), lead, "evaluation", body, found.notes, found.settings)
+    return page(os.path.basename(found.path), lead, "evaluation", body, notes, found.settings, data)
 
 
 def _headline(found: Evaluation) -> list[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 from .html import page, tiles
 from .html_charts import horizontal_line, linear_ticks, path_through, size_text, svg
 
-__all__ = ["history_page"]
+__all__ = ["history_body", "history_notes", "history_page"]
 
 _WIDTH, _HEIGHT = 460, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 42
@@ -27,6 +27,13 @@ def history_page(name: str, history: Sequence[Mapping[str, Any]], settings: Mapp
         history: at least one entry; those of evaluations that failed, and those without a controller, are told as what they are.
         settings: of the training, shown as they are.
     """
+    body = tiles(_headline(history, _measured(history))) + history_body(history)
+    about = f"{history[-1].get('pictures', 0)} pictures each time, measured by {history[-1].get('extractor', 'nothing')}"
+    return page(name, "evaluations of a training", escape(about), body, history_notes(history), settings)
+
+
+def history_body(history: Sequence[Mapping[str, Any]]) -> str:
+    """Charts of a history, and its table."""
     metrics = _measured(history)
     charts = [
         _chart(metric, {metric: _points(history, metric), "uncompressed": _points(history, f"{metric}_full")}, _short)
@@ -35,10 +42,12 @@ def history_page(name: str, history: Sequence[Mapping[str, Any]], settings: Mapp
     charts += [_chart("rank_ratio", {"rank_ratio": _points(history, "rank_ratio")}, _short)]
     charts += [_chart("bits per weight", {"bits": _points(history, "bits")}, _short)]
     charts += [_chart("bytes of the file", {"bytes": _points(history, "bytes")}, size_text)]
-    body = tiles(_headline(history, metrics)) + f'<div class="pair">{"".join(charts)}</div>' + _table(history, metrics)
-    notes = [f"step {entry['step']}: the evaluation failed ({entry['error']})" for entry in history if "error" in entry]
-    about = f"{history[-1].get('pictures', 0)} pictures each time, measured by {history[-1].get('extractor', 'nothing')}"
-    return page(name, "evaluations of a training", escape(about), body, notes, settings)
+    return f'<div class="pair">{"".join(charts)}</div>' + _table(history, metrics)
+
+
+def history_notes(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the user should be told of a history."""
+    return [f"step {entry['step']}: the evaluation failed ({entry['error']})" for entry in history if "error" in entry]
 
 
 def _measured(history: Sequence[Mapping[str, Any]]) -> list[str]:

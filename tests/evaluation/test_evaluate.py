@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,8 @@ from lora_compress.evaluation.attachment import Lora, _converted, attached, read
 from lora_compress.evaluation.base_model import draw, load_base_model
 from lora_compress.evaluation.output_error import relative_output_error
 from lora_compress.evaluation.shapes import concept_prompts, write_dataset
-from lora_compress.report.html_evaluation import evaluation_page
+from lora_compress.inspection import report_files
+from lora_compress.report.html_evaluation import evaluation_page, write_evaluation_html
 from lora_compress.settings import CompressionSettings
 
 LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1")
@@ -177,6 +181,23 @@ def test_the_page_holds_the_numbers_and_the_pictures(evaluated) -> None:  # type
     for estimate in evaluated.estimates:
         assert f"<td>{estimate.name}</td><td>{estimate.value:.4g}</td>" in text
     assert 'src="http' not in text and "href=" not in text and "url(" not in text
+
+
+def test_the_page_tells_of_the_file_and_of_the_training(evaluated, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """What lies beside the LoRA is found."""
+    lora = tmp_path / "lora.safetensors"
+    shutil.copy(evaluated.path, lora)
+    entries = [{"step": 10, "probe_fd": 2.5, "probe_fd_interval": [2, 3], "rank_ratio": 0.5}, {"step": 20, "error": "no pictures"}]
+    (tmp_path / "lora.evaluations.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    write_evaluation_html(dataclasses.replace(evaluated, path=str(lora)), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for told in ("Bytes before and after", "Rank and bits by block", "Spectra", "Evaluations and decisions", "no pictures"):
+        assert told in text
+    report = report_files(evaluated.original, str(lora))
+    assert report.relative_error == pytest.approx(evaluated.relative_error, rel=1e-6)
+    assert report.bytes == (evaluated.bytes_original, evaluated.bytes)
+    for module in report.modules:
+        assert math.fsum(value**2 for value in module.sigma) == pytest.approx(module.squared_norm, rel=1e-5)
 
 
 def test_a_base_model_without_a_data_set_draws_stock_prompts(files: tuple[Path, Path], tiny_sd: Path) -> None:

@@ -87,14 +87,14 @@ def look(browser: str, page: str, folder: Path, *, phone: bool, dark: bool) -> d
     return seen
 
 
-def evaluation() -> str:
-    """A page with three prompts, drawn three times."""
+def evaluation(*more: Any) -> str:
+    """A page with three prompts, drawn three times; `more` as `evaluation_page` takes it."""
     generator = torch.Generator().manual_seed(0)
     names = ("base", "full", "compressed")
     pictures = {name: torch.randint(256, (3, 3, 64, 64), generator=generator).byte() for name in names}
     estimate = Estimate("ssim", 0.93, (0.9, 0.95), 8, "pixels", 0.99, "how alike pictures are")
     return evaluation_page(
-        Evaluation("small", "big", 2000, 9000, 0.05, (estimate,), ((100.0, 0.02), (500.0, 0.03)), (), {"count": 3}, pictures)
+        Evaluation("small", "big", 2000, 9000, 0.05, (estimate,), ((100.0, 0.02), (500.0, 0.03)), (), {"count": 3}, pictures), *more
     )
 
 
@@ -102,8 +102,9 @@ PAGES = {
     "file": lambda: html_page(report_of(many_modules())),
     "training": lambda: history_page("star", history(), {"mode": "fid_gap"}),
     "evaluation": evaluation,
+    "all of it": lambda: evaluation(report_of(many_modules()), history()),
 }
-CHARTS = {"file": 3, "training": 4, "evaluation": 0}  # at least
+CHARTS = {"file": 3, "training": 4, "evaluation": 0, "all of it": 7}  # at least
 
 
 @pytest.mark.parametrize(("phone", "dark"), [(False, False), (True, True)], ids=["desktop, light", "phone, dark"])
@@ -115,6 +116,6 @@ def test_a_page_in_a_browser(name: str, phone: bool, dark: bool, browser: str, t
     assert seen["overflow"] <= 0 and seen["width"] == (390 if phone else 1280)
     brightness = sum(map(int, seen["page"].removeprefix("rgb(").rstrip(")").split(","))) / 3
     assert (brightness < 80) == dark
-    if name == "evaluation":
+    if name in ("evaluation", "all of it"):
         cuts = [cut.removeprefix("inset(").rstrip(")").split()[-1] for cut in seen["cuts"]]
         assert cuts in (["0%", "25%", "100%"], ["0px", "25%", "100%"]) and seen["changed"] and seen["shown"] > 100
