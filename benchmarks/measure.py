@@ -60,12 +60,15 @@ def fresh(script: Path, task: str, /, **arguments: Any) -> Run:
     command = [sys.executable, str(script), "--task", task, json.dumps({k: _plain(v) for k, v in arguments.items()})]
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak = 0
-    while process.poll() is None:
+    peak, told = 0, None
+    while told is None:
         peak = max(peak, _anonymous(process.pid))
-        time.sleep(_INTERVAL)
+        try:
+            told = process.communicate(timeout=_INTERVAL)  # reads meanwhile: a pipe holds 64 kB
+        except subprocess.TimeoutExpired:
+            continue
     seconds = time.monotonic() - started
-    output, errors = process.communicate()
+    output, errors = told
     if process.returncode:
         raise RuntimeError(f"{task} ended with exit status {process.returncode}: {errors[-2000:]}")
     return Run(json.loads(output.splitlines()[-1]), seconds, peak)
