@@ -7,6 +7,7 @@ import html
 import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def root(sd_scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainings: dict[str, dict[str, Any]] = {
         "adapted": adapted,
         "adapted again": adapted | middle,
+        "adapted by two": adapted | {"save_state": None, "save_every_n_steps": None},
         "plain": longer | saving,
         "measured": longer | saving | {"evaluation": held},
         "resumed": longer | state | saving | {"evaluation": held},
@@ -79,7 +81,7 @@ def root(sd_scripts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         argv = config(models.TINY_SD, root / "pictures", root / name, **values)
         environment = {"LORA_COMPRESS_CACHE": str(root / "cache"), "ACCELERATE_USE_CPU": "true"}
         ranks: list[dict[str, str]] = [{}]
-        if name == "shared":
+        if name in ("shared", "adapted by two"):
             common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
             ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(2)]
         jobs.append(
@@ -178,6 +180,17 @@ def test_two_processes_share_the_pictures_and_find_what_one_finds(root: Path) ->
     assert (alone["pictures"], alone["reference"]) == (5, 4)  # of the validation split
     for name in ("probe_fd", "probe_kd", "probe_fd_floor", "probe_kd_floor"):
         assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-3)
+
+
+def test_two_processes_follow_one_decision(root: Path) -> None:
+    names = ("step", "rank_ratio", "bits", "strategy", "action", "next")
+    runs = [[{name: entry.get(name) for name in names} for entry in history(root, run)] for run in ("adapted", "adapted by two")]
+    assert runs[0] == runs[1]
+    logs = [(root / f"adapted by two{rank}.log").read_text() for rank in range(2)]
+    kept = [re.findall(r"step (\d+): (\d+) of\s+(\d+)\s+components", log) for log in logs]
+    assert len(kept[0]) > 3 and kept[0] == kept[1]
+    files = [load_lora(root / run / "lora.safetensors").metadata for run in ("adapted", "adapted by two")]
+    assert files[0]["ss_compress_components"] == files[1]["ss_compress_components"]
 
 
 def test_every_epoch_is_measured_and_the_last_step(root: Path) -> None:
