@@ -38,7 +38,7 @@ EVALUATE = [  # what `resize_lora_ext.py evaluate` draws and measures pictures w
     "torch-fidelity>=0.3,<0.5",  # Inception with the weights that FID is defined by
     "transformers>=4.44",  # CLIP, DINOv2
 ]
-GUI = ["gradio>=5.0,<7"]  # the page of `resize_lora_ext.py gui`
+GUI = ["gradio>=6.31,<7"]  # the page of `resize_lora_ext.py gui`; in earlier ones it loads a script from cdnjs.cloudflare.com
 DEV = ["hypothesis", "mypy", "peft", "pytest", "ruff", "setuptools>=77", "torchmetrics", "types-toml", "wheel"]
 
 # The two scripts of the root, as soon as they exist.

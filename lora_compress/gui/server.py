@@ -9,15 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import gradio as gr
-
 from ..cli.arguments import UsageError
 from .page import LOOK, build
-from .versions import accepted
 
 __all__ = ["serve"]
 
-_PRIVATE = {"share": False, "ssr_mode": False, "show_api": False, "footer_links": [], "enable_monitoring": False}
+_PRIVATE = {"share": False, "ssr_mode": False, "footer_links": [], "enable_monitoring": False, "mcp_server": False, "pwa": False}
 
 
 def serve(host: str, port: int, max_size: int, open_browser: bool) -> None:
@@ -31,7 +28,6 @@ def serve(host: str, port: int, max_size: int, open_browser: bool) -> None:
     """
     with _own_folder():
         page = build()
-        options = accepted(gr.Blocks.launch, {**LOOK, **_PRIVATE})
         try:
             _, address, _ = page.queue(default_concurrency_limit=1).launch(
                 server_name=host,
@@ -40,12 +36,11 @@ def serve(host: str, port: int, max_size: int, open_browser: bool) -> None:
                 inbrowser=open_browser,
                 prevent_thread_lock=True,
                 quiet=True,
-                **options,
+                **LOOK,
+                **_PRIVATE,
             )
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"--host {host} --port {port}: cannot be listened at ({error}): choose another --port"
-            ) from None
+            raise UsageError(f"--host {host} --port {port}: cannot be listened at ({error}): choose another --port") from None
         print(f"open {address} in a browser; Ctrl+C ends it", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
