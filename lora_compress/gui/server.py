@@ -39,8 +39,12 @@ def serve(host: str, port: int, max_size: int, open_browser: bool) -> None:
                 **LOOK,
                 **_PRIVATE,
             )
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--host {host} --port {port}: cannot be listened at ({error}): choose another --port") from None
+        except OSError:
+            raise UsageError(
+                f"--port {port}: is taken, or --host {host} is no address of this machine: choose another one"
+            ) from None
+        except ValueError:  # Gradio asked for its own page
+            raise UsageError(f"--host {host}: does not answer this machine itself: name it in NO_PROXY, or leave it out") from None
         print(f"open {address} in a browser; Ctrl+C ends it", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
