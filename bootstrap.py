@@ -23,9 +23,14 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 VERSIONS = ROOT / ".sd-scripts-versions"  # further sd-scripts that the tests run against
 REQUIREMENTS = {"demo": ROOT / "requirements" / "run.txt", "test": ROOT / "requirements" / "dev.txt"}
-NEWEST_DIFFUSERS = ROOT / "requirements" / "diffusers-0.42.txt"  # the tests of its loaders run against this one too,
-OVERLAY = ROOT / ".diffusers-0.42"  # in this folder, put before the environment
+OVERLAYS = {  # what some tests put before the environment: requirements that are at odds with its pins, and the folder they go to
+    ROOT / "requirements" / "diffusers-0.42.txt": ROOT / ".diffusers-0.42",
+    ROOT / "requirements" / "gui.txt": ROOT / ".gui",
+}
+if sys.platform == "linux":  # elsewhere DeepSpeed cannot be built without more
+    OVERLAYS[ROOT / "requirements" / "deepspeed.txt"] = ROOT / ".deepspeed"
 MINIMUM_PYTHON = (3, 10)
+OVERLAY_PYTHON = (3, 11)  # before it their pins cannot be installed, and the tests that need them are skipped
 PROBE_SECONDS = 20  # for the git server's first answer
 CLONE_SECONDS = 900
 CHECKS = (
@@ -58,9 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
             check_installed(requirements)
         else:
             install(requirements, python, VENV / "requirements.stamp")
-            if options.verb == "test":
-                overlay = ["--no-deps", "--upgrade", "--target", str(OVERLAY)]
-                install(NEWEST_DIFFUSERS, python, OVERLAY / "requirements.stamp", overlay)
+            for wanted, folder in OVERLAYS.items() if options.verb == "test" and sys.version_info >= OVERLAY_PYTHON else ():
+                overlay = ["--no-deps", "--upgrade", "--target", str(folder)]
+                install(wanted, python, folder / "requirements.stamp", overlay)
         work = _run_tests if options.verb == "test" else _run_demo
         return work(python, passed_on, _environment(python, root))
     except BootstrapError as error:

@@ -38,6 +38,7 @@ EVALUATE = [  # what `resize_lora_ext.py evaluate` draws and measures pictures w
     "torch-fidelity>=0.3,<0.5",  # Inception with the weights that FID is defined by
     "transformers>=4.44",  # CLIP, DINOv2
 ]
+GUI = ["gradio>=6.31,<7"]  # the page of `resize_lora_ext.py gui`; in earlier ones it loads a script from cdnjs.cloudflare.com
 DEV = ["hypothesis", "mypy", "peft", "pytest", "ruff", "setuptools>=77", "torchmetrics", "types-toml", "wheel"]
 
 # The two scripts of the root, as soon as they exist.
@@ -58,7 +59,7 @@ setup(
     package_data={"lora_compress": ["py.typed", "**/*.html", "**/*.css", "**/*.js", "**/*.json", "**/*.toml"]},
     py_modules=SCRIPTS,
     install_requires=CORE,
-    extras_require={"train": TRAIN, "evaluate": EVALUATE, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "evaluate": EVALUATE, "gui": GUI, "dev": TRAIN + DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Operating System :: OS Independent",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from .allocation import bits_for_error, truncation_points
 from .job import Job
 from .quantization import FixedFormat, component_size
 
-__all__ = ["size_curve"]
+__all__ = ["entropy_points", "size_curve"]
 
 _ERRORS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75)
 _DISTORTION = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}  # of a Gaussian factor by bits, groups of 64
@@ -25,7 +26,7 @@ def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
     """
     quantization = job.settings.quantization
     if quantization.enabled and quantization.strategy == "entropy":
-        return _entropy_curve(job, overhead)
+        return entropy_points([(a.shape.stored, a.spectrum.sigma.tolist()) for a in job.analyses.values()], overhead)
     form = FixedFormat.of_settings(quantization) if quantization.enabled and job.packed else None
     sigmas = {name: analysis.scores for name, analysis in job.analyses.items()}
     noise = 2 * _DISTORTION[int(quantization.bits)] if form and quantization.bits and not quantization.averages else 0.0
@@ -49,10 +50,18 @@ def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
     return tuple(mixed.items())
 
 
-def _entropy_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
-    """Reverse water-filling: a component of RMS x per weight gets 0.255 + log2(x / d) bits at the distortion d, and none below."""
-    widths = np.array([a.shape.stored for a in job.analyses.values() for _ in a.scores], dtype=np.float64).reshape(-1, 2)
-    sigma = np.concatenate([a.spectrum.sigma.double().numpy() for a in job.analyses.values()])
+def entropy_points(spectra: Iterable[tuple[tuple[int, int], Sequence[float]]], overhead: int) -> tuple[tuple[int, float], ...]:
+    """(bytes, relative error) of entropy-coded files, by reverse water-filling.
+
+    A component of RMS x per weight gets 0.255 + log2(x / d) bits at the distortion d, and none below.
+
+    Args:
+        spectra: of each module the (inputs * kernel, outputs) that are stored, and its singular values.
+        overhead: bytes of the file that are no factors.
+    """
+    modules = [(pair, np.asarray(values, dtype=np.float64)) for pair, values in spectra]
+    widths = np.array([pair for pair, values in modules for _ in values], dtype=np.float64).reshape(-1, 2)
+    sigma = np.concatenate([np.zeros(0), *(values for _, values in modules)])
     total, points = float(np.square(sigma).sum()), {}
     for error in _ERRORS if total else ():
         low, high = 0.0, float(np.square(sigma).max())

@@ -66,7 +66,8 @@ def compress_file(
         calibration: file of activation statistics of this LoRA.
         force: `target` may be `source`.
         repair: mend a broken input where that is possible.
-        progress: called with (modules done, modules in all).
+        progress: called with (modules done, modules in all); it counts anew in every pass, of which a search for a size or an error
+            takes several.
         details: more to tell in the metadata, as ss_compress_* keys.
 
     Returns:
@@ -84,7 +85,7 @@ def compress_file(
         of_plain = ConsumerRules() if settings.save_format == "packed" else rules
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
-        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details or {})
+        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details or {}, progress)
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
@@ -92,9 +93,7 @@ def compress_file(
         parts = {name: lora.part(name) for name in lora}
         chosen = plan(job, Frame(assembly.size, parts, weights, protected, of_plain.one_rank(lora.layout)))
         if job.packed:
-            stored = chosen.stored or {}
-            for name, module in _watched(job, chosen, progress) if chosen.stored is None else ():
-                stored[name] = module
+            stored = chosen.stored if chosen.stored is not None else dict(job.run(chosen.choices))
         else:
             stored = job.outline(chosen.choices)
         if not stored:
@@ -108,7 +107,7 @@ def compress_file(
         if written and job.packed:
             _write_packed(assembly, lora, stored, target, save_dtype, spool)
         elif written:
-            stored = _write_plain(assembly, lora, stored, chosen, target, progress)
+            stored = _write_plain(assembly, lora, stored, chosen, target)
         modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
         curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
     return FileReport(
@@ -155,6 +154,7 @@ def _prepare(
     decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]],
     spool: Callable[[], Spool],
     details: Mapping[str, str],
+    progress: Progress | None,
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
 
@@ -173,7 +173,7 @@ def _prepare(
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
         return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
 
-    job = Job(lora, settings, dtype, decompose, keys, pad, spool)
+    job = Job(lora, settings, dtype, decompose, keys, pad, spool, progress)
     extras = {name: tensor_specs(lora.extras(name)) for name in lora}
     return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details)
 
@@ -207,23 +207,12 @@ def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ra
     return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.others))
 
 
-def _watched(
-    job: Job, chosen: Plan, progress: Progress | None, sink: Callable[[str, Stored], Stored] | None = None
-) -> Iterator[tuple[str, Stored]]:
-    """The modules one by one, told to `progress`."""
-    for done, named in enumerate(job.run(chosen.choices, sink=sink), 1):
-        yield named
-        if progress:
-            progress(done, len(chosen.choices))
-
-
 def _write_plain(
     assembly: Assembly,
     lora: Source,
     outline: Mapping[str, Stored],
     chosen: Plan,
     target: str | os.PathLike[str],
-    progress: Progress | None,
 ) -> dict[str, Stored]:
     """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
 
@@ -235,7 +224,7 @@ def _write_plain(
     with atomic_path(target) as temporary:
         with TensorWriter(temporary, assembly.specs(outline), assembly.finished_metadata(outline)) as writer:
             _pass_on(writer, lora, outline)
-            stored = dict(_watched(assembly.job, chosen, progress, write))
+            stored = dict(assembly.job.run(chosen.choices, sink=write))
             writer.metadata = assembly.finished_metadata(stored)
     return stored
 

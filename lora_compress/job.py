@@ -122,6 +122,7 @@ class Job:
         keys: of a module in a plain file.
         pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
         spool: makes the place where the chunks of a run wait; None for memory.
+        progress: called with (modules done, modules in all) in every run; a search for a budget takes several.
 
     Raises:
         FormatError: an update holds NaN or infinity.
@@ -136,9 +137,10 @@ class Job:
         keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
         pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
         spool: Callable[[], Spool] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
-        self.decompose, self.keys, self.pad, self.spool = decompose, keys, pad, spool
+        self.decompose, self.keys, self.pad, self.spool, self.progress = decompose, keys, pad, spool, progress
         names = list(updates)
         batches = {names[first]: names[first : first + _BATCH] for first in range(0, len(names), _BATCH)}
         found = each_module(lambda _, batch: self._analyse(batch), batches)
@@ -168,9 +170,11 @@ class Job:
         padded = self.pad({name: choice.stored for name, choice in kept.items()})
         alpha = self._file_alpha(kept, padded)
         spool = self.spool() if self.spool and self.packed and not predict else None
-        for name, stored in stream_modules(store, kept):
+        for done, (name, stored) in enumerate(stream_modules(store, kept), 1):
             if stored.rank:
                 yield name, replace(stored, chunks=tuple(map(spool.keep, stored.chunks))) if spool else stored
+            if self.progress:
+                self.progress(done, len(kept))
 
     def predict(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
         """What `run` would give of entropy-coded modules, closely, in a third of the time: sizes and errors; the bytes are zeros.

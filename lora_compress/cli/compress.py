@@ -31,6 +31,7 @@ verbs:
   resize_lora_ext.py inspect --model FILE                    what a file holds, and what a smaller one would cost
   resize_lora_ext.py compare --model A --other B             how far apart two files are
   resize_lora_ext.py evaluate --model A --other B --base_model M --dataset D    what the pictures of B lost
+  resize_lora_ext.py gui                                     a page in the browser that makes a file smaller
 
 examples:
   resize_lora_ext.py --model lora.safetensors --save_to small.safetensors --new_rank 16

@@ -111,6 +111,13 @@ def test_progress_is_told_to_the_last_module(source: Path, tmp_path: Path) -> No
     for values in ({"bits": 4}, {"new_rank": 2}):
         compress_file(source, tmp_path / "out.safetensors", settings(**values), progress=lambda *pair: told.append(pair))
     assert told == 2 * [(done, 6) for done in range(1, 7)]
+    told.clear()
+    values = {"strategy": "entropy", "target_size": "3kB"}  # a search: several passes, each told to its last module
+    compress_file(source, tmp_path / "out.safetensors", settings(**values), progress=lambda *pair: told.append(pair))
+    ends = [place for place, (done, total) in enumerate(told) if done == total]
+    assert ends and ends[-1] == len(told) - 1
+    starts = [0, *(place + 1 for place in ends[:-1])]
+    assert all([done for done, _ in told[a : b + 1]] == list(range(1, told[b][1] + 1)) for a, b in zip(starts, ends, strict=True))
 
 
 # What cannot be written

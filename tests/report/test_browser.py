@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from report.conftest import HEADLESS
 
 from lora_compress.evaluation.results import Estimate, Evaluation
 from lora_compress.report.html import html_page
@@ -19,9 +18,7 @@ from lora_compress.report.html_evaluation import evaluation_page
 from lora_compress.report.html_history import history_page
 from tests.core.test_html import history, many_modules, report_of
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--dump-dom"]
-_FLAGS += ["--virtual-time-budget=2000"]
+_FLAGS = [*HEADLESS, "--virtual-time-budget=2000"]
 _FIRST = """<script>
 const errors = [];
 addEventListener("error", (event) => errors.push(String(event.message)));
@@ -58,19 +55,6 @@ _FRAME = """<!doctype html><pre id="seen"></pre>
 <script>
 onmessage = (event) => {{ document.getElementById("seen").textContent = event.data; }};
 </script>"""  # a window cannot be as narrow as a phone
-
-
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
-    starts = found and subprocess.run([found, *_FLAGS, "about:blank"], capture_output=True, timeout=120).returncode == 0
-    if not starts:
-        why = f"{found} does not start here" if found else "no Chromium on the path: apt-get install chromium"
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(why)
-        pytest.skip(f"{why} (REQUIRE_BROWSER=1 makes this a failure)")
-    assert found is not None
-    return found
 
 
 def look(browser: str, page: str, folder: Path, *, phone: bool, dark: bool) -> dict[str, Any]:
