@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 __all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled", "watched"]
 
@@ -59,19 +60,22 @@ def fresh(script: Path, task: str, /, **arguments: Any) -> Run:
     """
     command = [sys.executable, str(script), "--task", task, json.dumps({k: _plain(v) for k, v in arguments.items()})]
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    peak, told = 0, None
-    while told is None:
-        peak = max(peak, _anonymous(process.pid))
-        try:
-            told = process.communicate(timeout=_INTERVAL)  # reads meanwhile: a pipe holds 64 kB
-        except subprocess.TimeoutExpired:
-            continue
-    seconds = time.monotonic() - started
-    output, errors = told
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:  # a pipe holds 64 kB
+        process = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(_INTERVAL)
+        seconds = time.monotonic() - started
+        told, complaint = (_text(stream) for stream in (output, errors))
     if process.returncode:
-        raise RuntimeError(f"{task} ended with exit status {process.returncode}: {errors[-2000:]}")
-    return Run(json.loads(output.splitlines()[-1]), seconds, peak)
+        raise RuntimeError(f"{task} ended with exit status {process.returncode}: {complaint[-2000:]}")
+    return Run(json.loads(told.splitlines()[-1]), seconds, peak)
+
+
+def _text(stream: TextIO) -> str:
+    stream.seek(0)
+    return stream.read()
 
 
 def answer(tasks: Mapping[str, Callable[..., dict[str, Any]]], argv: Sequence[str]) -> bool:
