@@ -1,10 +1,9 @@
-"""Trains a LoRA of a Stable Diffusion 1.x pipeline with diffusers and PEFT alone, pruned and quantized as settings say."""
+"""Trains a LoRA of a Stable Diffusion pipeline with accelerate, diffusers and PEFT alone, pruned and quantized as settings say."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,137 +11,98 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LoraCompressError, SettingsError
-from ..evaluation.pictures import PICTURE_ENDINGS
+from ..errors import LoraCompressError
 from ..pipeline import save
-from ..settings import CompressionSettings
 from ..training import Pair, TrainingSession, find_pairs
+from .denoising import Denoiser, load_denoiser
+from .options import find_pictures, make_optimizer, read_options, resolution
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-_DEFAULTS: dict[str, Any] = {
-    "pretrained_model_name_or_path": None,
-    "train_data_dir": None,
-    "caption_extension": ".txt",
-    "resolution": "512,512",
-    "train_batch_size": 1,
-    "max_train_steps": 1600,
-    "network_dim": 4,
-    "network_alpha": 1.0,
-    "unet_lr": 1e-4,
-    "text_encoder_lr": 1e-5,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 0,
-    "seed": 0,
-    "output_dir": None,
-    "output_name": "last",
-}
-_UNET = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-_TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
+_TOLD = 50  # steps between two lines of the log
 
 
 def train(config: Mapping[str, Any]) -> Path:
-    """Train as a TOML of kohya's keys says, on one process in float32, and write the LoRA; its path.
+    """Train as a TOML of kohya's keys says, and write the LoRA; its path.
 
-    Loss: mean squared error of the noise, or of the velocity where the scheduler predicts that (arXiv 2006.11239, 2202.00512).
+    Several processes (`accelerate launch --num_processes 2`) take a batch each, and average the gradients of the LoRA's weights:
+    nothing else learns, so nothing is wrapped.
 
     Raises:
-        LoraCompressError: no data, another family than Stable Diffusion 1.x, wrong settings, PEFT or diffusers missing.
+        LoraCompressError: no data, a family that is not trained here, wrong settings, PEFT or diffusers missing.
     """
     try:
-        from diffusers import DDPMScheduler, StableDiffusionPipeline
+        from accelerate import Accelerator
         from diffusers.optimization import get_scheduler
-        from peft import LoraConfig
+        from peft import LoraConfig  # noqa: F401  what add_adapters needs, before minutes of loading
     except ImportError as error:
-        raise LoraCompressError(f"--host diffusers needs diffusers and peft ({error}): pip install diffusers peft") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LoraCompressError("--host diffusers trains in one process: start it with --num_processes 1")
-    options, settings = _read(config)
+        raise LoraCompressError(f"--host diffusers needs accelerate, diffusers and peft ({error}): pip install them") from error
+    options, settings = read_options(config)
+    accelerator = Accelerator(mixed_precision=options["mixed_precision"])
     torch.manual_seed(int(options["seed"]))
-    model = str(options["pretrained_model_name_or_path"])
-    if not (Path(model) / "model_index.json").is_file():
-        raise LoraCompressError(f"{model}: has no model_index.json: --host diffusers takes a folder that diffusers has saved")
-    if (kind := StableDiffusionPipeline.load_config(model).get("_class_name")) != "StableDiffusionPipeline":
-        raise LoraCompressError(f"{model}: is a {kind}: --host diffusers trains a StableDiffusionPipeline (SD 1.x) only")
-    pairs_of_files = _find_pictures(options)
-    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, safety_checker=None)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    groups: list[dict[str, Any]] = []
-    pairs: dict[str, Pair] = {}
-    for module, prefix, targets, rate in (
-        (pipe.unet, "lora_unet", _UNET, float(options["unet_lr"])),
-        (pipe.text_encoder, "lora_te", _TEXT, float(options["text_encoder_lr"])),
-    ):
-        module.requires_grad_(False)
-        if rate:
-            rank, alpha = int(options["network_dim"]), float(options["network_alpha"])
-            module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))  # type: ignore[arg-type]
-            found = _kohya_names(find_pairs(module), prefix)
-            groups.append({"params": [weight for pair in found.values() for weight in pair.weights], "lr": rate})
-            pairs |= found
-        module.train()
-    pipe.vae.requires_grad_(False)
-    steps = int(options["max_train_steps"])
+    files = find_pictures(options)
+    denoiser = load_denoiser(str(options["pretrained_model_name_or_path"]), resolution(options))
+    pairs, groups = add_adapters(denoiser, options)
+    denoiser.pipe.to(accelerator.device)
+    steps, weights = int(options["max_train_steps"]), [weight for pair in pairs.values() for weight in pair.weights]
     session = TrainingSession(pairs, settings, total_steps=steps)
-    optimizer = torch.optim.AdamW(groups)
-    rates = get_scheduler(
-        options["lr_scheduler"], optimizer, num_warmup_steps=int(options["lr_warmup_steps"]), num_training_steps=steps
-    )
-    pictures = [(_encode(pipe, path, options), caption) for path, caption in pairs_of_files]
-    order: list[int] = []
-    for step in range(steps):
-        while len(order) < int(options["train_batch_size"]):
-            order += torch.randperm(len(pictures)).tolist()
-        chosen = [pictures[order.pop(0)] for _ in range(int(options["train_batch_size"]))]
-        loss = _loss(pipe, scheduler, torch.cat([latents for latents, _ in chosen]), [caption for _, caption in chosen])
+    optimizer = make_optimizer(str(options["optimizer_type"]), groups)
+    warmup = int(options["lr_warmup_steps"])
+    rates = get_scheduler(options["lr_scheduler"], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    encoded = {path: denoiser.encode(path) for path, _ in files}
+    batches = _batches([(encoded[path], caption) for path, caption in files], options, accelerator)
+    torch.manual_seed(int(options["seed"]) + 1 + accelerator.process_index)  # each process has noise of its own
+    for step in range(1, steps + 1):
+        with accelerator.autocast():
+            loss = denoiser.loss(*next(batches))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([weight for pair in pairs.values() for weight in pair.weights], 1.0)
+        _average(weights, accelerator)
+        torch.nn.utils.clip_grad_norm_(weights, float(options["max_grad_norm"]) or float("inf"))
         optimizer.step()
         rates.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 50 == 0:
-            logger.info("step %d of %d: loss %.4f", step + 1, steps, loss.item())
-    path = Path(options["output_dir"]) / f"{options['output_name']}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(session.compress(torch.float16), path)
+        if step % _TOLD == 0 and accelerator.is_main_process:
+            logger.info("step %d of %d: loss %.4f", step, steps, loss.item())
+        every = options["save_every_n_steps"]
+        if every and step % int(every) == 0 and step < steps:
+            _save(session, options, accelerator, f"-step{step:08d}")
+    path = _save(session, options, accelerator, "")
     session.close()
     return path
 
 
-def _read(config: Mapping[str, Any]) -> tuple[dict[str, Any], CompressionSettings]:
-    """Options of the trainer and settings of the compression; keys of neither are named in one warning."""
-    own: dict[str, Any] = {}
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in ("pruning", "quantization"):
-            section = dict(value)
-            own |= section if section.pop("enabled", True) else {}
-        else:
-            flat |= value if isinstance(value, Mapping) else {name: value}
-    if unknown := sorted(set(flat) - set(_DEFAULTS)):
-        logger.warning("--host diffusers does not know and leaves out: %s", ", ".join(unknown))
-    options = {name: flat.get(name, default) for name, default in _DEFAULTS.items()}
-    if missing := [name for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir") if not options[name]]:
-        raise SettingsError([f"{name} is missing: set it" for name in missing], "--host diffusers")
-    return options, CompressionSettings.parse(own)
+def add_adapters(denoiser: Denoiser, options: Mapping[str, Any]) -> tuple[dict[str, Pair], list[dict[str, Any]]]:
+    """Pairs of PEFT by kohya's names, and the groups of their weights for an optimizer; a learning rate of 0 leaves a model out."""
+    from peft import LoraConfig
+
+    pairs: dict[str, Pair] = {}
+    groups = []
+    denoiser.pipe.vae.requires_grad_(False)
+    for prefix, (module, targets) in denoiser.parts.items():
+        module.requires_grad_(False)
+        module.train()
+        rate = float(options["unet_lr" if prefix == "lora_unet" else "text_encoder_lr"])
+        if not rate:
+            continue
+        rank, alpha = int(options["network_dim"]), float(options["network_alpha"])
+        module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))  # type: ignore[arg-type, operator]
+        if options["gradient_checkpointing"]:
+            _checkpoint(module)
+        found = _kohya_names(find_pairs(module), prefix)
+        groups.append({"params": [weight for pair in found.values() for weight in pair.weights], "lr": rate})
+        pairs |= found
+    return pairs, groups
 
 
-def _find_pictures(options: Mapping[str, Any]) -> list[tuple[Path, str]]:
-    """Pictures with captions in folders <repeats>_<name>, each as often as its folder says."""
-    found = []
-    for folder in sorted(Path(options["train_data_dir"]).glob("[0-9]*_*")):
-        repeats = int(folder.name.partition("_")[0])
-        for path in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_ENDINGS):
-            caption = path.with_suffix(options["caption_extension"])
-            if not caption.is_file():
-                raise LoraCompressError(f"{path}: has no caption {caption.name} beside it: write one, or set caption_extension")
-            found += [(path, caption.read_text(encoding="utf-8").strip())] * repeats
-    if not found:
-        raise LoraCompressError(f"{options['train_data_dir']}: no pictures in folders <repeats>_<name>: set train_data_dir")
-    return found
+def _checkpoint(module: Any) -> None:
+    """Blocks are computed again in the backward pass, without torch's reentrant way."""
+    if hasattr(module, "enable_gradient_checkpointing"):  # of diffusers, which is never reentrant
+        module.enable_gradient_checkpointing()
+    else:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _kohya_names(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Pair]:
@@ -150,21 +110,34 @@ def _kohya_names(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Pair]:
     return {named[name]: replace(pair, name=named[name], module=named[name]) for name, pair in pairs.items()}
 
 
-@torch.no_grad()
-def _encode(pipe: Any, path: Path, options: Mapping[str, Any]) -> Tensor:
-    from PIL import Image
+def _batches(
+    pictures: Sequence[tuple[Tensor, str]], options: Mapping[str, Any], accelerator: Any
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Latents and captions without end; all processes shuffle alike, and each takes its own of as many batches as there are."""
+    random = torch.Generator().manual_seed(int(options["seed"]))
+    own, world = int(options["train_batch_size"]), accelerator.num_processes
+    order: list[int] = []
+    while True:
+        while len(order) < own * world:
+            order += torch.randperm(len(pictures), generator=random).tolist()
+        taken, order = order[: own * world], order[own * world :]
+        chosen = [pictures[i] for i in taken[own * accelerator.process_index :][:own]]
+        yield torch.cat([latents for latents, _ in chosen]), [caption for _, caption in chosen]
 
-    size = [int(part) for part in str(options["resolution"]).split(",")]
-    with Image.open(path) as picture:
-        pixels = pipe.image_processor.preprocess(picture.convert("RGB"), height=size[-1], width=size[0])
-    return pipe.vae.encode(pixels.to(pipe.device)).latent_dist.sample() * pipe.vae.config.scaling_factor
+
+def _average(weights: Sequence[Tensor], accelerator: Any) -> None:
+    if accelerator.num_processes > 1:
+        for weight in weights:
+            if weight.grad is not None:
+                weight.grad = accelerator.reduce(weight.grad, "mean")
 
 
-def _loss(pipe: Any, scheduler: Any, latents: Tensor, captions: list[str]) -> Tensor:
-    tokens = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    states = pipe.text_encoder(tokens.to(latents.device))[0]
-    noise = torch.randn_like(latents)
-    times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-    predicted = pipe.unet(scheduler.add_noise(latents, noise, times), times, states).sample
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    return torch.nn.functional.mse_loss(predicted, scheduler.get_velocity(latents, noise, times) if velocity else noise)
+def _save(session: TrainingSession, options: Mapping[str, Any], accelerator: Any, suffix: str) -> Path:
+    """Write the LoRA as it stands; one process does, the others wait."""
+    path = Path(options["output_dir"]) / f"{options['output_name']}{suffix}.safetensors"
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dtype = _PRECISIONS[options["save_precision"]]
+        save(session.compress(dtype), path, dtype)
+    accelerator.wait_for_everyone()
+    return path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_compress import LowRankUpdate
 
-__all__ = ["added", "flux", "flux_output", "linear_updates", "sd_output", "tiny_sd"]
+__all__ = ["added", "flux", "flux_output", "linear_updates", "sd_output", "sdxl", "tiny_sd"]
 
 TINY_SD = Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"
 _COMPONENTS = {"lora_unet_": ("unet", "transformer"), "lora_te_": ("text_encoder",)}
@@ -51,6 +51,25 @@ def flux() -> Any:
     )
     absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return FluxPipeline(FlowMatchEulerDiscreteScheduler(), transformer=transformer, **absent)
+
+
+def sdxl() -> Any:
+    """A pipeline with a narrow U-Net of SDXL's topology and random weights, the same at every call."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        use_linear_projection=True,
+    )
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    return StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=EulerDiscreteScheduler(), **absent)
 
 
 def sd_output(pipe: Any) -> Tensor:

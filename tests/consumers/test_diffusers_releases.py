@@ -25,8 +25,9 @@ def test_the_tests_of_load_lora_pass_on_the_newest_diffusers() -> None:
         "pytest",
         "-q",
         "tests/consumers/test_diffusers.py",
+        "tests/consumers/test_matrix.py",
         "-k",
-        "layer or swapped or weighed or flux",
+        "layer or swapped or weighed or flux or naive",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
