@@ -22,7 +22,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
 from concept import arguments, scored, share, train  # noqa: E402
-from measure import Goal, goal_table  # noqa: E402
+from measure import Goal, goal_table, svg_plot  # noqa: E402
 
 _MODES = ("fid_trend", "fid_gap")
 _SCHEDULE = ["iterative_pruning=true", "pruning_start=0.02", "pruning_end=0.2", "min_rank=0"]
@@ -64,26 +64,20 @@ def adapt(folder: Path, mode: str, steps: int, every: int, pictures: int) -> tup
 
 def plot(path: Path, histories: Mapping[str, History]) -> None:
     """Bytes, rank_ratio, bits and metric over the steps, a line for each mode."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "adaptive"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 5.5), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, _PANELS.items(), strict=True):
-        for mode, history in histories.items():
-            key = "probe_fd" if name == "metric" else name
-            points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-            axis.plot(*zip(*points, strict=True), color=_COLOURS[mode], label=mode, marker="o", markersize=3)
-            full = [(entry["step"], entry["probe_fd_full"]) for entry in history if name == "metric" and "probe_fd_full" in entry]
-            if full:
-                axis.plot(*zip(*full, strict=True), color=_COLOURS[mode], linestyle="--", linewidth=1)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with svg_plot(path, 2, 2, figsize=(9, 5.5)) as axes:
+        for axis, (name, title) in zip(axes.flat, _PANELS.items(), strict=True):
+            for mode, history in histories.items():
+                key = "probe_fd" if name == "metric" else name
+                points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+                axis.plot(*zip(*points, strict=True), color=_COLOURS[mode], label=mode, marker="o", markersize=3)
+                full = [
+                    (entry["step"], entry["probe_fd_full"]) for entry in history if name == "metric" and "probe_fd_full" in entry
+                ]
+                if full:
+                    axis.plot(*zip(*full, strict=True), color=_COLOURS[mode], linestyle="--", linewidth=1)
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+        axes.flat[0].legend()
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ A LoRA of rank 16 learns the striped star with each seed and is compressed after
 the probe in assets/tiny-sd reads them. The loss is what the distance from held-out pictures of the concept has grown by against
 the full LoRA's, in its Fréchet distance (probe_fd) and kernel distance (KID's estimator, probe_kd); the floor is by how much these
 differ between two drawings of the full LoRA from different noise: below it two files cannot be told apart. Means over the
-seeds; intervals are of 95 %, over the pictures: of the growth by the
-jackknife, pictures of one prompt and noise going together. Folders of benchmarks/train_compare.py have the trainings already.
+seeds; intervals are of 95 %, over the pictures: of the growth by the jackknife, pictures of one prompt and noise going together.
+Folders of benchmarks/train_compare.py have the trainings already.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled", "watched"]
+__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled", "svg_plot", "watched"]
 
 _INTERVAL = 0.002  # seconds between two looks at the memory
 
@@ -84,6 +85,21 @@ def answer(tasks: Mapping[str, Callable[..., dict[str, Any]]], argv: Sequence[st
         return False
     print(json.dumps(tasks[argv[1]](**json.loads(argv[2]))))
     return True
+
+
+@contextmanager
+def svg_plot(path: Path, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[Any]:
+    """Axes of matplotlib, drawn to `path` as SVG at the end; the same numbers make the same bytes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = path.stem
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, layout="constrained", **options)
+    yield axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def watched(task: Callable[[], Any]) -> tuple[Any, int]:

@@ -35,7 +35,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks"), str(_ROOT / "tools")]
 
 from concept import arguments, compressed, scored, share, train  # noqa: E402
-from measure import Goal, goal_table  # noqa: E402
+from measure import Goal, goal_table, svg_plot  # noqa: E402
 
 _RANK = 16  # of config/demo.toml
 _LADDER = ((0.5, 4), (0.25, 4), (0.25, 3), (0.25, 2), (0.125, 3), (0.125, 2), (0.0625, 2))  # rank_ratio, bits; mild to strong
@@ -163,23 +163,15 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def plot(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
     """The share of pictures that show the concept, with its interval, a line for each arm."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "train_compare"
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7.5, 3), layout="constrained")
-    for place, (arm, line) in enumerate(found.items()):
-        middle, low, high = (100 * value for value in line["concept"])
-        colour = "#0b57d0" if arm in _TRAINED else "#c2410c" if arm != "full" else "#555555"
-        axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
-    axis.set_yticks(range(len(found)), [f"{arm}, {line['bytes'] / 1e3:,.0f} kB" for arm, line in found.items()])
-    axis.invert_yaxis()
-    axis.set_xlabel("pictures that show the concept, %")
-    axis.grid(axis="x", alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with svg_plot(path, figsize=(7.5, 3)) as axis:
+        for place, (arm, line) in enumerate(found.items()):
+            middle, low, high = (100 * value for value in line["concept"])
+            colour = "#0b57d0" if arm in _TRAINED else "#c2410c" if arm != "full" else "#555555"
+            axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, capsize=3)
+        axis.set_yticks(range(len(found)), [f"{arm}, {line['bytes'] / 1e3:,.0f} kB" for arm, line in found.items()])
+        axis.invert_yaxis()
+        axis.set_xlabel("pictures that show the concept, %")
+        axis.grid(axis="x", alpha=0.3)
 
 
 def main() -> None:

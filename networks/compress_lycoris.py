@@ -114,14 +114,15 @@ class LycorisNetwork:
         super().apply_to(*args, **kwargs)  # type: ignore[misc]
         settings = self.compression.training
         if self.session is not None and (settings.collect_calibration or settings.importance == "activation"):
-            for module in _modules(self):
-                if _is_pair(module):
-                    module.org_module[0].register_forward_pre_hook(_shown_to(module.lora_down))
+            for module in _pair_modules(self):
+                module.org_module[0].register_forward_pre_hook(_shown_to(module.lora_down))
 
     def pairs(self) -> dict[str, Pair]:
         """LoCon modules and those of DoRA."""
-        pairs = [module for module in _modules(self) if _is_pair(module)]
-        return {module.lora_name: Pair(module.lora_name, module.lora_down, module.lora_up, float(module.scale)) for module in pairs}
+        return {
+            module.lora_name: Pair(module.lora_name, module.lora_down, module.lora_up, float(module.scale))
+            for module in _pair_modules(self)
+        }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What is trained: LyCORIS takes the weights of its layers, which under a session are what they compute with."""
@@ -137,15 +138,14 @@ class LycorisNetwork:
         """LyCORIS's, which puts what it scales by into a scalar of its own; for a session it goes into up."""
         found = _host(self).apply_max_norm_regularization(self, max_norm_value, device)
         if self.session is not None:
-            for module in _modules(self):
-                if _is_pair(module):
-                    live_weight(module.lora_up).data.mul_(module.scalar)
-                    module.scalar.fill_(1.0)
+            for module in _pair_modules(self):
+                live_weight(module.lora_up).data.mul_(module.scalar)
+                module.scalar.fill_(1.0)
         return found
 
     def updates(self) -> dict[str, LowRankUpdate]:
         """The live weights of LoCon modules, of DoRA without its magnitudes; what has no pair of down and up is left out."""
-        return {module.lora_name: _pair(module) for module in _modules(self) if _is_pair(module)}
+        return {module.lora_name: _pair(module) for module in _pair_modules(self)}
 
     def load_weights(self, file: str) -> Any:
         """LoCon and DoRA: a file of any kind, as `CompressNetwork` does; other algorithms: LyCORIS's own files.
@@ -184,6 +184,11 @@ def _host(network: Any) -> Any:
 
 def _modules(network: Any) -> list[Any]:
     return network.text_encoder_loras + network.unet_loras
+
+
+def _pair_modules(network: Any) -> list[Any]:
+    """LoCon modules and those of DoRA."""
+    return [module for module in _modules(network) if _is_pair(module)]
 
 
 def _is_pair(module: Any) -> bool:

@@ -103,7 +103,7 @@ def main() -> int:
     """Exit status 1 if the compressed LoRA does not draw what the full one draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "demo", help="replaced if it is there")
-    parser.add_argument("--pictures", type=int, default=32, help="drawn for each variant")
+    parser.add_argument("--pictures", type=int, default=64, help="drawn for each variant")
     parser.add_argument("--image", type=Path, default=None, help="where to put the comparison; default <output>/comparison.png")
     options = parser.parse_args()
     folder: Path = options.output.resolve()

@@ -43,14 +43,11 @@ def size_range(curve: Curve, size: int) -> SizeRange:
     step = 10.0 ** (math.floor(math.log10(max(size, 1000) / 1e6)) - 2)
     lowest = smaller[0][0] if smaller else size / 10
     usual = next((point for point, error in smaller if error <= _USUAL_ERROR), smaller[-1][0] if smaller else size / 2)
-
-    def rounded(value: float, to: int) -> float:
-        return round(to * step, 9) if value >= 0 else 0.0
-
     low, high = math.ceil(lowest / 1e6 / step), max(math.ceil(size / 1e6 / step) - 1, 2)
     low = min(low, high - 1)
     middle = min(max(math.ceil(usual / 1e6 / step), low), high)
-    return SizeRange(rounded(lowest, low), rounded(size, high), rounded(usual, middle), step)
+    smallest, largest, usual_size = (round(steps * step, 9) for steps in (low, high, middle))
+    return SizeRange(smallest, largest, usual_size, step)
 
 
 def chart_rows(found: dict[str, Curve], size: int) -> list[tuple[float, float, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluation.results import Estimate, Evaluation
+from ..evaluation.validation import read_history
 from ..inspection import report_files
 from .file_report import FileReport
 from .html import file_body, page, spectra_data, tiles, write_page
@@ -38,12 +38,12 @@ def write_evaluation_html(found: Evaluation, path: str | os.PathLike[str]) -> No
     The original's file is compared with the LoRA's; the history of its training is taken from <name>.evaluations.jsonl beside it.
 
     Raises:
+        FormatError: what lies there is no history.
         SaveError: the file cannot be written.
     """
     file = None if found.original is None else report_files(found.original, found.path)
-    history = Path(found.path).with_suffix(".evaluations.jsonl")
-    lines = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
-    write_page(evaluation_page(found, file, [json.loads(line) for line in lines]), path)
+    history = read_history(Path(found.path).with_suffix(".evaluations.jsonl"))
+    write_page(evaluation_page(found, file, history), path)
 
 
 def evaluation_page(found: Evaluation, file: FileReport | None = None, history: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -1,8 +1,8 @@
-"""ZeRO of DeepSpeed, stages 1 and 2: its optimizer steps on flat pieces of float32 copies of the weights, some on each rank.
+"""ZeRO of DeepSpeed, stages 1 and 2: its optimizer steps on flat pieces of float32 master weights, some on each rank.
 
-The weights themselves stay whole on every rank, so a session masks and rotates them as ever. The copies must follow, and so must
-what the optimizer remembers of them: DeepSpeed gathers and scatters both for whoever asks a weight. Gradients of single weights are
-gone by the time of a step.
+The weights themselves stay whole on every rank, so a session masks and rotates them as ever. Master weights must follow, and so
+must what the optimizer remembers of them: DeepSpeed gathers and scatters both for whoever asks a weight. Gradients of single
+weights are gone by the time of a step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import SettingsError
 
-__all__ = ["check_state", "gathered_state", "is_partitioned", "listen", "move_copies", "parameters_of"]
+__all__ = ["check_state", "gathered_state", "is_partitioned", "listen", "parameters_of", "update_master_weights"]
 
 
 def is_partitioned(optimizer: Any) -> bool:
@@ -48,8 +48,8 @@ def gathered_state(optimizer: Any, weight: Tensor) -> Iterator[tuple[str, Tensor
 
 
 @torch.no_grad()
-def move_copies(optimizers: Iterable[Any], weights: Iterable[Tensor]) -> None:
-    """Make the copies that ZeRO steps on what the weights have become."""
+def update_master_weights(optimizers: Iterable[Any], weights: Iterable[Tensor]) -> None:
+    """Make the master weights, which ZeRO steps on, what the weights have become."""
     if any(is_partitioned(optimizer) for optimizer in optimizers):
         for weight in weights:
             weight.set_full_hp_param(weight.detach().float())  # type: ignore[attr-defined]
@@ -62,7 +62,10 @@ def check_state(optimizers: Iterable[Any], known: set[str]) -> None:
         SettingsError: it is not `known` by name, or not as large as the weights.
     """
     for optimizer in optimizers:
-        if is_partitioned(optimizer) and (strange := _strange(optimizer) | (set(_state_names(optimizer)) - known)):
+        if not is_partitioned(optimizer):
+            continue
+        found = _remembered(optimizer)
+        if strange := {name for name, value, whole in found if (name not in known if whole else value.numel() != 1)}:
             kind = type(optimizer.optimizer).__name__
             told = f"deepspeed with {kind}: its state ({', '.join(sorted(strange))}) cannot follow pruning: use AdamW, Lion or SGD"
             raise SettingsError([told], "training")
@@ -75,25 +78,17 @@ def _link(optimizer: Any, weight: Any) -> None:
         weight._hp_mapping.set_optim_state_fragment(flat, optimizer.optimizer.state[flat])
 
 
+def _remembered(optimizer: Any) -> Iterator[tuple[str, Tensor, bool]]:
+    """The tensors of its state by name, and whether they are as large as the piece of the weights that they belong to."""
+    for flat in optimizer.single_partition_of_fp32_groups:
+        for name, value in optimizer.optimizer.state.get(flat, {}).items():
+            if isinstance(value, Tensor):
+                yield name, value, value.shape == flat.shape
+
+
 def _state_names(optimizer: Any) -> list[str]:
     """Of what it remembers for each weight; the same on all ranks, in one order."""
-    found = {
-        name
-        for flat in optimizer.single_partition_of_fp32_groups
-        for name, value in optimizer.optimizer.state.get(flat, {}).items()
-        if isinstance(value, Tensor) and value.shape == flat.shape
-    }
-    return sorted(found)
-
-
-def _strange(optimizer: Any) -> set[str]:
-    """What it remembers that is neither a number nor as large as the weights."""
-    return {
-        name
-        for flat in optimizer.single_partition_of_fp32_groups
-        for name, value in optimizer.optimizer.state.get(flat, {}).items()
-        if isinstance(value, Tensor) and value.numel() != 1 and value.shape != flat.shape
-    }
+    return sorted({name for name, _, whole in _remembered(optimizer) if whole})
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_compress
-from lora_compress import EvaluationError, as_kohya, compress_file, evaluate_lora_performance, load_lora
+from lora_compress import EvaluationError, FormatError, as_kohya, compress_file, evaluate_lora_performance, load_lora
 from lora_compress.cli import main
 from lora_compress.evaluation.attachment import Lora, _converted, attached, read_lora, rounded
 from lora_compress.evaluation.base_model import draw, load_base_model
@@ -193,6 +193,10 @@ def test_the_page_tells_of_the_file_and_of_the_training(evaluated, tmp_path: Pat
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     for told in ("Bytes before and after", "Rank and bits by block", "Spectra", "Evaluations and decisions", "no pictures"):
         assert told in text
+    (tmp_path / "lora.evaluations.jsonl").write_text("no JSON\n", encoding="utf-8")
+    with pytest.raises(FormatError, match="is no history of evaluations"):
+        write_evaluation_html(dataclasses.replace(evaluated, path=str(lora)), tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == text
     report = report_files(evaluated.original, str(lora))
     assert report.relative_error == pytest.approx(evaluated.relative_error, rel=1e-6)
     assert report.bytes == (evaluated.bytes_original, evaluated.bytes)
