@@ -15,6 +15,7 @@ CORE = [
     "rich>=13.7",  # tables on the terminal
     "threadpoolctl>=3.5",  # one thread of numpy's BLAS for each of ours
     "constriction>=0.5,<0.6",  # the entropy coder of packed files
+    "vl-convert-python>=1.8",  # Vega-Lite: the charts of reports
 ]
 TRAIN = [  # what sd-scripts imports on the way to its first step; without them the core still compresses files
     "accelerate>=0.33",

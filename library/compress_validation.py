@@ -111,7 +111,7 @@ class ValidationMixin:
         try:
             write_page(history_page(args.output_name or "lora", self._history, settings), path)
             tqdm.write(f"report: {path}")
-        except SaveError as error:
+        except LoraCompressError as error:
             logger.error("%s", error)
 
     def _lead(self, args: argparse.Namespace) -> None:

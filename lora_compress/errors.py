@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["EvaluationError", "FormatError", "LoraCompressError", "SaveError", "SettingsError"]
+__all__ = ["EvaluationError", "FormatError", "LoraCompressError", "MissingPackageError", "SaveError", "SettingsError"]
 
 
 class LoraCompressError(Exception):
@@ -21,6 +21,10 @@ class SettingsError(LoraCompressError, ValueError):
 
 class FormatError(LoraCompressError, ValueError):
     """A file or tensor is not what its name or its metadata says."""
+
+
+class MissingPackageError(LoraCompressError, ImportError):
+    """A package that is needed for this is not installed."""
 
 
 class SaveError(LoraCompressError, OSError):

@@ -32,5 +32,6 @@ def test_metadata_names_the_licence_and_few_dependencies(installed: Path) -> Non
         "rich",
         "threadpoolctl",
         "constriction",
+        "vl-convert-python",
     }
     assert "Apache License" in next(folder.rglob("LICENSE")).read_text(encoding="utf-8")

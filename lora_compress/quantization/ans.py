@@ -8,17 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FormatError, LoraCompressError
+from ..errors import FormatError, MissingPackageError
 from .tables import PRECISION, normalise
 
-__all__ = ["AnsReader", "AnsWriter", "MissingPackageError", "coder_model", "joint_counts", "uniform"]
+__all__ = ["AnsReader", "AnsWriter", "coder_model", "joint_counts", "uniform"]
 
 _INTEGER_BYTES = 4
 _TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
-
-
-class MissingPackageError(LoraCompressError, ImportError):
-    """A package that this codec needs is not installed."""
 
 
 def _constriction() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -11,11 +10,12 @@ from string import Template
 from typing import Any
 
 from ..files import atomic_path
+from .charts import size_text
 from .file_report import FileReport, ModuleReport
-from .html_charts import bytes_chart, curve_chart, size_text, spectrum_overview
+from .html_charts import bytes_chart, curve_chart, spectrum_overview, worst_spectra
 from .html_heat import heat_maps
 
-__all__ = ["file_body", "html_page", "page", "spectra_data", "tiles", "write_html", "write_page"]
+__all__ = ["file_body", "html_page", "page", "tiles", "write_html", "write_page"]
 
 _HEADINGS = (
     ("module", "its name in the file", ""),
@@ -51,11 +51,11 @@ def html_page(report: FileReport) -> str:
     lead = f"{escape(report.input)} &rarr; {escape(report.output or 'nothing written')}"
     about = f"{report.layout} layout, {report.family} family, status {report.status.replace('_', ' ')}"
     body = tiles(_headline(report)) + file_body(report)
-    return page(name, lead, escape(about), body, report.notes, report.settings, spectra_data(report.modules))
+    return page(name, lead, escape(about), body, report.notes, report.settings)
 
 
 def file_body(report: FileReport) -> str:
-    """The sections about a file; its page needs `spectra_data`."""
+    """The sections about a file."""
     sections = [
         f'<div class="pair">{bytes_chart(report)}{curve_chart(report)}</div>',
         f"<section><h2>Rank and bits by block</h2>{heat_maps(report.modules)}</section>",
@@ -72,7 +72,6 @@ def page(
     body: str,
     notes: Iterable[str],
     settings: Mapping[str, Any],
-    data: Mapping[str, Any] | None = None,
 ) -> str:
     """Put a page together; `lead`, `about` and `body` are HTML, everything else is text."""
     return Template(_part("page.html")).substitute(
@@ -85,7 +84,6 @@ def page(
             f"<tr><th>{escape(name)}</th><td>{'&ndash;' if value is None else escape(str(value))}</td></tr>"
             for name, value in settings.items()
         ),
-        data=json.dumps(data or {}, separators=(",", ":")).replace("<", "\\u003c"),  # no </script> can end it early
         style=_part("page.css"),
         script=_part("page.js"),
     )
@@ -118,13 +116,7 @@ def _headline(report: FileReport) -> list[tuple[str, str, str]]:
 def _spectra(modules: tuple[ModuleReport, ...]) -> str:
     if not any(module.sigma for module in modules):
         return ""
-    return (
-        "<section><h2>Spectra</h2>"
-        f"{spectrum_overview(modules)}"
-        '<figure id="spectrum"><figcaption>One module '
-        '<span class="unit">singular values; choose it here or in the table</span></figcaption>'
-        '<select aria-label="module"></select><div class="plot"></div></figure></section>'
-    )
+    return f"<section><h2>Spectra</h2>{spectrum_overview(modules)}{worst_spectra(modules)}</section>"
 
 
 def _table(modules: tuple[ModuleReport, ...]) -> str:
@@ -153,16 +145,6 @@ def _row(module: ModuleReport, total: float) -> str:
     )
     cells = "".join(f'<td data-v="{value:.6g}">{text}</td>' for value, text in numbers)
     return f"<tr><td>{escape(module.name)}</td><td>{escape(module.part)}</td>{cells}</tr>"
-
-
-def spectra_data(modules: tuple[ModuleReport, ...]) -> dict[str, Any]:
-    """What the script draws spectra from: singular values to four digits."""
-    return {
-        "name": [module.name for module in modules],
-        "kept": [module.rank[1] for module in modules],
-        "share": [float(f"{module.squared_error:.4g}") for module in modules],
-        "sigma": [[float(f"{value:.4g}") for value in module.sigma] for module in modules],
-    }
 
 
 def _part(name: str) -> str:

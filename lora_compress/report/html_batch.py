@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .charts import size_text
 from .html import page, tiles, write_page
-from .html_charts import size_text
 
 __all__ = ["batch_page", "write_batch_html"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..evaluation.results import Estimate, Evaluation
 from ..evaluation.validation import read_history
 from ..inspection import report_files
+from .charts import size_text
 from .file_report import FileReport
-from .html import file_body, page, spectra_data, tiles, write_page
-from .html_charts import size_text
+from .html import file_body, page, tiles, write_page
 from .html_history import history_body, history_notes
 
 __all__ = ["evaluation_page", "write_evaluation_html"]
@@ -57,10 +57,9 @@ def evaluation_page(found: Evaluation, file: FileReport | None = None, history: 
     body = tiles(_headline(found)) + _table(found) + _pictures(found) + _timesteps(found)
     body += "" if file is None else f"<h2>The file</h2>{file_body(file)}"
     body += f"<h2>The training</h2>{history_body(history)}" if history else ""
-    data = spectra_data(file.modules) if file is not None else None
     notes = [*found.notes, *(file.notes if file is not None else ()), *history_notes(history)]
     lead = escape(found.path) if found.original is None else f"{escape(found.original)} &rarr; {escape(found.path)}"
-    return page(os.path.basename(found.path), lead, "evaluation", body, notes, found.settings, data)
+    return page(os.path.basename(found.path), lead, "evaluation", body, notes, found.settings)
 
 
 def _headline(found: Evaluation) -> list[tuple[str, str, str]]:

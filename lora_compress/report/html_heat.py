@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
+from .charts import chart, described
 from .file_report import ModuleReport
 from .html_blocks import Place, place_of
 
 __all__ = ["heat_maps"]
 
-_STEPS = 9  # of the colour ramp, .h0 to .h8 in page.css
-_CELL, _GAP = (13, 19), 2  # smallest and largest cell, pixels
-_WIDTH = 1090  # of the page inside its margins
-_LABEL_CHARACTER = 6.4  # pixels of the 11 px labels
+_RAMP = [f"var(--h{step})" for step in range(9)]
+_CELL = (13, 19)  # smallest and largest, pixels
+_WIDTH = 900  # of all cells, where that leaves them no smaller
 _FLAT = 0.01  # a map whose values differ by less says nothing
 
 Measure = Callable[[ModuleReport], float]
 Cell = tuple[Place, list[ModuleReport]]
-Value = tuple[float | None, str]
 
 
 def heat_maps(modules: Sequence[ModuleReport]) -> str:
@@ -40,41 +40,48 @@ def heat_maps(modules: Sequence[ModuleReport]) -> str:
 def _map(part: str, modules: Sequence[ModuleReport], title: str, unit: str, measure: Measure) -> str:
     kept = [measure(module) for module in modules if module.rank[1]]
     dropped = len(modules) - len(kept)
-    caption = f'<figcaption>{escape(part)}: {title} <span class="unit">mean of the modules in a cell</span></figcaption>'
     if not kept:
         return f"<p><b>{escape(part)}: {title}</b>: every module was dropped.</p>"
     low, high = min(kept), max(kept)
     if high - low <= _FLAT * high and not dropped:
         return f"<p><b>{escape(part)}: {title}</b>: {high:.4g} {unit} in every module.</p>"
-    label = escape(f"{part}: {title} by block and kind of layer")
-    drawing = _draw(_cells(modules), lambda own: _value(own, measure, unit), (low, high), label)
-    return f'<figure>{caption}{_legend(low, high, unit, dropped)}<div class="scroll-x">{drawing}</div></figure>'
+    gone = f"; dashed: dropped ({dropped})" if dropped else ""
+    caption = f'<figcaption>{escape(part)}: {title} <span class="unit">mean in a cell{gone}</span></figcaption>'
+    cells = _cells(modules)
+    rows = [_row(place, own, measure, unit) for place, own in cells]
+    bounds = (low, high) if high > low else (low - 0.5, high + 0.5)
+    label = f"{part}: {title} by block and kind of layer"
+    return f'<figure>{caption}<div class="scroll-x">{chart(label, _spec(cells, rows, bounds), fluid=False)}</div></figure>'
 
 
-def _draw(cells: Sequence[Cell], value: Callable[[list[ModuleReport]], Value], bounds: tuple[float, float], label: str) -> str:
-    blocks = sorted({place.order: place.block for place, _ in cells}.items())
-    columns = {block: index for index, (_, block) in enumerate(blocks)}
-    kinds = {kind: index for index, kind in enumerate(_kinds(cells))}
-    left = max(len(kind) for kind in kinds) * _LABEL_CHARACTER + 10
-    cell = int(min(max((_WIDTH - left) / len(columns), _CELL[0]), _CELL[1]))
-    shapes = []
-    for place, own in cells:
-        mean, text = value(own)
-        x, y = left + columns[place.block] * cell, kinds[place.kind] * cell
-        style = "gone" if mean is None else f"h{_step(mean, bounds)}"
-        shapes.append(
-            f'<rect class="{style}" x="{x:.0f}" y="{y}" width="{cell - _GAP}" height="{cell - _GAP}" rx="2">'
-            f"<title>{escape(f'{place.block}, {place.kind}: {text}')}</title></rect>"
-        )
-    for kind, row in kinds.items():
-        shapes.append(f'<text class="k" x="{left - 6:.0f}" y="{row * cell + cell / 2 + 3:.1f}">{escape(kind)}</text>')
-    width, bottom = left + len(columns) * cell, len(kinds) * cell
-    for block, column in columns.items():
-        corner = f"{left + column * cell + cell / 2 + 3:.0f} {bottom + 4}"
-        shapes.append(f'<text class="b" transform="translate({corner}) rotate(-90)">{escape(block)}</text>')
-    height = bottom + max(len(block) for block in columns) * _LABEL_CHARACTER + 8
-    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
-    return f'<svg class="heat" role="img" aria-label="{label}" {size}>{"".join(shapes)}</svg>'
+def _spec(cells: Sequence[Cell], rows: Sequence[dict[str, Any]], bounds: tuple[float, float]) -> dict[str, Any]:
+    blocks = [block for _, block in sorted({place.order: place.block for place, _ in cells}.items())]
+    cell = int(min(max(_WIDTH / len(blocks), _CELL[0]), _CELL[1]))
+    axis = {"title": None, "grid": False, "labelFontSize": 11, "labelLimit": 400}
+    ramp = {"type": "quantize", "domain": list(bounds), "range": _RAMP}
+    legend = {"title": None, "format": ".3~g", "gradientLength": 200, "gradientThickness": 10}
+    return {
+        "width": {"step": cell},
+        "height": {"step": cell},
+        "data": {"values": list(rows)},
+        "encoding": {
+            "x": {"field": "block", "type": "ordinal", "sort": blocks, "axis": {**axis, "labelAngle": -90}},
+            "y": {"field": "kind", "type": "ordinal", "sort": _kinds(cells), "axis": axis},
+            **described(),
+        },
+        "layer": [
+            {
+                "transform": [{"filter": "datum.mean !== null"}],
+                "mark": {"type": "rect", "cornerRadius": 2, "stroke": "var(--card)", "strokeWidth": 2},
+                "encoding": {"color": {"field": "mean", "type": "quantitative", "scale": ramp, "legend": legend}},
+            },
+            {
+                "transform": [{"filter": "datum.mean === null"}],
+                "mark": {"type": "point", "shape": "square", "size": (cell - 4) ** 2, "filled": False}
+                | {"fill": "transparent", "stroke": "var(--warm)", "strokeDash": [2.5, 2]},
+            },
+        ],
+    }
 
 
 def _cells(modules: Sequence[ModuleReport]) -> list[Cell]:
@@ -95,28 +102,14 @@ def _kinds(cells: Sequence[Cell]) -> list[str]:
     return sorted(first, key=lambda kind: (first[kind], kind))
 
 
-def _value(modules: list[ModuleReport], measure: Measure, unit: str) -> Value:
+def _row(place: Place, modules: list[ModuleReport], measure: Measure, unit: str) -> dict[str, Any]:
     """Mean over the modules of a cell that were kept, None if all were dropped; and the same in words."""
+    cell: dict[str, Any] = {"block": place.block, "kind": place.kind, "mean": None}
     kept = [measure(module) for module in modules if module.rank[1]]
     if not kept:
-        return None, "dropped"
+        return cell | {"told": f"{place.block}, {place.kind}: dropped"}
     mean = sum(kept) / len(kept)
     of = f" {unit}" if unit else f" of {sum(module.rank[0] for module in modules) / len(modules):.4g}"
     many = f", mean of {len(kept)} modules" if len(modules) > 1 else ""
     gone = f", {len(modules) - len(kept)} dropped" if len(kept) < len(modules) else ""
-    return mean, f"{mean:.4g}{of}{many}{gone}"
-
-
-def _step(value: float, bounds: tuple[float, float]) -> int:
-    low, high = bounds
-    return min(int((value - low) / (high - low) * _STEPS), _STEPS - 1) if high > low else _STEPS // 2
-
-
-def _legend(low: float, high: float, unit: str, dropped: int) -> str:
-    boxes = "".join(f'<rect class="h{step}" x="{step * 22}" y="0" width="22" height="12"/>' for step in range(_STEPS))
-    ramp = f'<svg width="{_STEPS * 22}" height="12" aria-hidden="true">{boxes}</svg>'
-    gone = ""
-    if dropped:
-        box = '<svg width="14" height="14" aria-hidden="true"><rect class="gone" x="1" y="1" width="12" height="12"/></svg>'
-        gone = f'<span class="key">{box}dropped ({dropped})</span>'
-    return f'<div class="legend"><span>{low:.3g} {unit}</span>{ramp}<span>{high:.3g} {unit}</span>{gone}</div>'
+    return cell | {"mean": mean, "told": f"{place.block}, {place.kind}: {mean:.4g}{of}{many}{gone}"}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .charts import BYTES, chart, described, size_text
 from .html import page, tiles
-from .html_charts import horizontal_line, linear_ticks, path_through, size_text, svg
 
 __all__ = ["history_body", "history_notes", "history_page"]
 
-_WIDTH, _HEIGHT = 460, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 42
-_STYLES = ("line", "line second")  # of the lines of a chart
+_DASHES = [[1, 0], [5, 4]]  # of the lines of a chart
+_NUMBER = {"format": "~g"}  # an axis
 
 Point = tuple[int, float]
 
@@ -36,12 +35,12 @@ def history_body(history: Sequence[Mapping[str, Any]]) -> str:
     """Charts of a history, and its table."""
     metrics = _measured(history)
     charts = [
-        _chart(metric, {metric: _points(history, metric), "uncompressed": _points(history, f"{metric}_full")}, _short)
+        _chart(metric, {metric: _points(history, metric), "uncompressed": _points(history, f"{metric}_full")}, _NUMBER)
         for metric in metrics
     ]
-    charts += [_chart("rank_ratio", {"rank_ratio": _points(history, "rank_ratio")}, _short)]
-    charts += [_chart("bits per weight", {"bits": _points(history, "bits")}, _short)]
-    charts += [_chart("bytes of the file", {"bytes": _points(history, "bytes")}, size_text)]
+    charts += [_chart("rank_ratio", {"rank_ratio": _points(history, "rank_ratio")}, _NUMBER)]
+    charts += [_chart("bits per weight", {"bits": _points(history, "bits")}, _NUMBER)]
+    charts += [_chart("bytes of the file", {"bytes": _points(history, "bytes")}, BYTES)]
     return f'<div class="pair">{"".join(charts)}</div>' + _table(history, metrics)
 
 
@@ -74,33 +73,35 @@ def _headline(history: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> l
     return numbers
 
 
-def _chart(caption: str, lines: Mapping[str, Sequence[Point]], text: Callable[[float], str]) -> str:
+def _chart(caption: str, lines: Mapping[str, Sequence[Point]], axis: Mapping[str, Any]) -> str:
     """A figure with a line for each series that has points; nothing where none has."""
-    drawn = {label: points for label, points in lines.items() if points}
+    drawn = [label for label, points in lines.items() if points]
     if not drawn:
         return ""
-    every = [point for points in drawn.values() for point in points]
-    first, last = min(step for step, _ in every), max(step for step, _ in every)
-    top = max(max(value for _, value in every), 1e-9) * 1.08
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = _LEFT + (step - first) / max(last - first, 1) * (_WIDTH - _LEFT - _RIGHT)
-        return x, _TOP + (1 - max(value, 0.0) / top) * (_HEIGHT - _TOP - _BOTTOM)
-
-    shapes = [horizontal_line(place(first, value)[1], escape(text(value)), _LEFT) for value in linear_ticks(top)]
-    for step in sorted({first, (first + last) // 2, last}):
-        x = place(step, 0.0)[0]
-        shapes.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}">{step}</text>')
-    for style, (label, points) in zip(_STYLES, drawn.items(), strict=False):
-        places = [place(*point) for point in points]
-        shapes.append(f'<path class="{style}" d="{path_through(places)}"/>')
-        for (x, y), (step, value) in zip(places, points, strict=True):
-            told = f"{escape(label)} after step {step}: {escape(text(value))}"
-            shapes.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{told}</title></circle>')
-    shapes.append(f'<text class="axis" text-anchor="middle" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}">step</text>')
+    text = size_text if axis is BYTES else _short
+    rows = [
+        {"step": step, "value": value, "line": label, "told": f"{label} after step {step}: {text(value)}"}
+        for label in drawn
+        for step, value in lines[label]
+    ]
+    dashes = {"domain": drawn, "range": _DASHES[: len(drawn)]}
+    spec = {
+        "width": 390,
+        "height": 170,
+        "data": {"values": rows},
+        "encoding": {
+            "x": {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": False, "nice": False, "padding": 6}}
+            | {"axis": {"format": "d", "tickMinStep": 1, "tickCount": 6, "grid": False}},
+            "y": {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 4, **axis}},
+            "detail": {"field": "line"},
+        },
+        "layer": [
+            {"mark": "line", "encoding": {"strokeDash": {"field": "line", "scale": dashes, "legend": None}}},
+            {"mark": "point", "encoding": described()},
+        ],
+    }
     second = ' <span class="unit">dashed: of the uncompressed weights</span>' if len(drawn) > 1 else ""
-    drawing = svg(f"{caption} over the steps", shapes, _HEIGHT, _WIDTH)
-    return f"<figure><figcaption>{escape(caption)}{second}</figcaption>{drawing}</figure>"
+    return f"<figure><figcaption>{escape(caption)}{second}</figcaption>{chart(f'{caption} over the steps', spec)}</figure>"
 
 
 def _table(history: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:

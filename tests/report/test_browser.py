@@ -33,6 +33,7 @@ addEventListener("load", () => {
     errors, charts: boxes.length, hidden: boxes.filter((box) => box.width < 40 || box.height < 20).length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth, width: innerWidth,
     page: getComputedStyle(document.body).backgroundColor,
+    colours: [...document.querySelectorAll('svg [fill^="var("]')].map((mark) => getComputedStyle(mark).fill),
   };
   const compare = document.getElementById("compare");
   if (compare) {
@@ -98,6 +99,8 @@ def test_a_page_in_a_browser(name: str, phone: bool, dark: bool, browser: str, t
     assert seen["errors"] == []
     assert seen["charts"] >= CHARTS[name] and seen["hidden"] == 0
     assert seen["overflow"] <= 0 and seen["width"] == (390 if phone else 1280)
+    assert all(colour.startswith("rgb") and colour != "rgb(0, 0, 0)" for colour in seen["colours"]), "variables of page.css"
+    assert (len(seen["colours"]) > 10) == (name != "evaluation")
     brightness = sum(map(int, seen["page"].removeprefix("rgb(").rstrip(")").split(","))) / 3
     assert (brightness < 80) == dark
     if name in ("evaluation", "all of it"):
