@@ -1,6 +1,6 @@
 """A training that adapts its own compression, in both modes of [adaptive], beside one of equal bytes that was told what to do.
 
-    python benchmarks/adaptive_demo.py [--steps 600] [--every 30] [--folder DIR] [--plot docs/images/adaptive.svg] [--json OUT.json]
+    python benchmarks/adaptive_demo.py [--steps 200] [--every 10] [--folder DIR] [--plot docs/images/adaptive.svg] [--json OUT.json]
 
 tiny-sd learns the striped star through train_network_ext.py with config/demo.toml. Pruning and quantization come about in the first
 fifth, from rank_ratio 0.9 and 8 bits; from then on the probe in assets/tiny-sd compares pictures of the training with held-out ones
@@ -82,7 +82,7 @@ def plot(path: Path, histories: Mapping[str, History]) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--every", type=int, default=30, help="steps between evaluations")
+    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--pictures", type=int, default=48, help="drawn for each evaluation; twice as many for the final files")
     parser.add_argument("--plot", type=Path, help="write an SVG")
     given = parser.parse_args()

@@ -25,7 +25,7 @@ _OTHER_NOISE = 1000  # added to the seed of pictures
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """Of a benchmark of trainings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="for data set and files; default a temporary one, removed at the end")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser

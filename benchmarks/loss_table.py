@@ -1,6 +1,6 @@
 """What rank_ratio and bits really cost on tiny-sd, beside what is widely quoted for them.
 
-    python benchmarks/loss_table.py [--seeds 1 2 3] [--steps 600] [--pictures 128] [--folder DIR] [--json OUT.json]
+    python benchmarks/loss_table.py [--seeds 1 2 3] [--steps 200] [--pictures 128] [--folder DIR] [--json OUT.json]
 
 A LoRA of rank 16 learns the striped star with each seed and is compressed afterwards: rank_ratio 0.8, 0.6 and 0.4, each with 8 and
 4 bits, then entropy-coded to 15 and to 10 % of the bytes of its fp16 file. Each file draws the same prompts from one noise, and
