@@ -186,7 +186,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _sd_scripts_for(verb: str) -> Path | None:
-    """sd-scripts for this verb: the demo cannot do without, the tests that need it are skipped and say why."""
+    """sd-scripts for this verb: without it the demo trains with diffusers, and the tests that need it are skipped and say why."""
     try:
         root = obtain_sd_scripts()
         _say(f"sd-scripts {sd_scripts_version(root)} in {root}")
@@ -196,9 +196,8 @@ def _sd_scripts_for(verb: str) -> Path | None:
                     clone(COMMITS[version], VERSIONS / version)
         return root
     except SourceError as error:
-        if verb == "demo":
-            raise
-        _say(f"{error}. Tests that need it are skipped.")
+        without = "Tests that need it are skipped" if verb == "test" else "The demo trains with diffusers instead"
+        _say(f"{error}. {without}.")
         return find_sd_scripts()
 
 

@@ -83,7 +83,7 @@ def plot(path: Path, histories: Mapping[str, History]) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
-    parser.add_argument("--pictures", type=int, default=48, help="drawn for each evaluation; twice as many for the final files")
+    parser.add_argument("--pictures", type=int, default=32, help="drawn for each evaluation; twice as many for the final files")
     parser.add_argument("--plot", type=Path, help="write an SVG")
     given = parser.parse_args()
     from lora_compress.evaluation.shapes import write_dataset

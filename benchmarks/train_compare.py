@@ -108,16 +108,22 @@ class Comparison:
             raise SystemExit(f"error: nothing on the ladder loses {_LOST:.0%} of the concept on seed {seed}")
         return Setting(*_LADDER[first])
 
-    def arms(self, setting: Setting, seed: int, pool: ThreadPoolExecutor) -> dict[str, dict[str, Any]]:
-        """Every arm of a seed, scored."""
-        futures = {arm: pool.submit(self.trained, setting, arm, seed) for arm in ("full", *_TRAINED)}
-        files = {arm: future.result() for arm, future in futures.items()}
-        size = f"{files['both'].stat().st_size}B"
+    def arms(self, setting: Setting, seeds: Sequence[int], pool: ThreadPoolExecutor) -> dict[int, dict[str, dict[str, Any]]]:
+        """Every arm of every seed, scored."""
+
+        def scored(arm: str, seed: int) -> dict[str, Any]:
+            if arm in codecs:
+                size = f"{self.trained(setting, 'both', seed).stat().st_size}B"
+                settings = {**codecs[arm], "target_size": size, "min_rank": 0}
+                return self.scored(self._compressed(arm, setting, seed, settings))
+            return self.scored(self.trained(setting, arm, seed))
+
         codecs: dict[str, dict[str, Any]] = {"afterwards": {"bits": setting.bits}, "entropy": {"strategy": "entropy"}}
-        for arm, codec in codecs.items():
-            files[arm] = self._compressed(arm, setting, seed, {**codec, "target_size": size, "min_rank": 0})
-        scores = {arm: pool.submit(self.scored, path) for arm, path in files.items()}
-        return {arm: scores[arm].result() for arm in ("full", "afterwards", "entropy", *_TRAINED)}
+        trainings = [pool.submit(self.trained, setting, arm, seed) for seed in seeds for arm in ("full", *reversed(_TRAINED))]
+        for training in trainings:  # none is scored while others still need its file
+            training.result()
+        scores = {(seed, arm): pool.submit(scored, arm, seed) for seed in seeds for arm in ("full", *codecs, *_TRAINED)}
+        return {seed: {arm: scores[seed, arm].result() for arm in ("full", *codecs, *_TRAINED)} for seed in seeds}
 
 
 def summed_up(seeds: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -139,13 +145,14 @@ def summed_up(seeds: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str,
 
 
 def goals(found: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
-    """Of the loss of each way to compress afterwards, what compression while training keeps from happening; and equal bytes."""
+    """Of the loss of each way to compress afterwards, where there is one, what compression while training keeps from happening."""
     full, both = found["full"]["concept"][0], found["both"]
     lines = []
     for arm in ("afterwards", "entropy"):
         lost = full - found[arm]["concept"][0]
-        kept = (both["concept"][0] - found[arm]["concept"][0]) / lost if lost > 0 else 0.0
-        lines.append(Goal(f"share of the loss of '{arm}' that 'both' keeps from happening", _KEPT, kept, at_least=True))
+        if lost > 0:
+            kept = (both["concept"][0] - found[arm]["concept"][0]) / lost
+            lines.append(Goal(f"share of the loss of '{arm}' that 'both' keeps from happening", _KEPT, kept, at_least=True))
         lines.append(Goal(f"bytes of 'both' / bytes of '{arm}'", 1.02, both["bytes"] / found[arm]["bytes"]))
     return lines
 
@@ -194,7 +201,7 @@ def main() -> None:
         setting = setting or comparison.settle(0)
         for future in ahead:
             future.result()
-        seeds = {seed: comparison.arms(setting, seed, pool) for seed in given.seeds}
+        seeds = comparison.arms(setting, given.seeds, pool)
     found = summed_up(seeds)
     print(f"rank_ratio {setting.ratio:g}, {setting.bits} bits, seeds {', '.join(map(str, seeds))}\n\n{table(found)}")
     print(goal_table(goals(found)))

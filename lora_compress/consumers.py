@@ -33,7 +33,7 @@ _DIFFUSERS_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _INVOKE_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_")
 _INVOKE_SD_MARKS = re.compile(r"attn2_to_[kv]$|time_emb_proj$|self_attn")  # by these InvokeAI knows the model of an SD file
 _FORGE_UNMATCHED = 12
-_WEBUI_EXTENSION = "the extension for AUTOMATIC1111 and Forge"
+_WEBUI_EXTENSION = "the extension for AUTOMATIC1111, Forge and reForge"
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
     """Which programs open a file of `save_format` (kohya, fp8 or packed) for a model of `family`, in words."""
     if save_format == "packed":
         return (
-            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI, AUTOMATIC1111 and Forge with "
-            "our plug-ins, diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
+            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI, AUTOMATIC1111, Forge and "
+            "reForge with our plug-ins, diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
             "or after `resize_lora_ext.py expand` everything that opens kohya LoRA"
         )
     float8 = save_format == "fp8"

@@ -137,3 +137,18 @@ def test_missing_git_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(bootstrap.SourceError, match="without git: install git"):
         bootstrap.clone("0" * 40, tmp_path / "sd-scripts")
+
+
+@pytest.mark.parametrize(
+    ("verb", "told"), [("demo", "The demo trains with diffusers instead"), ("test", "Tests that need it are skipped")]
+)
+def test_without_sd_scripts_it_says_what_is_done_instead(
+    verb: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> Path:
+        raise bootstrap.SourceError("sd-scripts cannot be had")
+
+    monkeypatch.setattr(bootstrap, "obtain_sd_scripts", absent)
+    monkeypatch.setattr(bootstrap, "find_sd_scripts", lambda: None)
+    assert bootstrap._sd_scripts_for(verb) is None
+    assert f"sd-scripts cannot be had. {told}." in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """The main job in minutes: train a LoRA on tiny-sd through sd-scripts, save it compressed, load it again, draw with it, report.
 
+Where sd-scripts is not to be had, train_network_ext.py trains with diffusers alone.
+
     python bootstrap.py demo
 
 Writes outputs/demo/: the data set, the LoRA (packed, and its kohya partner), comparison.png and report.html.
@@ -19,9 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import networks.sd_scripts_path  # noqa: E402, F401  joins our packages with those of sd-scripts: must come before either is used
-
-# isort: split
 import torch  # noqa: E402
 from diffusers.utils.logging import disable_progress_bar  # noqa: E402
 from evaluate_tiny_sd import concept_share, draw_prompts, load_pipeline  # noqa: E402
@@ -35,6 +34,7 @@ from lora_compress.evaluation.performance import evaluate_lora_performance  # no
 from lora_compress.evaluation.probe import Probe, load_probe  # noqa: E402
 from lora_compress.evaluation.shapes import concept_prompts, write_dataset  # noqa: E402
 from lora_compress.report.html_evaluation import write_evaluation_html  # noqa: E402
+from networks.sd_scripts_lookup import find_sd_scripts  # noqa: E402
 
 TINY_SD = ROOT / "assets" / "tiny-sd"
 NAME = "striped_star"
@@ -56,7 +56,8 @@ def train(folder: Path) -> None:
     """Run the trainer as a user would: accelerate launch train_network_ext.py --config_file config/demo.toml."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_cpu_threads_per_process={THREADS}"]
     config = ["--config_file=config/demo.toml", f"--train_data_dir={folder / 'data'}", f"--output_dir={folder}"]
-    result = subprocess.run([*launch, "train_network_ext.py", *config, f"--logging_dir={folder / 'logs'}"], cwd=ROOT)
+    host = [f"--logging_dir={folder / 'logs'}"] if find_sd_scripts() is not None else ["--host=diffusers"]
+    result = subprocess.run([*launch, "train_network_ext.py", *config, *host], cwd=ROOT)
     if result.returncode:
         raise SystemExit(f"error: training ended with exit status {result.returncode}; its last lines say why")
 

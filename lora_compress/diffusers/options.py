@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 
 from ..errors import LoraCompressError, SettingsError
 from ..evaluation.pictures import PICTURE_ENDINGS
-from ..settings import CompressionSettings
+from ..settings import CompressionSettings, EvaluationSettings, setting_names
 
-__all__ = ["find_pictures", "make_optimizer", "read_options", "resolution"]
+__all__ = ["DEFAULTS", "Plan", "find_pictures", "make_optimizer", "read_plan"]
 
 logger = logging.getLogger(__name__)
 
-_DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, Any] = {
     "pretrained_model_name_or_path": None,
     "train_data_dir": None,
     "caption_extension": ".txt",
@@ -35,48 +36,98 @@ _DEFAULTS: dict[str, Any] = {
     "lr_warmup_steps": 0,
     "mixed_precision": "no",
     "gradient_checkpointing": False,
+    "base_quantize": None,
+    "load_8bit_text_encoder": False,
     "save_every_n_steps": None,
     "save_precision": "fp16",
+    "save_peft": False,
+    "save_state": False,
+    "save_state_on_train_end": False,
+    "resume": None,
+    "sample_prompts": None,
+    "sample_every_n_steps": None,
+    "sample_sampler": None,
+    "validate_every_n_steps": None,
     "seed": 0,
     "output_dir": None,
     "output_name": "last",
 }
-_CHOICES = {"mixed_precision": ("no", "bf16"), "save_precision": ("fp16", "bf16", "float")}
+_CHOICES = {
+    "mixed_precision": ("no", "bf16"),
+    "save_precision": ("fp16", "bf16", "float"),
+    "base_quantize": (None, "int8", "nf4", "fp8", "quanto", "torchao"),
+    "sample_sampler": (None, "ddim"),
+}
 _RATES = {"unet_lr": 1e-4, "text_encoder_lr": 1e-5}  # unless learning_rate says otherwise
 _REQUIRED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
+_SAME_HERE = {  # what they ask for is done here in any case
+    *("network_module", "save_model_as", "tokenizer_cache_dir", "cache_latents", "vae_batch_size", "max_data_loader_n_workers"),
+}
 
 
-def read_options(config: Mapping[str, Any]) -> tuple[dict[str, Any], CompressionSettings]:
-    """Options of the trainer and settings of the compression; keys of neither are named in one warning.
+@dataclass(frozen=True)
+class Plan:
+    """What a training is to do.
+
+    Args:
+        options: by the names of `DEFAULTS`.
+        compression: of [pruning], [quantization] and network_args.
+        evaluation: of [evaluation], None where there is none.
+        adaptive: of [adaptive] as it is, None where there is none.
+    """
+
+    options: Mapping[str, Any]
+    compression: CompressionSettings
+    evaluation: EvaluationSettings | None
+    adaptive: Mapping[str, Any] | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures."""
+        sizes = [int(part) for part in str(self.options["resolution"]).split(",")]
+        return sizes[0], sizes[-1]
+
+    def output(self, suffix: str) -> Path:
+        """A path in output_dir that begins with output_name."""
+        return Path(self.options["output_dir"]) / f"{self.options['output_name']}{suffix}"
+
+
+def read_plan(config: Mapping[str, Any]) -> Plan:
+    """From a TOML; keys that are not known are named in one warning.
 
     Raises:
         SettingsError: one that is required is missing, or a value that is not to be had here.
     """
     own: dict[str, Any] = {}
     flat: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
     for name, value in config.items():
-        if name in ("pruning", "quantization"):
+        if name in ("pruning", "quantization", "evaluation", "adaptive"):
             section = dict(value)
-            own |= section if section.pop("enabled", True) else {}
+            if section.pop("enabled", True) not in (False, "false"):
+                sections[name] = section
         else:
             flat |= value if isinstance(value, Mapping) else {name: value}
-    if unknown := sorted(set(flat) - set(_DEFAULTS)):
+    given = dict(pair.partition("=")[::2] for pair in flat.pop("network_args", None) or ())
+    own |= {name: value for name, value in given.items() if name in setting_names()}
+    own |= sections.pop("pruning", {}) | sections.pop("quantization", {})
+    unknown = sorted({*flat} - {*DEFAULTS} - _SAME_HERE) + [f"network_args {name}" for name in given if name not in own]
+    if unknown:
         logger.warning("--host diffusers does not know and leaves out: %s", ", ".join(unknown))
-    options = {name: flat.get(name, default) for name, default in _DEFAULTS.items()}
+    options = {name: flat.get(name, default) for name, default in DEFAULTS.items()}
     problems = [f"{name} is missing: set it" for name in _REQUIRED if not options[name]]
-    problems += [f"{name}={options[name]}: must be one of {', '.join(c)}" for name, c in _CHOICES.items() if options[name] not in c]
+    for name, choices in _CHOICES.items():
+        if options[name] not in choices:
+            problems.append(f"{name}={options[name]}: must be one of {', '.join(choice for choice in choices if choice)}")
+    if "adaptive" in sections and "evaluation" not in sections:
+        problems.append("[adaptive] follows the evaluations of the training, and there are none: add a section [evaluation]")
     if problems:
         raise SettingsError(problems, "--host diffusers")
     for name, rate in _RATES.items():
         if options[name] is None:
             options[name] = rate if options["learning_rate"] is None else options["learning_rate"]
-    return options, CompressionSettings.parse(own)
-
-
-def resolution(options: Mapping[str, Any]) -> tuple[int, int]:
-    """Width and height."""
-    sizes = [int(part) for part in str(options["resolution"]).split(",")]
-    return sizes[0], sizes[-1]
+    evaluation = EvaluationSettings.parse(sections["evaluation"]) if "evaluation" in sections else None
+    return Plan(options, CompressionSettings.parse(own), evaluation, sections.get("adaptive"))
 
 
 def find_pictures(options: Mapping[str, Any]) -> list[tuple[Path, str]]:

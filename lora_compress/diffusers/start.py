@@ -6,10 +6,13 @@ import argparse
 import logging
 import sys
 
-from ..errors import LoraCompressError
+from ..errors import LoraCompressError, SettingsError
 from ..settings import read_toml
+from .options import DEFAULTS
 
 __all__ = ["main"]
+
+_SECTIONS = ("pruning", "quantization", "evaluation", "adaptive")
 
 
 def main(argv: list[str]) -> int:
@@ -18,13 +21,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="train_network_ext.py", allow_abbrev=False)
     parser.add_argument("--host", choices=["diffusers"], required=True, help="train with diffusers, without sd-scripts")
     parser.add_argument("--config_file", "--config", required=True, help="TOML: docs/training_diffusers.md lists its keys")
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "output_name", "max_train_steps", "seed"):
-        parser.add_argument(f"--{name}", default=None)
-    given = vars(parser.parse_args(argv))
-    del given["host"]
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", action="store_true" if default is False else "store", default=None)
+    for name in _SECTIONS:
+        parser.add_argument(f"--{name}", nargs="*", metavar="KEY=VALUE", default=None)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        config = read_toml(given.pop("config_file"))
-        over = {name: value for name, value in given.items() if value is not None}
+        config = dict(read_toml(given["config_file"]))
+        for name in _SECTIONS:
+            if name in given:
+                config[name] = {**config.get(name, {}), **dict(_pair(name, text) for text in given[name])}
+        over = {name: value for name, value in given.items() if name in DEFAULTS}
         from .training import train
 
         logging.getLogger(__name__).info("%s", train({**config, "command line": over}))
@@ -32,3 +39,10 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _pair(section: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingsError([f"--{section} {text}: is no key=value"], "command line")
+    return name, value

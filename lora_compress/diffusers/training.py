@@ -1,10 +1,10 @@
-"""Trains a LoRA of a Stable Diffusion pipeline with accelerate, diffusers and PEFT alone, pruned and quantized as settings say."""
+"""Trains a LoRA of a diffusers pipeline with accelerate, diffusers and PEFT alone, pruned and quantized as settings say."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,26 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraCompressError
-from ..pipeline import save
-from ..training import Pair, TrainingSession, find_pairs
+from ..evaluation.validation import Validation
+from ..files import atomic_path, write_safetensors
+from ..pipeline import plain_partner, save
+from ..plain import PlainKeys
+from ..training import TrainingSession, find_pairs
+from ..training.evaluator import Evaluator, kept_random_states, undisturbed
+from ..update import LowRankUpdate
+from .base import add_adapters
 from .denoising import Denoiser, load_denoiser
-from .options import find_pictures, make_optimizer, read_options, resolution
+from .drawing import draw_share, read_samples, save_samples
+from .options import Plan, find_pictures, make_optimizer, read_plan
+from .progress import Batches, Progress
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
+_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32, "no": torch.float32}
 _TOLD = 50  # steps between two lines of the log
+_PEFT_KEYS = PlainKeys("{}.lora_A.weight", "{}.lora_B.weight", None)
 
 
 def train(config: Mapping[str, Any]) -> Path:
@@ -40,89 +49,128 @@ def train(config: Mapping[str, Any]) -> Path:
         from peft import LoraConfig  # noqa: F401  what add_adapters needs, before minutes of loading
     except ImportError as error:
         raise LoraCompressError(f"--host diffusers needs accelerate, diffusers and peft ({error}): pip install them") from error
-    options, settings = read_options(config)
+    plan = read_plan(config)
+    options = plan.options
     accelerator = Accelerator(mixed_precision=options["mixed_precision"])
     torch.manual_seed(int(options["seed"]))
     files = find_pictures(options)
-    denoiser = load_denoiser(str(options["pretrained_model_name_or_path"]), resolution(options))
-    pairs, groups = add_adapters(denoiser, options)
+    evaluator = _evaluator(plan)
+    denoiser = load_denoiser(str(options["pretrained_model_name_or_path"]), plan.size, _PRECISIONS[options["mixed_precision"]])
+    pairs, groups = add_adapters(denoiser, options, accelerator.device)
     denoiser.pipe.to(accelerator.device)
-    steps, weights = int(options["max_train_steps"]), [weight for pair in pairs.values() for weight in pair.weights]
-    session = TrainingSession(pairs, settings, total_steps=steps)
+    steps = int(options["max_train_steps"])
+    session = TrainingSession(pairs, plan.compression, total_steps=steps)
     optimizer = make_optimizer(str(options["optimizer_type"]), groups)
     warmup = int(options["lr_warmup_steps"])
     rates = get_scheduler(options["lr_scheduler"], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    encoded = {path: denoiser.encode(path) for path, _ in files}
-    batches = _batches([(encoded[path], caption) for path, caption in files], options, accelerator)
+    latents = {path: denoiser.encode(path) for path, _ in files}
+    pictures = [(latents[path], caption) for path, caption in files]
+    batches = Batches(pictures, int(options["train_batch_size"]), int(options["seed"]), accelerator)
+    progress = Progress(session, optimizer, rates, batches)
+    accelerator.register_for_checkpointing(progress)
+    run = _Run(plan, accelerator, denoiser, progress, evaluator)
     torch.manual_seed(int(options["seed"]) + 1 + accelerator.process_index)  # each process has noise of its own
-    for step in range(1, steps + 1):
-        with accelerator.autocast():
-            loss = denoiser.loss(*next(batches))
-        loss.backward()
-        _average(weights, accelerator)
-        torch.nn.utils.clip_grad_norm_(weights, float(options["max_grad_norm"]) or float("inf"))
-        optimizer.step()
-        rates.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % _TOLD == 0 and accelerator.is_main_process:
-            logger.info("step %d of %d: loss %.4f", step, steps, loss.item())
-        every = options["save_every_n_steps"]
-        if every and step % int(every) == 0 and step < steps:
-            _save(session, options, accelerator, f"-step{step:08d}")
-    path = _save(session, options, accelerator, "")
+    if options["resume"]:
+        run.resume(Path(options["resume"]))
+    while progress.step < steps:
+        run.step()
+    path = run.finish()
     session.close()
     return path
 
 
-def add_adapters(denoiser: Denoiser, options: Mapping[str, Any]) -> tuple[dict[str, Pair], list[dict[str, Any]]]:
-    """Pairs of PEFT by kohya's names, and the groups of their weights for an optimizer; a learning rate of 0 leaves a model out."""
-    from peft import LoraConfig
-
-    pairs: dict[str, Pair] = {}
-    groups = []
-    denoiser.pipe.vae.requires_grad_(False)
-    for prefix, (module, targets) in denoiser.parts.items():
-        module.requires_grad_(False)
-        module.train()
-        rate = float(options["unet_lr" if prefix == "lora_unet" else "text_encoder_lr"])
-        if not rate:
-            continue
-        rank, alpha = int(options["network_dim"]), float(options["network_alpha"])
-        module.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))  # type: ignore[arg-type, operator]
-        if options["gradient_checkpointing"]:
-            _checkpoint(module)
-        found = _kohya_names(find_pairs(module), prefix)
-        groups.append({"params": [weight for pair in found.values() for weight in pair.weights], "lr": rate})
-        pairs |= found
-    return pairs, groups
+def _evaluator(plan: Plan) -> Evaluator | None:
+    if plan.evaluation is None:
+        return None
+    with kept_random_states():  # extractors begin with random weights
+        return Evaluator(Validation.prepare(plan.evaluation), plan.output(""), plan.adaptive)
 
 
-def _checkpoint(module: Any) -> None:
-    """Blocks are computed again in the backward pass, without torch's reentrant way."""
-    if hasattr(module, "enable_gradient_checkpointing"):  # of diffusers, which is never reentrant
-        module.enable_gradient_checkpointing()
-    else:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+class _Run:
+    """The steps of a training, and what is due between them."""
+
+    def __init__(self, plan: Plan, accelerator: Any, denoiser: Denoiser, progress: Progress, evaluator: Evaluator | None) -> None:
+        self.plan, self.accelerator, self.denoiser, self.progress, self.evaluator = plan, accelerator, denoiser, progress, evaluator
+        self.session = progress.session
+        self._weights = [weight for pair in self.session.pairs.values() for weight in pair.weights]
+        given = plan.options["sample_prompts"]
+        self._samples = read_samples(str(given), plan.size) if given else []
+        if evaluator is not None:
+            evaluator.lead(self.session)
+
+    def step(self) -> None:
+        """One step of the optimizer, and whatever is due after it."""
+        progress, options = self.progress, self.plan.options
+        with self.accelerator.autocast():
+            loss = self.denoiser.loss(*progress.batches.take())
+        loss.backward()
+        _average(self._weights, self.accelerator)
+        torch.nn.utils.clip_grad_norm_(self._weights, float(options["max_grad_norm"]) or float("inf"))
+        progress.optimizer.step()
+        progress.rates.step()
+        progress.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        if progress.step % _TOLD == 0 and self.accelerator.is_main_process:
+            logger.info("step %d of %s: loss %.4f", progress.step, options["max_train_steps"], loss.item())
+        last = progress.step == int(options["max_train_steps"])
+        if self._samples and (last or _due(options["sample_every_n_steps"], progress.step)):
+            self._sample()
+        if self.evaluator is not None and (
+            last or _due(options["validate_every_n_steps"] or progress.batches.per_epoch, progress.step)
+        ):
+            self._evaluate(self.evaluator)
+        if _due(options["save_every_n_steps"], progress.step) and not last:
+            self._save(f"-step{progress.step:08d}", options["save_state"])
+
+    def resume(self, folder: Path) -> None:
+        """Go on where a state was saved."""
+        if self.evaluator is not None:
+            self.evaluator.load(folder / "evaluations.jsonl")
+        self.progress.load(self.accelerator, str(folder))
+
+    def finish(self) -> Path:
+        """Write what is to be written at the end; the path of the LoRA."""
+        path = self._save("", self.plan.options["save_state"] or self.plan.options["save_state_on_train_end"])
+        if self.evaluator is not None and self.accelerator.is_main_process:
+            told = {**vars(self.evaluator.validation.settings), **(self.plan.adaptive or {})}
+            if page := self.evaluator.write_report(str(self.plan.options["output_name"]), told):
+                logger.info("report: %s", page)
+        return path
+
+    def _sample(self) -> None:
+        if self.accelerator.is_main_process:
+            stem, folder = f"{self.plan.options['output_name']}_{self.progress.step:06d}", self.plan.output("").parent / "sample"
+            with undisturbed(self.denoiser.models.values()), self.accelerator.autocast():
+                save_samples(self.denoiser.pipe, self._samples, folder, stem, self.plan.options["sample_sampler"])
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        draw = partial(draw_share, self.denoiser.pipe, evaluator.validation, self.accelerator.autocast)
+        entry = evaluator.evaluate(draw, self.denoiser.models.values(), self.progress.step)
+        if "error" not in entry and self.accelerator.is_main_process:
+            logger.info("%s", evaluator.told(entry))
+
+    def _save(self, suffix: str, state: bool) -> Path:
+        """Write the LoRA as it stands; one process does, the others wait."""
+        path, options = self.plan.output(f"{suffix}.safetensors"), self.plan.options
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dtype = _PRECISIONS[options["save_precision"]]
+            lora = self.session.compress(dtype)
+            save(lora, path, dtype)
+            if options["save_peft"]:
+                _save_peft(lora.updates, self.denoiser, path.with_suffix(".peft.safetensors"), dtype)
+        self.accelerator.wait_for_everyone()
+        if state:
+            folder = self.plan.output(f"{suffix}-state")
+            self.progress.save(self.accelerator, folder)
+            if self.evaluator is not None and self.accelerator.is_main_process:
+                self.evaluator.save(folder / "evaluations.jsonl")
+        return path
 
 
-def _kohya_names(pairs: Mapping[str, Pair], prefix: str) -> dict[str, Pair]:
-    named = {name: f"{prefix}_{name.replace('.', '_')}" for name in pairs}
-    return {named[name]: replace(pair, name=named[name], module=named[name]) for name, pair in pairs.items()}
-
-
-def _batches(
-    pictures: Sequence[tuple[Tensor, str]], options: Mapping[str, Any], accelerator: Any
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Latents and captions without end; all processes shuffle alike, and each takes its own of as many batches as there are."""
-    random = torch.Generator().manual_seed(int(options["seed"]))
-    own, world = int(options["train_batch_size"]), accelerator.num_processes
-    order: list[int] = []
-    while True:
-        while len(order) < own * world:
-            order += torch.randperm(len(pictures), generator=random).tolist()
-        taken, order = order[: own * world], order[own * world :]
-        chosen = [pictures[i] for i in taken[own * accelerator.process_index :][:own]]
-        yield torch.cat([latents for latents, _ in chosen]), [caption for _, caption in chosen]
+def _due(every: Any, step: int) -> bool:
+    return bool(every) and step % int(every) == 0
 
 
 def _average(weights: Sequence[Tensor], accelerator: Any) -> None:
@@ -132,12 +180,15 @@ def _average(weights: Sequence[Tensor], accelerator: Any) -> None:
                 weight.grad = accelerator.reduce(weight.grad, "mean")
 
 
-def _save(session: TrainingSession, options: Mapping[str, Any], accelerator: Any, suffix: str) -> Path:
-    """Write the LoRA as it stands; one process does, the others wait."""
-    path = Path(options["output_dir"]) / f"{options['output_name']}{suffix}.safetensors"
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        dtype = _PRECISIONS[options["save_precision"]]
-        save(session.compress(dtype), path, dtype)
-    accelerator.wait_for_everyone()
-    return path
+def _save_peft(updates: Mapping[str, LowRankUpdate], denoiser: Denoiser, path: Path, dtype: torch.dtype) -> None:
+    """Write what load_lora_weights of any pipeline reads: names of diffusers, alpha = rank in every module."""
+    names = {
+        f"{prefix}_{name.replace('.', '_')}": f"{component}.{name}"
+        for prefix, (component, _) in denoiser.parts.items()
+        for name in find_pairs(denoiser.models[component])
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, update in updates.items():
+        tensors |= _PEFT_KEYS.tensors(names[name], plain_partner(update, dtype, has_alpha=False))
+    with atomic_path(path) as temporary:
+        write_safetensors(tensors, temporary, {})

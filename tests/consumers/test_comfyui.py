@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from core.factories import random_update
+from consumers.test_matrix import FORMATS
+from core.factories import dense, random_update
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_compress import CompressionSettings, as_kohya, compress_file, expand_file
+from lora_compress import CompressionSettings, as_kohya, compress_file, expand_file, load_lora
 
 UNET = {
     "image_size": 32,
@@ -216,3 +217,56 @@ def test_files_are_compressed_and_told_about_in_the_graph(host: SimpleNamespace)
     assert "kohya layout, sd1" in told and f"{small} bytes" in told
     base, ours = patched(host.patcher.clone()), patched(load(host, "small.safetensors"))
     assert any(not torch.equal(base[key], value) for key, value in ours.items())
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd": ("SD15", UNET),
+    "sdxl": (
+        "SDXL",
+        {**UNET, "transformer_depth": [0, 2], "transformer_depth_output": [2, 2, 0, 0], "use_linear_in_transformer": True}
+        | {"model_channels": 64},  # its heads are of 64
+    ),
+    "flux": (
+        "Flux",
+        {"image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 24, "context_in_dim": 24}
+        | {"hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 14, 14]}
+        | {"theta": 10000, "qkv_bias": True, "guidance_embed": False, "txt_ids_dims": []},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_format_gives_the_layers_what_the_file_holds(host: SimpleNamespace, family: str) -> None:
+    """Plain formats as they are, packed ones through the plug-in; kohya's names of the family are those that ComfyUI knows."""
+    import comfy.lora
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    kind, config = FAMILIES[family]
+    model = getattr(comfy.supported_models, kind)(dict(config)).get_model({}, "", device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+    base = patched(patcher.clone())
+    found = comfy.lora.model_lora_keys_unet(model, {})
+    once = {key: name for name, key in found.items() if name.startswith("lora_unet_") and isinstance(key, str) and key in base}
+    keys = {name: key for key, name in once.items() if base[key].ndim in (2, 4)}
+    updates = {
+        name: random_update(
+            2 + number % 5, base[key].shape[1], len(base[key]), tuple(base[key].shape[2:]), 1.0 + number % 3, number, 0.05
+        )
+        for number, (name, key) in enumerate(list(keys.items())[::3])
+    }
+    source = host.loras / f"{family}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, source)
+    for form, settings in FORMATS.items():
+        target = host.loras / f"{family}-{form}.safetensors"
+        compress_file(source, target, CompressionSettings.parse(settings), save_dtype=torch.float32, consumers=("comfyui",))
+        ours = patched(load(host, target.name, patcher=patcher))
+        held = load_lora(target).updates
+        assert held.keys() <= keys.keys() and len(held) > 5
+        changed = {keys[name]: dense(update) for name, update in held.items()}
+        for key, weight in ours.items():
+            wanted = base[key] + changed[key].float().reshape(weight.shape) if key in changed else base[key]
+            torch.testing.assert_close(weight, wanted, rtol=1e-4, atol=1e-5, msg=lambda text, at=(form, key): f"{at}: {text}")

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from consumers import trainable
 
 from library.compress_torchvision import declare_missing_operators
 from lora_compress import load_lora
 from lora_compress.evaluation.shapes import write_dataset
+from lora_compress.evaluation.validation import read_history
 
 declare_missing_operators()
 pytest.importorskip("peft")
@@ -26,8 +31,6 @@ TINY_SD = ROOT / "assets" / "tiny-sd"
 @pytest.fixture(autouse=True)
 def _fresh_accelerator() -> None:
     """What accelerate remembers of a process: a test is one training, not several in one process."""
-    from accelerate.state import AcceleratorState, GradientState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -101,44 +104,13 @@ def test_wrong_input_is_one_error(tmp_path: Path) -> None:
         training.train({**config, "precision": {"mixed_precision": "fp16"}})
 
 
-def _sdxl(folder: Path) -> Path:
-    """A folder with a narrow pipeline of SDXL's kind, random weights."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(TINY_SD / "tokenizer")
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    text = CLIPTextConfig(**sizes, num_attention_heads=2, projection_dim=16, max_position_embeddings=tokenizer.model_max_length)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 32),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-    )
-    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-    encoders = {"text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text)}
-    tokenizers = {"tokenizer": tokenizer, "tokenizer_2": tokenizer}
-    StableDiffusionXLPipeline(unet=unet, vae=vae, scheduler=EulerDiscreteScheduler(), **encoders, **tokenizers).save_pretrained(
-        folder
-    )
-    return folder
-
-
 def test_sdxl_learns_and_opens_in_its_pipeline(tmp_path: Path) -> None:
     """Both text encoders and the U-Net; checkpoints on the way; the file goes where it came from."""
     from diffusers import StableDiffusionXLPipeline
 
     from lora_compress.diffusers import load_lora as attach
 
-    model = _sdxl(tmp_path / "sdxl")
+    model = trainable.sdxl(tmp_path / "sdxl")
     write_dataset(tmp_path / "data", count=4, repeats=1)
     config = {**_config(tmp_path), "model": {"pretrained_model_name_or_path": str(model)}}
     more = {"gradient_checkpointing": True, "save_every_n_steps": 4, "mixed_precision": "bf16"}
@@ -183,3 +155,110 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
     for name, update in one.items():
         assert float(update.up.norm()) > 0
         assert torch.allclose(update.up_matrix @ update.down_matrix, two[name].up_matrix @ two[name].down_matrix, atol=1e-5)
+
+
+FAMILIES: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
+    "SD3": (trainable.sd3, {"transformer", "te1", "te2"}),
+    "FLUX": (trainable.flux, {"transformer", "te1"}),
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_flow_models_learn_and_open_in_their_pipelines(family: str, tmp_path: Path) -> None:
+    """Through load_lora packed, through diffusers' own loader in PEFT's layout: the same picture, which is not that of the base."""
+    from diffusers import DiffusionPipeline
+
+    from lora_compress.diffusers import load_lora as attach
+
+    make, parts = FAMILIES[family]
+    model = make(tmp_path / "model")
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    more = {"save_peft": True, "gradient_checkpointing": True, "unet_lr": 1e-2, "text_encoder_lr": 1e-2}
+    config = {**_config(tmp_path), "model": {"pretrained_model_name_or_path": str(model)}, "more": more}
+    path = training.train({**config, "quantization": {"bits": 8, "save_format": "packed"}})
+    assert {name.split("_")[1] for name in load_lora(path).updates} == parts
+
+    def drawn(prepare: Callable[[Any], object]) -> torch.Tensor:
+        pipe = DiffusionPipeline.from_pretrained(model)
+        prepare(pipe)
+        noise = torch.Generator().manual_seed(0)
+        asked = {"num_inference_steps": 2, "width": 64, "height": 64, "output_type": "pt", "generator": noise}
+        found: torch.Tensor = pipe("a red star", **asked).images
+        return found
+
+    base = drawn(lambda pipe: None)
+    packed = drawn(lambda pipe: attach(pipe, path))
+    peft = drawn(lambda pipe: pipe.load_lora_weights(path.with_suffix(".peft.safetensors")))
+    assert (packed - base).abs().max() > 1e-2
+    assert (packed - peft).abs().max() < 1e-2 * (packed - base).abs().max() + 2e-3
+
+
+def test_a_resumed_training_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> None:
+    """Masks, scales, optimizer, order, noise; what was sampled and measured on the way changes nothing."""
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    held = write_dataset(tmp_path / "held", count=6, repeats=1, seed=5).parent
+    (tmp_path / "prompts.txt").write_text("a red star --s 1 --d 7 --n a circle\na blue disc --s 1\n", encoding="utf-8")
+    pruning = {"iterative_pruning": True, "rank_ratio": 0.5, "rank_return": True, "pruning_end": 0.5}
+    qat = {"bits": 4, "qat": True, "qat_start": 0.5, "save_format": "packed"}
+    saving = {"save_every_n_steps": 3, "save_state": True}
+    watched = {"sample_prompts": str(tmp_path / "prompts.txt"), "sample_every_n_steps": 3, "sample_sampler": "ddim"}
+    evaluation = {"extractor": "probe", "reference": str(held), "count": 4, "size": 64, "steps": 1}
+    runs: dict[str, dict[str, object]] = {
+        "whole": {"own": {"output_name": "whole", **saving}},
+        "watched": {"own": {"output_name": "watched", **saving, **watched, "validate_every_n_steps": 3}, "evaluation": evaluation},
+        "resumed": {"own": {"output_name": "resumed", "resume": str(tmp_path / "watched-step00000003-state")}},
+    }
+    files = {}
+    for name, more in runs.items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        files[name] = training.train({**_config(tmp_path), **more, "pruning": pruning, "quantization": qat}).read_bytes()
+    assert files["whole"] == files["watched"] == files["resumed"]
+    assert len(list((tmp_path / "sample").glob("watched_00000[36]_0[01].png"))) == 4
+    entries = read_history(tmp_path / "watched.evaluations.jsonl")
+    assert [entry["step"] for entry in entries] == [3, 6] and all(entry["probe_fd"] > 0 for entry in entries)
+    assert "probe_fd" in (tmp_path / "watched.evaluations.html").read_text(encoding="utf-8")
+    state = load_lora(tmp_path / "watched-state" / "model.safetensors").updates
+    assert {update.rank for update in state.values()} == {4}
+    with pytest.raises(training.LoraCompressError, match="other layers or ranks"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        training.train({**_config(tmp_path), **runs["resumed"], "rank": {"network_dim": 2}})
+    with pytest.raises(training.LoraCompressError, match="holds no state of --host diffusers"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        training.train({**_config(tmp_path), "own": {"resume": str(tmp_path)}})
+
+
+def test_the_controller_leads_the_compression(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    held = write_dataset(tmp_path / "held", count=6, repeats=1, seed=5).parent
+    config = {
+        **_config(tmp_path),
+        "own": {"validate_every_n_steps": 1},
+        "evaluation": {"extractor": "probe", "reference": str(held), "count": 4, "size": 64, "steps": 1},
+        "pruning": {"iterative_pruning": True, "rank_return": True, "rank_ratio": 0.8, "min_rank": 0}
+        | {"pruning_start": 0.0, "pruning_end": 0.2, "max_iterations": 1},
+        "quantization": {"qat": True, "bits": 8, "qat_start": 0.2},
+        "adaptive": {"max_fid_gap": 1e6, "patience": 1},
+    }
+    path = training.train(config)
+    entries = read_history(tmp_path / "last.evaluations.jsonl")
+    changes = [entry for entry in entries if entry["action"] == "compress"]
+    assert changes and all("probe_fd_full" in entry for entry in changes)
+    assert "adaptive_changes" in str(load_lora(path).metadata)
+    with pytest.raises(training.LoraCompressError, match=r"\[adaptive\] follows the evaluations"):
+        training.train({**_config(tmp_path), "adaptive": {}})
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantized_base_takes_less_and_the_lora_learns_on_it(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    path = training.train({**_config(tmp_path), "own": {"base_quantize": base, "load_8bit_text_encoder": True}})
+    told = [line for line in caplog.messages if "of the bytes are gone" in line]
+    assert len(told) == 2 and int(told[0].split("%")[0].split()[-1]) >= 40
+    assert all(float(update.up.norm()) > 0 for update in load_lora(path).updates.values())
+
+
+def test_network_args_are_settings_too(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    path = training.train({**_config(tmp_path), "own": {"network_args": ["bits=4", "save_format=packed", "conv_dim=4"]}})
+    assert load_lora(path).metadata["ss_compress_bits"] == "4"

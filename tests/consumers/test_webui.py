@@ -1,4 +1,4 @@
-"""The extension in the loaders of AUTOMATIC1111 and Forge: a packed file does to the weights what the expanded file does."""
+"""The extension in the loaders of AUTOMATIC1111, Forge and reForge: a packed file does to weights what the expanded one does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_files(folder: Path) -> Iterator[tuple[Path, Path]]:
         yield packed, plain
 
 
-@pytest.fixture(params=["a1111", "forge"])
+@pytest.fixture(params=["a1111", "forge", "reforge"])
 def host(request: pytest.FixtureRequest) -> tuple[str, Path]:
     """A web page and its checkout."""
     variable = f"{request.param.upper()}_DIR"

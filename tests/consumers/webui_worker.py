@@ -1,6 +1,6 @@
-"""Applies LoRA files with the loader of AUTOMATIC1111 or Forge, in a process of its own: their packages have names of ours.
+"""Applies LoRA files with the loader of A1111, Forge or reForge, in a process of its own: their packages have names of ours.
 
-    python webui_worker.py a1111|forge HOST EXTENSION LORA... OUT
+    python webui_worker.py a1111|forge|reforge HOST EXTENSION LORA... OUT
 
 The model is a handful of layers under the names of an SD1.5 checkpoint. The loader's files are the host's own; what they import of
 the web page, settings and model management is stood in for. Writes {number of the LoRA}.{kohya's name}: the weights afterwards.
@@ -132,6 +132,31 @@ def run_forge(root: Path, extension: str, files: list[str]) -> dict[str, torch.T
     return found
 
 
+def run_reforge(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
+    """Load and apply each file alone, by what its load_lora_for_models and its ModelPatcher call."""
+    made = layers()
+    sys.path.insert(0, str(root))
+    from ldm_patched.modules import args_parser
+
+    args_parser.args.always_cpu = True
+    stand_in("ldm_patched.modules.model_base")  # every model it knows
+    from ldm_patched.modules import lora, lora_convert, utils
+
+    register(extension)
+    register(extension)
+    keys = {name: f"diffusion_model.{key}.weight" for name, key in UNET.items()} | {
+        name: f"clip_l.{key}.weight" for name, key in TEXT.items()
+    }
+    found = {}
+    for number, file in enumerate(files):
+        tensors = lora_convert.convert_lora(utils.load_torch_file(file, safe_load=True))
+        patches = lora.load_lora(tensors, keys)
+        for name, layer in made.items():
+            queue = [(STRENGTHS.get(number, 1.0), patches[keys[name]], 1.0, None, None)]
+            found[f"{number}.{name}"] = lora.calculate_weight(queue, layer.weight.detach().clone(), keys[name])
+    return found
+
+
 class Clip:
     """What the loader asks of the host's text encoder."""
 
@@ -161,4 +186,4 @@ def holder(layers: dict[str, nn.Module]) -> nn.Module:
 
 if __name__ == "__main__":
     host, root, extension, *files, out = sys.argv[1:]
-    save_file({"a1111": run_a1111, "forge": run_forge}[host](Path(root), extension, files), out)
+    save_file({"a1111": run_a1111, "forge": run_forge, "reforge": run_reforge}[host](Path(root), extension, files), out)

@@ -127,7 +127,7 @@ def test_packed_files_need_our_parts_in_the_programs() -> None:
     assert ours.problems(packed) == []
     assert [note.rpartition(" with ")[2] for note in ours.notes(packed)] == [
         "the plug-in for ComfyUI",
-        *["the extension for AUTOMATIC1111 and Forge"] * 2,
+        *["the extension for AUTOMATIC1111, Forge and reForge"] * 2,
         "lora_compress.diffusers.load_lora",
     ]
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from lora_compress import EvaluationSettings, SettingsError, load_lora
 from lora_compress.evaluation.shapes import write_dataset
 from lora_compress.evaluation.validation import Validation, read_history
+from lora_compress.training.evaluator import Evaluator
 from tests import models
 from tests.core.training.test_adapting import Run
 from tests.trainer.test_config import parse, write
@@ -206,23 +207,22 @@ def test_an_evaluation_that_fails_is_an_entry_and_the_training_goes_on(
     host = importlib.import_module("train_network").NetworkTrainer
     mixin = importlib.import_module("library.compress_validation").ValidationMixin
     trainer = type("Mixed", (mixin, host), {})()
-    trainer._history, trainer._trained, trainer._steps_per_epoch = [], torch.nn.Dropout(), 3
-    accelerator, validation = Accelerator(cpu=True), Validation.prepare(EvaluationSettings.parse(values))
+    trainer._trained, trainer._steps_per_epoch = torch.nn.Dropout(), 3
+    evaluator = Evaluator(Validation.prepare(EvaluationSettings.parse(values)), tmp_path / "lora")
+    accelerator = Accelerator(cpu=True)
     before = torch.get_rng_state(), accelerator.trackers
     args = argparse.Namespace(output_dir=str(tmp_path), output_name="lora")
-    trainer._validate(validation, accelerator, args, 4, ())
+    trainer._validate(evaluator, accelerator, args, 4, ())
     (entry,) = read_history(tmp_path / "lora.evaluations.jsonl")
     assert (entry["step"], entry["epoch"]) == (4, 2) and entry["error"].startswith("TypeError") and "probe_fd" not in entry
     assert torch.equal(torch.get_rng_state(), before[0]) and accelerator.trackers is before[1] and trainer._trained.training
 
 
-def test_the_size_of_a_training_that_diverged_is_left_out(sd_scripts: Path) -> None:
-    trainer = importlib.import_module("library.compress_validation").ValidationMixin()
-    run = Run()
-    trainer._trained = argparse.Namespace(session=run.session)
-    assert trainer._size()["bytes"] > 0
+def test_the_size_of_a_training_that_diverged_is_left_out() -> None:
+    evaluator, run = Evaluator.__new__(Evaluator), Run()
+    assert evaluator._size(run.session)["bytes"] > 0
     next(iter(run.session.pairs.values())).weights[0].data[0] = torch.nan
-    assert trainer._size() == {}
+    assert evaluator._size(run.session) == {}
 
 
 def test_settings_of_the_evaluation_are_the_sections_and_above_them_the_flags(
