@@ -152,8 +152,7 @@ def merge_evaluation(args: argparse.Namespace, config: Mapping[str, Any]) -> lis
 def merge_adaptive(args: argparse.Namespace, config: Mapping[str, Any]) -> list[str] | None:
     """Likewise of [adaptive] and --adaptive; to be called when network_args and evaluation have been merged.
 
-    Sets in network_args what changes of ranks and bits need, unless something else is said there: a rank_ratio to begin with, the
-    most that is allowed; iterative_pruning and rank_return; qat where bits are given.
+    Sets in network_args what changes of ranks and bits need, unless something else is said there.
 
     Raises:
         SettingsError: unknown or wrong settings; no evaluation to go by; another network module.
@@ -170,9 +169,7 @@ def merge_adaptive(args: argparse.Namespace, config: Mapping[str, Any]) -> list[
         raise SettingsError(problems, "[adaptive]")
     given = dict(_key_values(args.network_args or [], "network_args"))
     settings = AdaptiveSettings.parse(dict(_key_values(merged, "--adaptive")))
-    needed = {"rank_ratio": settings.max_rank_ratio, "iterative_pruning": True, "rank_return": True}
-    needed |= {"qat": True} if float(given.get("bits", 16)) < 16 else {}
-    complete = {**needed, **given}
+    complete = settings.completed(given)
     CompressionSettings.parse({name: value for name, value in complete.items() if name in setting_names()})
     args.network_args = [f"{name}={value}" for name, value in complete.items()]
     return merged

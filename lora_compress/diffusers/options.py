@@ -12,7 +12,7 @@ import torch
 
 from ..errors import LoraCompressError, SettingsError
 from ..evaluation.pictures import PICTURE_ENDINGS
-from ..settings import CompressionSettings, EvaluationSettings, setting_names
+from ..settings import AdaptiveSettings, CompressionSettings, EvaluationSettings, setting_names
 
 __all__ = ["DEFAULTS", "Plan", "find_pictures", "make_optimizer", "read_plan"]
 
@@ -126,6 +126,8 @@ def read_plan(config: Mapping[str, Any]) -> Plan:
     for name, rate in _RATES.items():
         if options[name] is None:
             options[name] = rate if options["learning_rate"] is None else options["learning_rate"]
+    if "adaptive" in sections:
+        own = AdaptiveSettings.parse(sections["adaptive"]).completed(own)
     evaluation = EvaluationSettings.parse(sections["evaluation"]) if "evaluation" in sections else None
     return Plan(options, CompressionSettings.parse(own), evaluation, sections.get("adaptive"))
 

@@ -97,3 +97,11 @@ class AdaptiveSettings:
             for low, high in ordered
             if getattr(self, low) > getattr(self, high)
         ]
+
+    def completed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a compression, and what changes of ranks and bits need, where `given` says nothing else.
+
+        That is a rank_ratio to begin with, the most that is allowed; iterative_pruning and rank_return; qat where bits are given.
+        """
+        needed = {"rank_ratio": self.max_rank_ratio, "iterative_pruning": True, "rank_return": True}
+        return {**needed, **({"qat": True} if float(given.get("bits", 16)) < 16 else {}), **given}

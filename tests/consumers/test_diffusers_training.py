@@ -234,9 +234,8 @@ def test_the_controller_leads_the_compression(tmp_path: Path) -> None:
         **_config(tmp_path),
         "own": {"validate_every_n_steps": 1},
         "evaluation": {"extractor": "probe", "reference": str(held), "count": 4, "size": 64, "steps": 1},
-        "pruning": {"iterative_pruning": True, "rank_return": True, "rank_ratio": 0.8, "min_rank": 0}
-        | {"pruning_start": 0.0, "pruning_end": 0.2, "max_iterations": 1},
-        "quantization": {"qat": True, "bits": 8, "qat_start": 0.2},
+        "pruning": {"rank_ratio": 0.8, "min_rank": 0, "pruning_start": 0.0, "pruning_end": 0.2, "max_iterations": 1},
+        "quantization": {"bits": 8, "qat_start": 0.2},
         "adaptive": {"max_fid_gap": 1e6, "patience": 1},
     }
     path = training.train(config)
