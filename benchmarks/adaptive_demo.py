@@ -1,6 +1,6 @@
 """A training that adapts its own compression, in both modes of [adaptive], beside one of equal bytes that was told what to do.
 
-    python benchmarks/adaptive_demo.py [--steps 200] [--every 10] [--folder DIR] [--plot docs/images/adaptive.svg] [--json OUT.json]
+    python benchmarks/adaptive_demo.py [--steps 200] [--every 20] [--folder DIR] [--plot docs/images/adaptive.svg] [--json OUT.json]
 
 tiny-sd learns the striped star through train_network_ext.py with config/demo.toml. Pruning and quantization come about in the first
 fifth, from rank_ratio 0.9 and 8 bits; from then on the probe in assets/tiny-sd compares pictures of the training with held-out ones
@@ -54,7 +54,7 @@ def flags(ratio: float, bits: float) -> list[str]:
 
 def adapt(folder: Path, mode: str, steps: int, every: int, pictures: int) -> tuple[Path, History]:
     """The file of a training that adapts itself, and its history."""
-    evaluation = ["extractor=probe", f"reference={folder / 'held'}", f"count={pictures}", "size=64", "steps=10"]
+    evaluation = ["extractor=probe", f"reference={folder / 'held'}", f"count={pictures}", "size=64", "steps=6"]
     adaptive = [f"mode={mode}", "patience=1", "max_fid_gap=0.1"]
     more = [f"--validate_every_n_steps={every}", "--evaluation", *evaluation, "--adaptive", *adaptive]
     file = train(folder, f"adaptive-{mode}", 1, steps, [*flags(0.9, 8), *more])
@@ -82,8 +82,8 @@ def plot(path: Path, histories: Mapping[str, History]) -> None:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
-    parser.add_argument("--pictures", type=int, default=32, help="drawn for each evaluation; twice as many for the final files")
+    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
+    parser.add_argument("--pictures", type=int, default=24, help="drawn for each evaluation; twice as many for the final files")
     parser.add_argument("--plot", type=Path, help="write an SVG")
     given = parser.parse_args()
     from lora_compress.evaluation.shapes import write_dataset

@@ -20,6 +20,7 @@ __all__ = ["arguments", "compressed", "held_out_features", "scored", "share", "t
 
 _HELD_OUT = 512  # pictures of the concept that nobody trained on
 _OTHER_NOISE = 1000  # added to the seed of pictures
+_PATIENCE = 0.5  # seconds between two looks at a process: its memory is not of interest
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -51,7 +52,7 @@ def train(folder: Path, name: str, seed: int, steps: int, flags: Sequence[str]) 
 def compressed(source: Path, target: Path, settings: Mapping[str, Any]) -> Path:
     """A finished file, compressed in a process of its own, unless that is there already."""
     if not target.exists():
-        fresh(_SCRIPT, "compress", source=source, target=target, settings=settings)
+        fresh(_SCRIPT, "compress", _PATIENCE, source=source, target=target, settings=settings)
     return target
 
 
@@ -59,7 +60,7 @@ def scored(lora: Path, pictures: int, floor: bool = False) -> dict[str, Any]:
     """Bytes and `_score` of a file; kept beside it, and told again from there as long as the file is the same."""
     kept = lora.with_name(f"{lora.stem}.{pictures}{'.floor' if floor else ''}.json")
     if not kept.exists() or kept.stat().st_mtime < lora.stat().st_mtime:
-        said = fresh(_SCRIPT, "score", lora=lora, pictures=pictures, floor=floor).said
+        said = fresh(_SCRIPT, "score", _PATIENCE, lora=lora, pictures=pictures, floor=floor).said
         kept.write_text(json.dumps({"bytes": lora.stat().st_size, **said}), encoding="utf-8")
     found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return found

@@ -51,10 +51,11 @@ class Goal:
         return self.reached >= self.goal if self.at_least else self.reached <= self.goal
 
 
-def fresh(script: Path, task: str, /, **arguments: Any) -> Run:
+def fresh(script: Path, task: str, interval: float = _INTERVAL, /, **arguments: Any) -> Run:
     """Call `task` of `script` in a fresh Python: its arguments go in and its answer comes out as JSON.
 
-    Anonymous memory is RssAnon of /proc/<pid>/status, looked at every 2 ms; the mapped pages of the input are not part of it.
+    Anonymous memory is RssAnon of /proc/<pid>/status, looked at every `interval` seconds; the mapped pages of the input are not part
+    of it.
 
     Raises:
         RuntimeError: the process failed; its last lines are in the message.
@@ -66,7 +67,7 @@ def fresh(script: Path, task: str, /, **arguments: Any) -> Run:
         peak = 0
         while process.poll() is None:
             peak = max(peak, _anonymous(process.pid))
-            time.sleep(_INTERVAL)
+            time.sleep(interval)
         seconds = time.monotonic() - started
         told, complaint = (_text(stream) for stream in (output, errors))
     if process.returncode:

@@ -70,11 +70,20 @@ def curve_chart(report: FileReport) -> str:
         return f"<figure>{caption}<p>No other sizes were computed for this file.</p></figure>"
     here = report.bytes[1], report.relative_error
     chosen = [here] if here[0] and math.isfinite(here[1]) else []
+    sizes = [size for size, _ in (*points, *chosen)]
+    decades = range(math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes))) + 1)
+    ticks = [factor * 10**decade for decade in decades for factor in (1, 2, 5) if min(sizes) <= factor * 10**decade <= max(sizes)]
     x = {"field": "bytes", "type": "quantitative", "scale": {"type": "log", "nice": False, "padding": 24}}
-    x |= {"title": "size of the file (logarithmic)", "axis": {**BYTES, "tickCount": 5}}
+    x |= {"title": "size of the file (logarithmic)", "axis": {**BYTES, "values": ticks}}
     y = {"field": "error", "type": "quantitative", "title": "relative error", "axis": {"format": "~%", "tickCount": 5}}
-    right = bool(chosen) and here[0] ** 2 > points[0][0] * points[-1][0]  # the label goes to the side with more room
-    label = {"type": "text", "align": "right" if right else "left", "dx": -10 if right else 10, "dy": -10, "fontWeight": 650}
+    right = bool(chosen) and here[0] ** 2 > points[0][0] * points[-1][0]  # its label goes under the curve, else above it
+    label = {
+        "type": "text",
+        "fontWeight": 650,
+        "align": "right" if right else "left",
+        "dx": -10 if right else 10,
+        "dy": 16 if right else -10,
+    }
     spec = {
         "width": 390,
         "height": 210,
