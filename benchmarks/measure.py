@@ -54,8 +54,7 @@ class Goal:
 def fresh(script: Path, task: str, interval: float = _INTERVAL, /, **arguments: Any) -> Run:
     """Call `task` of `script` in a fresh Python: its arguments go in and its answer comes out as JSON.
 
-    Anonymous memory is RssAnon of /proc/<pid>/status, looked at every `interval` seconds; the mapped pages of the input are not part
-    of it.
+    Anonymous memory is RssAnon of /proc/<pid>/status, looked at every `interval` seconds; mapped pages are no part of it.
 
     Raises:
         RuntimeError: the process failed; its last lines are in the message.

@@ -46,6 +46,7 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     """
     source = open_lora(path)
     try:
+        _read_ahead(path)
         if isinstance(source, PackedFile) and source.missing:
             raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
         others = dict(source.others)
@@ -55,6 +56,13 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
         return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
     finally:
         source.close()
+
+
+def _read_ahead(path: str | os.PathLike[str]) -> None:
+    """Ask the system for the whole file now, so that the storage goes on reading while the first modules are decoded."""
+    if hasattr(os, "posix_fadvise"):  # elsewhere there is no such thing
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _as(update: LowRankUpdate, dtype: torch.dtype | None) -> LowRankUpdate:
