@@ -11,11 +11,9 @@ before it included. Needs sd-scripts and 4 GB of memory.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +23,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from measure import Goal, Run, answer, fresh, goal_table, watched  # noqa: E402
+from measure import Goal, Run, answer, fresh, goal_table, random_weights, second_step  # noqa: E402
 
 import networks.sd_scripts_path  # noqa: E402, F401  joins our packages with those of sd-scripts
 
@@ -85,12 +83,7 @@ def train_step(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = models()["SD 1.5"]()
-    unet.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
-    for parameter in unet.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.data.zero_()
+    random_weights(unet.to(torch.bfloat16).requires_grad_(False))
     network = importlib.import_module("networks.lora").create_network(1.0, 16, 16, None, [], unet)
     pack(unet, name)
     network.apply_to([], unet, False, True)
@@ -105,12 +98,7 @@ def train_step(name: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what loading and packing has freed
-    started = time.process_time()
-    _, peak = watched(step)
-    return {"seconds": time.process_time() - started, "peak": peak, "loras": len(network.unet_loras)}
+    return {**second_step(step), "loras": len(network.unet_loras)}
 
 
 def byte_table(found: dict[str, dict[str, int]]) -> str:

@@ -10,10 +10,8 @@ included. No warning of torch's about reentrant checkpoints is let through. Need
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from measure import Goal, Run, answer, fresh, goal_table, watched  # noqa: E402
+from measure import Goal, Run, answer, fresh, goal_table, random_weights, second_step  # noqa: E402
 
 from library.compress_torchvision import declare_missing_operators  # noqa: E402
 
@@ -59,12 +57,7 @@ def train_step(base_quantize: str | None, checkpointing: bool, pixels: int) -> d
     torch.manual_seed(0)
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=_TEXT[-1])
-    unet.to_empty(device="cpu")
-    for parameter in unet.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.data.zero_()
+    random_weights(unet)
     denoiser, optimizer = build(base_quantize, checkpointing, unet)
     latents = torch.randn(1, 4, pixels // 8, pixels // 8)
 
@@ -73,12 +66,7 @@ def train_step(base_quantize: str | None, checkpointing: bool, pixels: int) -> d
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what loading and packing has freed
-    started = time.process_time()
-    _, peak = watched(step)
-    return {"seconds": time.process_time() - started, "peak": peak}
+    return second_step(step)
 
 
 def table(runs: dict[tuple[str | None, bool], Run]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "settled", "svg_plot", "watched"]
+__all__ = ["Goal", "Run", "answer", "fresh", "goal_table", "random_weights", "second_step", "settled", "svg_plot", "watched"]
 
 _INTERVAL = 0.002  # seconds between two looks at the memory
 
@@ -120,6 +121,26 @@ def watched(task: Callable[[], Any]) -> tuple[Any, int]:
     finally:
         done.set()
         watcher.join()
+
+
+def second_step(step: Callable[[], Any]) -> dict[str, Any]:
+    """Processor time of a step in seconds and the largest anonymous memory while it runs, after one that warms up."""
+    step()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what loading and packing has freed
+    started = time.process_time()
+    _, peak = watched(step)
+    return {"seconds": time.process_time() - started, "peak": peak}
+
+
+def random_weights(model: Any) -> None:
+    """Make a model of the meta device one of the CPU, with random weights and no biases."""
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.data.zero_()
 
 
 def settled(task: Callable[[], Run], repeats: int) -> Run:

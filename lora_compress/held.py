@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .container import INDEX_KEY, PAYLOAD_KEY
 from .encoding import decode_module
@@ -16,7 +17,9 @@ from .index import Entry, PackedIndex, read_index
 from .plain import PlainKeys
 from .update import LowRankUpdate
 
-__all__ = ["HeldModule", "held_modules", "held_part", "layer_name"]
+__all__ = ["HeldModule", "held_layers", "held_modules", "held_part"]
+
+_opened = WeakTensorKeyDictionary()  # {index: modules by layer}, for as long as the LoRA is in memory
 
 # The keys of `up` by which ComfyUI finds a layer's LoRA (comfy/weight_adapter/lora.py, LoRAAdapter.load).
 _UPS = (
@@ -81,6 +84,19 @@ def held_modules(tensors: Mapping[str, Tensor], where: str = "LoRA") -> dict[str
     }
 
 
+def held_layers(tensors: Mapping[str, Tensor]) -> Mapping[str, HeldModule]:
+    """The same by the names under which programs look for a layer in the expanded file; read once for each LoRA in memory.
+
+    Raises:
+        FormatError: as `held_modules`.
+    """
+    index = tensors[INDEX_KEY]
+    if index not in _opened:
+        _opened[index] = {_layer_name(name, module.entry.keys): module for name, module in held_modules(tensors).items()}
+    found: Mapping[str, HeldModule] = _opened[index]
+    return found
+
+
 def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> dict[str, Tensor]:
     """The same LoRA from the first `size` bytes of its payload at most: of a progressive one, a smaller LoRA. Nothing is copied.
 
@@ -98,7 +114,7 @@ def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> 
     return {**tensors, INDEX_KEY: cut.encode(), PAYLOAD_KEY: tensors[PAYLOAD_KEY][:used]}
 
 
-def layer_name(module: str, keys: PlainKeys) -> str:
+def _layer_name(module: str, keys: PlainKeys) -> str:
     """The name under which programs look for a module in the expanded file: its key of `up` without the ending."""
     up = keys.up.replace("{}", module, 1)
     return next((up.removesuffix(ending) for ending in _UPS if up.endswith(ending)), module)

@@ -8,15 +8,13 @@ from typing import Any
 import comfy.weight_adapter
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import HeldModule, held_modules, layer_name
+from lora_compress.held import HeldModule, held_layers
 
 __all__ = ["PackedAdapter", "register"]
 
 _BYPASS = ("multiplier", "shape", "is_conv", "conv_dim", "kernel_size", "in_channels", "out_channels", "kw_dict")
-_opened = WeakTensorKeyDictionary()  # {index: {layer name: module}}, for as long as the LoRA is in memory
 
 
 class PackedAdapter(WeightAdapterBase):
@@ -52,11 +50,7 @@ class PackedAdapter(WeightAdapterBase):
         keys = {INDEX_KEY, PAYLOAD_KEY}
         if loaded_keys is not None:
             loaded_keys.update(keys)
-        modules = _opened.get(lora[INDEX_KEY])
-        if modules is None:
-            held = held_modules(lora)
-            modules = {layer_name(name, module.entry.keys): module for name, module in held.items()}
-            _opened[lora[INDEX_KEY]] = modules
+        modules = held_layers(lora)
         return cls(keys, (modules[x], dora_scale)) if x in modules else None
 
     def calculate_weight(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -42,7 +42,7 @@ def add_adapters(denoiser: Denoiser, options: Mapping[str, Any], device: torch.d
     for model in denoiser.models.values():
         model.requires_grad_(False)
     for prefix, (name, targets) in denoiser.parts.items():
-        rate = float(options["unet_lr" if name == denoiser.component else "text_encoder_lr"])
+        rate = options["unet_lr" if name == denoiser.component else "text_encoder_lr"]
         if rate:
             found = _adapted(denoiser.models[name], prefix, targets, options)
             groups.append({"params": [weight for pair in found.values() for weight in pair.weights], "lr": rate})
@@ -59,8 +59,7 @@ def _adapted(model: Any, prefix: str, targets: Any, options: Mapping[str, Any]) 
     from peft import LoraConfig
 
     model.train()
-    rank, alpha = int(options["network_dim"]), float(options["network_alpha"])
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))  # type: ignore[arg-type]
+    model.add_adapter(LoraConfig(r=options["network_dim"], lora_alpha=options["network_alpha"], target_modules=list(targets)))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,15 +81,19 @@ class Denoiser:
             latents: (N, c, h, w).
             captions: N.
         """
-        from diffusers import DDPMScheduler
-
-        scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
-        told = self.read(captions)
+        scheduler, told = self._noising, self.read(captions)
         noise = torch.randn_like(latents)
         times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         predicted = self._predict(scheduler.add_noise(latents, noise, times), times, told)
         wanted = scheduler.get_velocity(latents, noise, times) if scheduler.config.prediction_type == "v_prediction" else noise
         return torch.nn.functional.mse_loss(predicted.float(), wanted)
+
+    @cached_property
+    def _noising(self) -> Any:
+        """What adds noise: the pipeline's own scheduler may know only how to take it away."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.pipe.scheduler.config)
 
     def _read(self, captions: list[str]) -> Told:
         return self._encoded(captions, do_classifier_free_guidance=False)[:1]

@@ -58,6 +58,11 @@ _CHOICES = {
     "base_quantize": (None, "int8", "nf4", "fp8", "quanto", "torchao"),
     "sample_sampler": (None, "ddim"),
 }
+_NUMBERS: dict[str, type] = {
+    **{name: type(default) for name, default in DEFAULTS.items() if type(default) in (int, float)},
+    **dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"), float),
+    **dict.fromkeys(("save_every_n_steps", "sample_every_n_steps", "validate_every_n_steps"), int),
+}
 _RATES = {"unet_lr": 1e-4, "text_encoder_lr": 1e-5}  # unless learning_rate says otherwise
 _REQUIRED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 _SAME_HERE = {  # what they ask for is done here in any case
@@ -70,7 +75,7 @@ class Plan:
     """What a training is to do.
 
     Args:
-        options: by the names of `DEFAULTS`.
+        options: by the names of `DEFAULTS`; numbers are numbers, resolution is (width, height).
         compression: of [pruning], [quantization] and network_args.
         evaluation: of [evaluation], None where there is none.
         adaptive: of [adaptive] as it is, None where there is none.
@@ -80,12 +85,6 @@ class Plan:
     compression: CompressionSettings
     evaluation: EvaluationSettings | None
     adaptive: Mapping[str, Any] | None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the pictures."""
-        sizes = [int(part) for part in str(self.options["resolution"]).split(",")]
-        return sizes[0], sizes[-1]
 
     def output(self, suffix: str) -> Path:
         """A path in output_dir that begins with output_name."""
@@ -116,6 +115,7 @@ def read_plan(config: Mapping[str, Any]) -> Plan:
         logger.warning("--host diffusers does not know and leaves out: %s", ", ".join(unknown))
     options = {name: flat.get(name, default) for name, default in DEFAULTS.items()}
     problems = [f"{name} is missing: set it" for name in _REQUIRED if not options[name]]
+    problems += _read_numbers(options)
     for name, choices in _CHOICES.items():
         if options[name] not in choices:
             problems.append(f"{name}={options[name]}: must be one of {', '.join(choice for choice in choices if choice)}")
@@ -130,6 +130,22 @@ def read_plan(config: Mapping[str, Any]) -> Plan:
         own = AdaptiveSettings.parse(sections["adaptive"]).completed(own)
     evaluation = EvaluationSettings.parse(sections["evaluation"]) if "evaluation" in sections else None
     return Plan(options, CompressionSettings.parse(own), evaluation, sections.get("adaptive"))
+
+
+def _read_numbers(options: dict[str, Any]) -> list[str]:
+    """Make numbers of those options that are, in place; what is wrong with them."""
+    problems = []
+    for name, kind in _NUMBERS.items():
+        try:
+            options[name] = None if options[name] is None else kind(options[name])
+        except ValueError:
+            problems.append(f"{name}={options[name]}: must be a number{' without a fraction' if kind is int else ''}")
+    try:
+        sizes = [int(part) for part in str(options["resolution"]).split(",")]
+        options["resolution"] = sizes[0], sizes[-1]
+    except ValueError:
+        problems.append(f"resolution={options['resolution']}: must be width,height, such as 512,512")
+    return problems
 
 
 def find_pictures(options: Mapping[str, Any]) -> list[tuple[Path, str]]:

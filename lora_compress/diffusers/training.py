@@ -52,24 +52,26 @@ def train(config: Mapping[str, Any]) -> Path:
     plan = read_plan(config)
     options = plan.options
     accelerator = Accelerator(mixed_precision=options["mixed_precision"])
-    torch.manual_seed(int(options["seed"]))
+    torch.manual_seed(options["seed"])
     files = find_pictures(options)
     evaluator = _evaluator(plan)
-    denoiser = load_denoiser(str(options["pretrained_model_name_or_path"]), plan.size, _PRECISIONS[options["mixed_precision"]])
+    denoiser = load_denoiser(
+        str(options["pretrained_model_name_or_path"]), options["resolution"], _PRECISIONS[options["mixed_precision"]]
+    )
     pairs, groups = add_adapters(denoiser, options, accelerator.device)
     denoiser.pipe.to(accelerator.device)
-    steps = int(options["max_train_steps"])
+    steps = options["max_train_steps"]
     session = TrainingSession(pairs, plan.compression, total_steps=steps)
     optimizer = make_optimizer(str(options["optimizer_type"]), groups)
-    warmup = int(options["lr_warmup_steps"])
+    warmup = options["lr_warmup_steps"]
     rates = get_scheduler(options["lr_scheduler"], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     latents = {path: denoiser.encode(path) for path, _ in files}
     pictures = [(latents[path], caption) for path, caption in files]
-    batches = Batches(pictures, int(options["train_batch_size"]), int(options["seed"]), accelerator)
+    batches = Batches(pictures, options["train_batch_size"], options["seed"], accelerator)
     progress = Progress(session, optimizer, rates, batches)
     accelerator.register_for_checkpointing(progress)
     run = _Run(plan, accelerator, denoiser, progress, evaluator)
-    torch.manual_seed(int(options["seed"]) + 1 + accelerator.process_index)  # each process has noise of its own
+    torch.manual_seed(options["seed"] + 1 + accelerator.process_index)  # each process has noise of its own
     if options["resume"]:
         run.resume(Path(options["resume"]))
     while progress.step < steps:
@@ -94,7 +96,7 @@ class _Run:
         self.session = progress.session
         self._weights = [weight for pair in self.session.pairs.values() for weight in pair.weights]
         given = plan.options["sample_prompts"]
-        self._samples = read_samples(str(given), plan.size) if given else []
+        self._samples = read_samples(str(given), plan.options["resolution"]) if given else []
         if evaluator is not None:
             evaluator.lead(self.session)
 
@@ -105,14 +107,14 @@ class _Run:
             loss = self.denoiser.loss(*progress.batches.take())
         loss.backward()
         _average(self._weights, self.accelerator)
-        torch.nn.utils.clip_grad_norm_(self._weights, float(options["max_grad_norm"]) or float("inf"))
+        torch.nn.utils.clip_grad_norm_(self._weights, options["max_grad_norm"] or float("inf"))
         progress.optimizer.step()
         progress.rates.step()
         progress.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         if progress.step % _TOLD == 0 and self.accelerator.is_main_process:
-            logger.info("step %d of %s: loss %.4f", progress.step, options["max_train_steps"], loss.item())
-        last = progress.step == int(options["max_train_steps"])
+            logger.info("step %d of %d: loss %.4f", progress.step, options["max_train_steps"], loss.item())
+        last = progress.step == options["max_train_steps"]
         if self._samples and (last or _due(options["sample_every_n_steps"], progress.step)):
             self._sample()
         if self.evaluator is not None and (
@@ -169,8 +171,8 @@ class _Run:
         return path
 
 
-def _due(every: Any, step: int) -> bool:
-    return bool(every) and step % int(every) == 0
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and every > 0 and step % every == 0
 
 
 def _average(weights: Sequence[Tensor], accelerator: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MissingPackageError
 
-__all__ = ["BYTES", "chart", "described", "size_text"]
+__all__ = ["BYTES", "DESCRIBED", "chart", "size_text"]
 
 _TEXT = {"labelFont": "inherit", "titleFont": "inherit", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
 _SOFT = {"labelColor": "var(--soft)", "titleColor": "var(--soft)"}
@@ -26,18 +26,18 @@ _CONFIG = {
     "area": {"fill": "var(--band)"},
     "point": {"filled": True, "size": 30, "opacity": 1, "fill": "var(--accent)"},
     "rule": {"stroke": "var(--warm)", "strokeDash": [5, 4]},
-    "customFormatTypes": False,
 }
 _HEAD = re.compile(r'<svg [^>]*?width="([\d.]+)" height="([\d.]+)" viewBox="([^"]*)">')
 _MARK = re.compile(r'<(\w+) aria-label="([^"]*)"([^>]*)/>')
 
+DESCRIBED = {"description": {"field": "told"}}  # of an encoding
 BYTES = {"labelExpr": "format(datum.value, '~s') + 'B'"}  # of an axis
 
 
 def chart(label: str, spec: Mapping[str, Any], *, fluid: bool = True) -> str:
     """Draw a specification of Vega-Lite (https://vega.github.io/vega-lite/docs/spec.html).
 
-    Marks tell what their `description` says where a pointer rests on them.
+    Marks tell what the `told` of their data says where a pointer rests on them, if their encoding has DESCRIBED.
 
     Args:
         label: what is drawn, for those who cannot see it.
@@ -56,11 +56,6 @@ def chart(label: str, spec: Mapping[str, Any], *, fluid: bool = True) -> str:
     style = "wide" if fluid else "fixed"
     drawn = _HEAD.sub(rf'<svg class="{style}" role="img" aria-label="{_literal(label)}" viewBox="\3"{size}>', drawn, count=1)
     return _MARK.sub(r"<\1\3><title>\2</title></\1>", drawn)
-
-
-def described(field: str = "told") -> dict[str, Any]:
-    """The encoding that makes marks tell what a field of their data says."""
-    return {"description": {"field": field}}
 
 
 def size_text(size: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from .charts import BYTES, chart, described, size_text
+from .charts import BYTES, DESCRIBED, chart, size_text
 from .file_report import FileReport, ModuleReport
 from .html_blocks import place_of
 
@@ -48,7 +48,7 @@ def bytes_chart(report: FileReport) -> str:
                 "x": {"field": "bytes", "type": "quantitative", "title": None, "axis": {**BYTES, "tickCount": 5}},
                 "color": {"field": "part", "type": "nominal", "scale": colours, "legend": None},
                 "order": {"field": "order"},
-                **described(),
+                **DESCRIBED,
             },
         },
     )
@@ -87,7 +87,7 @@ def curve_chart(report: FileReport) -> str:
     spec = {
         "width": 390,
         "height": 210,
-        "encoding": {"x": x, "y": y, **described()},
+        "encoding": {"x": x, "y": y, **DESCRIBED},
         "layer": [
             {"data": {"values": _sizes(points)}, "mark": {"type": "line", "point": True, "aria": True}},
             {"data": {"values": _sizes(chosen)}, "mark": {"type": "point", "size": 120, "fill": "var(--warm)"}},
@@ -138,7 +138,7 @@ def _overview(part: str, modules: list[ModuleReport]) -> str:
         "layer": [
             {"data": {"values": rows}, "mark": "area", "encoding": {"y": {"field": "low", **y}, "y2": {"field": "high"}}},
             {"data": {"values": rows}, "mark": "line", "encoding": {"y": {"field": "middle", **y}}},
-            {"data": {"values": mark}, "mark": "rule", "encoding": described()},
+            {"data": {"values": mark}, "mark": "rule", "encoding": DESCRIBED},
         ],
     }
     return chart(f"spectra of {part}", spec)
@@ -161,7 +161,7 @@ def _spectrum(module: ModuleReport, share: float) -> str:
             "x": _components(len(module.sigma)),
             "y": {"field": "sigma", **_logarithmic("σᵢ", [row["sigma"] for row in rows])},
             "fill": colour,
-            **described(),
+            **DESCRIBED,
         },
     }
     return chart(f"spectrum of {module.name}", spec)

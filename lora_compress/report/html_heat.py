@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from .charts import chart, described
+from .charts import DESCRIBED, chart
 from .file_report import ModuleReport
 from .html_blocks import Place, place_of
 
@@ -67,7 +67,7 @@ def _spec(cells: Sequence[Cell], rows: Sequence[dict[str, Any]], bounds: tuple[f
         "encoding": {
             "x": {"field": "block", "type": "ordinal", "sort": blocks, "axis": {**axis, "labelAngle": -90}},
             "y": {"field": "kind", "type": "ordinal", "sort": _kinds(cells), "axis": axis},
-            **described(),
+            **DESCRIBED,
         },
         "layer": [
             {

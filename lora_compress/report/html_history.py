@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .charts import BYTES, chart, described, size_text
+from .charts import BYTES, DESCRIBED, chart, size_text
 from .html import page, tiles
 
 __all__ = ["history_body", "history_notes", "history_page"]
@@ -97,7 +97,7 @@ def _chart(caption: str, lines: Mapping[str, Sequence[Point]], axis: Mapping[str
         },
         "layer": [
             {"mark": "line", "encoding": {"strokeDash": {"field": "line", "scale": dashes, "legend": None}}},
-            {"mark": "point", "encoding": described()},
+            {"mark": "point", "encoding": DESCRIBED},
         ],
     }
     second = ' <span class="unit">dashed: of the uncompressed weights</span>' if len(drawn) > 1 else ""

@@ -100,6 +100,9 @@ def test_wrong_input_is_one_error(tmp_path: Path) -> None:
         training.LoraCompressError, match=r"optimizer_type=Adamw: torch\.optim and bitsandbytes have no such optimizer"
     ):
         training.train({**config, "optimizer": {"optimizer_type": "Adamw"}})
+    for name, wrong in (("max_train_steps", "many"), ("resolution", "wide"), ("unet_lr", "low")):
+        with pytest.raises(training.LoraCompressError, match=f"{name}={wrong}: must be"):
+            training.train({**config, "command line": {name: wrong}})
     with pytest.raises(training.LoraCompressError, match="mixed_precision=fp16: must be one of no, bf16"):
         training.train({**config, "precision": {"mixed_precision": "fp16"}})
 

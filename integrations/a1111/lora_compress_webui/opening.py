@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import held_modules, layer_name
+from lora_compress.held import held_layers
 
 __all__ = ["MODULE", "by_module"]
 
@@ -18,6 +18,5 @@ def by_module(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     if INDEX_KEY not in tensors:
         return tensors
     here = {**tensors, INDEX_KEY: tensors[INDEX_KEY].cpu(), PAYLOAD_KEY: tensors[PAYLOAD_KEY].cpu()}
-    held = held_modules(here)
     others = {key: tensor for key, tensor in tensors.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
-    return others | {f"{layer_name(name, module.entry.keys)}.{MODULE}": module for name, module in held.items()}
+    return others | {f"{layer}.{MODULE}": module for layer, module in held_layers(here).items()}

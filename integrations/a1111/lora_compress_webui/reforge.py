@@ -7,16 +7,11 @@ from typing import Any
 
 import ldm_patched.modules.weight_adapter as host
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import HeldModule
-
-from .opening import MODULE, by_module
+from lora_compress.held import HeldModule, held_layers
 
 __all__ = ["PackedAdapter", "register"]
-
-_opened = WeakTensorKeyDictionary()  # {index: tensors by module}, for as long as the LoRA is in memory
 
 
 class PackedAdapter(host.WeightAdapterBase):  # type: ignore[misc, name-defined]
@@ -47,12 +42,8 @@ class PackedAdapter(host.WeightAdapterBase):  # type: ignore[misc, name-defined]
         keys = {INDEX_KEY, PAYLOAD_KEY}
         if loaded_keys is not None:
             loaded_keys.update(keys)
-        modules: Mapping[str, Any] | None = _opened.get(lora[INDEX_KEY])
-        if modules is None:
-            modules = by_module(lora)
-            _opened[lora[INDEX_KEY]] = modules
-        module = modules.get(f"{x}.{MODULE}")
-        return None if module is None else cls(keys, (module, dora_scale))
+        modules = held_layers(lora)
+        return cls(keys, (modules[x], dora_scale)) if x in modules else None
 
     def calculate_weight(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`weight` with the update added, as reForge's LoRAAdapter does it."""
