@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_compress.cli import main
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["evaluate"]:  # the one verb that draws: diffusers imports torchvision, which needs a hand beside CPU torch
+    if sys.argv[1:2] in (["evaluate"], ["run"]):  # diffusers and sd-scripts import torchvision, which needs a hand beside CPU torch
         repair = (
             Path(__file__).resolve().parent / "library" / "compress_torchvision.py"
         )  # by path: a host's `library` may hide ours

@@ -54,9 +54,10 @@ def flags(ratio: float, bits: float) -> list[str]:
 
 def adapt(folder: Path, mode: str, steps: int, every: int, pictures: int) -> tuple[Path, History]:
     """The file of a training that adapts itself, and its history."""
-    evaluation = ["extractor=probe", f"reference={folder / 'held'}", f"count={pictures}", "size=64", "steps=6"]
+    evaluation = ["extractor=probe", f"reference={folder / 'held'}", f"count={pictures}", "size=64", "steps=6", "guidance=2.5"]
     adaptive = [f"mode={mode}", "patience=1", "max_fid_gap=0.1"]
-    more = [f"--validate_every_n_steps={every}", "--evaluation", *evaluation, "--adaptive", *adaptive]
+    drawn = ["--sample_sampler=dpmsolver++", f"--validate_every_n_steps={every}"]  # the host's ddim clips latents to [-1, 1]
+    more = [*drawn, "--evaluation", *evaluation, "--adaptive", *adaptive]
     file = train(folder, f"adaptive-{mode}", 1, steps, [*flags(0.9, 8), *more])
     lines = (folder / f"adaptive-{mode}.evaluations.jsonl").read_text(encoding="utf-8").splitlines()
     return file, [json.loads(line) for line in lines]

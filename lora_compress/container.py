@@ -168,9 +168,13 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         return self._read(PAYLOAD_KEY, size)
 
     def __getitem__(self, name: str) -> LowRankUpdate:
+        return self.decode(name, self.dtype)
+
+    def decode(self, name: str, dtype: torch.dtype) -> LowRankUpdate:
+        """A module with factors of `dtype`: each weight is that of `self[name]`, rounded."""
         entry = self._entries[name][1]
         try:
-            return decode_module(entry, self.chunks(name))
+            return decode_module(entry, self.chunks(name), dtype)
         except FormatError as error:
             raise FormatError(f"{self.path}: {name}: {error}" if str(self.path) not in str(error) else str(error)) from None
 

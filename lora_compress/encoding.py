@@ -95,21 +95,21 @@ def encode_module(
     return Coded(entry, chunks, decode_rows(entry, chunks))
 
 
-def decode_module(entry: Entry, chunks: Sequence[bytes]) -> LowRankUpdate:
-    """The update that an entry and its layers stand for: float32 factors, alpha / rank = the parameter `scale`, 1 without one.
+def decode_module(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
+    """The update that an entry and its layers stand for: factors of `dtype`, alpha / rank = the parameter `scale`, 1 without one.
 
     Raises:
-        FormatError: the bytes are not what the entry says, or a codec that this program does not know.
+        FormatError: the bytes are not what the entry says, a codec that this program does not know, or a weight beyond `dtype`.
     """
-    down, up = spread_channels(entry, *decode_rows(entry, chunks))
+    down, up = spread_channels(entry, *decode_rows(entry, chunks, dtype))
     scale = entry.parameters.get("scale", 1.0)
     if type(scale) not in (int, float) or not math.isfinite(scale):
         raise FormatError(f"scale {scale!r} is no number: the file is damaged")
     return LowRankUpdate.from_matrices(down, up.T.contiguous(), entry.rank * float(scale), entry.kernel)
 
 
-def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """The stored factors by rows, float32: down (rank, kept inputs * kernel), up^T (rank, kept outputs).
+def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The stored factors by rows, `dtype`: down (rank, kept inputs * kernel), up^T (rank, kept outputs).
 
     Raises:
         FormatError: as `decode_module`.
@@ -120,16 +120,16 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes]) -> tuple[Tensor, Tensor]:
         if entry.codec == "entropy":
             step, layers = float(_number(parameters["step"], float)), int(_number(parameters["layers"]))
             with np.errstate(over="ignore"):
-                rows = decode_entropy(chunks, entry.rank, inputs, outputs, step, layers)
-            if not all(torch.isfinite(torch.stack(torch.aminmax(row))).all() for row in rows if row.numel()):
-                raise FormatError(f"step {step} makes weights that are no numbers: the file is damaged")
-            return rows
+                down, up = (row.to(dtype) for row in decode_entropy(chunks, entry.rank, inputs, outputs, step, layers))
+            if not all(torch.isfinite(torch.stack(torch.aminmax(row))).all() for row in (down, up) if row.numel()):
+                raise FormatError(f"step {step} makes weights beyond {dtype}: the file is damaged, or decode to float32")
+            return down, up
         block = int(_number(parameters["block"]))
         form = FixedFormat(entry.codec, block or None, scale_dtype=_DTYPES[parameters["scales"]])
         if len(chunks) != 1:
             raise FormatError(f"{len(chunks)} layers, {entry.codec} has one: the file is damaged")
         bits = _unroll(parameters["bits"], entry.rank) if entry.codec == MIXED else None
-        return decode_fixed(chunks[0], entry.rank, inputs, outputs, form, bits)
+        return decode_fixed(chunks[0], entry.rank, inputs, outputs, form, bits, dtype)
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:

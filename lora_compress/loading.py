@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .container import PackedFile
 from .errors import FormatError
-from .layouts import open_lora
+from .layouts import LoraSource, open_lora
 from .parallel import each_module
 from .update import LowRankUpdate
 
@@ -52,7 +52,7 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
         others = dict(source.others)
         for name in source:
             others |= source.extras(name)
-        updates = each_module(lambda name, update: _as(update, dtype), source)  # decoded on all cores
+        updates = each_module(lambda name, _: _read(source, name, dtype), dict.fromkeys(source))  # decoded on all cores
         return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
     finally:
         source.close()
@@ -65,5 +65,8 @@ def _read_ahead(path: str | os.PathLike[str]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _as(update: LowRankUpdate, dtype: torch.dtype | None) -> LowRankUpdate:
+def _read(source: LoraSource | PackedFile, name: str, dtype: torch.dtype | None) -> LowRankUpdate:
+    if isinstance(source, PackedFile):
+        return source.decode(name, dtype or source.dtype)
+    update = source[name]
     return update if dtype is None else LowRankUpdate(update.down.to(dtype), update.up.to(dtype), update.alpha)

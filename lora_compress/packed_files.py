@@ -18,7 +18,7 @@ from .pipeline import partner_metadata, plain_partner
 from .report.file_report import FileReport, ModuleReport
 from .update import LowRankUpdate, squared_error
 
-__all__ = ["check_target", "expand_file", "tensor_specs", "truncate_file", "write_expanded", "write_tensors"]
+__all__ = ["check_target", "expand_file", "read_expanded", "tensor_specs", "truncate_file", "write_expanded", "write_tensors"]
 
 _LEAST_RANK = 2  # of a plain file
 
@@ -137,9 +137,26 @@ def write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[t
     ) as writer:
         write_tensors(writer, packed.others)
         for name in packed:
-            keys = packed.entries[name].keys
-            write_tensors(writer, keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None)))
+            write_tensors(writer, _expanded(packed, name, dtype))
     return list(outline.items())
+
+
+def read_expanded(path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    """The tensors of the file that `expand_file` makes of a packed one, by key.
+
+    Raises:
+        FormatError: the input is no packed file, or damaged.
+    """
+    packed = PackedFile(path)
+    tensors = dict(packed.others)
+    for name in packed:
+        tensors |= _expanded(packed, name, dtype)
+    return tensors
+
+
+def _expanded(packed: PackedFile, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    keys = packed.entries[name].keys
+    return keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None))
 
 
 def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

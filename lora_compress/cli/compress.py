@@ -31,6 +31,7 @@ verbs:
   resize_lora_ext.py inspect --model FILE                    what a file holds, and what a smaller one would cost
   resize_lora_ext.py compare --model A --other B             how far apart two files are
   resize_lora_ext.py evaluate --model A --other B --base_model M --dataset D    what the pictures of B lost
+  resize_lora_ext.py run SCRIPT [ARGUMENTS]                  a script of another program, which then reads packed files
   resize_lora_ext.py gui                                     a page in the browser that makes a file smaller
 
 examples:

@@ -13,7 +13,8 @@ from .console import print_json
 __all__ = ["EXIT_REFUSED", "EXIT_USAGE", "VERBS", "main"]
 
 EXIT_REFUSED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-VERBS = ("compress", "expand", "inspect", "compare", "check", "evaluate", "gui")  # each a module here with run(argv) -> exit status
+# each a module here with run(argv) -> exit status
+VERBS = ("compress", "expand", "inspect", "compare", "check", "evaluate", "gui", "run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

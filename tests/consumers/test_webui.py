@@ -12,37 +12,35 @@ import pytest
 import torch
 from consumers.conftest import absent
 from consumers.test_held import builder
+from consumers.test_matrix import FORMATS
 from consumers.webui_worker import STRENGTHS, layers
 from core.factories import dense, random_update
 from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, LowRankUpdate, as_kohya, compress_file, expand_file, load_lora
+from lora_compress.container import is_packed
 
-SETTINGS: tuple[dict[str, object], ...] = (
-    {"bits": 4},
-    {"bits": 5, "strategy": "entropy"},
-    {"bits": 4, "strategy": "nf4"},
-    {"bits": 8, "channel_threshold": 0.5},
-)
+SETTINGS = (*FORMATS.values(), {"bits": 8, "channel_threshold": 0.5})
 
 
-def updates(seed: int) -> dict[str, LowRankUpdate]:
+def updates(host: str, seed: int) -> dict[str, LowRankUpdate]:
     found = {}
-    for number, (name, layer) in enumerate(layers().items()):
+    for number, (name, layer) in enumerate(layers(host).items()):
         out, inputs, *kernel = layer.weight.shape  # type: ignore[union-attr]
         found[name] = random_update(2 + number, inputs, out, tuple(kernel), 1.0 + number, seed + number, 0.3)
     return found
 
 
-def write_files(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Packed and expanded."""
+def write_files(folder: Path, host: str) -> Iterator[tuple[Path, Path]]:
+    """Compressed and, where that is packed, expanded."""
     for number, settings in enumerate(SETTINGS):
-        tensors = {key: tensor.contiguous() for key, tensor in as_kohya(updates(10 * number)).items()}
+        tensors = {key: tensor.contiguous() for key, tensor in as_kohya(updates(host, 10 * number)).items()}
         save_file(tensors, folder / "in.safetensors")
-        packed, plain = folder / f"{number}-packed.safetensors", folder / f"{number}-plain.safetensors"
-        compress_file(folder / "in.safetensors", packed, CompressionSettings.parse(settings))
-        expand_file(packed, plain, save_dtype=torch.float32)
-        yield packed, plain
+        small, plain = folder / f"{number}-small.safetensors", folder / f"{number}-plain.safetensors"
+        compress_file(folder / "in.safetensors", small, CompressionSettings.parse(settings), save_dtype=torch.float32)
+        if is_packed(small):
+            expand_file(small, plain, save_dtype=torch.float32)
+        yield small, plain if is_packed(small) else small
 
 
 @pytest.fixture(params=["a1111", "forge", "reforge"])
@@ -54,13 +52,13 @@ def host(request: pytest.FixtureRequest) -> tuple[str, Path]:
     return request.param, Path(os.environ[variable])
 
 
-def test_packed_files_do_what_the_expanded_ones_do(host: tuple[str, Path], tmp_path: Path) -> None:
-    """Of every codec, at strengths 1, -0.7 and 0; and both do what plain arithmetic does."""
+def test_files_of_every_format_do_what_the_expanded_ones_do(host: tuple[str, Path], tmp_path: Path) -> None:
+    """At strengths 1, -0.7 and 0; and both do what plain arithmetic does."""
     name, root = host
     extension = builder().build("a1111", tmp_path / "extensions")
-    packed, plain = zip(*write_files(tmp_path), strict=True)
+    small, plain = zip(*write_files(tmp_path, name), strict=True)
     weights = []
-    for kind, files in (("packed", packed), ("plain", plain)):
+    for kind, files in (("small", small), ("plain", plain)):
         out = tmp_path / f"{kind}.out.safetensors"
         worker = Path(__file__).with_name("webui_worker.py")
         command = [sys.executable, worker, name, root, extension, *files, out]
@@ -70,8 +68,8 @@ def test_packed_files_do_what_the_expanded_ones_do(host: tuple[str, Path], tmp_p
         weights.append(load_file(out))
     ours, theirs = weights
     assert ours.keys() == theirs.keys()
-    base = layers()
-    for number, file in enumerate(packed):
+    base = layers(name)
+    for number, file in enumerate(small):
         for module, update in load_lora(file).updates.items():
             key = f"{number}.{module}"
             before = base[module].weight.detach()  # type: ignore[union-attr]
@@ -85,7 +83,7 @@ def test_the_tensors_of_a_packed_file_become_one_key_for_each_module(tmp_path: P
     """The part of the extension that needs no host."""
     monkeypatch.syspath_prepend(str(builder().build("a1111", tmp_path / "extensions")))
     opening = __import__("lora_compress_webui.opening").opening
-    packed, plain = next(iter(write_files(tmp_path)))
+    packed, plain = next(pair for pair in write_files(tmp_path, "forge") if is_packed(pair[0]))
     tensors, expected = opening.by_module(load_file(packed) | {"a.dora_scale": torch.ones(1)}), load_lora(packed).updates
     assert set(tensors) == {f"{name}.{opening.MODULE}" for name in expected} | {"a.dora_scale"}
     for name, update in expected.items():

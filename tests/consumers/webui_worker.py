@@ -2,8 +2,9 @@
 
     python webui_worker.py a1111|forge|reforge HOST EXTENSION LORA... OUT
 
-The model is a handful of layers under the names of an SD1.5 checkpoint. The loader's files are the host's own; what they import of
-the web page, settings and model management is stood in for. Writes {number of the LoRA}.{kohya's name}: the weights afterwards.
+The model is a handful of layers under names of SD 1.5, SDXL and, but for A1111, which has no such model, FLUX. The files of the
+loader are the host's own; what they import of the web page, settings and model management is stood in for. Writes the weights
+afterwards, as {number of the LoRA}.{kohya's name}.
 """
 
 from __future__ import annotations
@@ -18,19 +19,29 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 STRENGTHS = {1: -0.7, 2: 0.0}  # of the second and third LoRA, the first and the others have 1
-UNET = {
+UNET = {  # by kohya's name
     "lora_unet_down_blocks_0_attentions_0_proj_in": "input_blocks.1.1.proj_in",
     "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": "middle_block.1.transformer_blocks.0.attn2.to_k",
     "lora_unet_up_blocks_1_resnets_0_conv1": "output_blocks.3.0.in_layers.2",
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q": "input_blocks.4.1.transformer_blocks.1.attn1.to_q",  # SDXL
+    "lora_unet_double_blocks_3_img_attn_proj": "double_blocks.3.img_attn.proj",  # FLUX
 }
 TEXT = {"lora_te_text_model_encoder_layers_0_mlp_fc1": "transformer.text_model.encoder.layers.0.mlp.fc1"}
 
 
-def layers() -> dict[str, nn.Module]:
-    """A layer for each name."""
+def layers(host: str) -> dict[str, nn.Module]:
+    """A layer for each name that the host may have."""
     torch.manual_seed(0)
-    made = [nn.Conv2d(24, 16, 1), nn.Linear(20, 28), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(16, 40)]
-    return {name: layer.requires_grad_(False) for name, layer in zip((*UNET, *TEXT), made, strict=True)}
+    made = [
+        nn.Conv2d(24, 16, 1),
+        nn.Linear(20, 28),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.Linear(24, 24),
+        nn.Linear(12, 36),
+        nn.Linear(16, 40),
+    ]
+    named = {name: layer.requires_grad_(False) for name, layer in zip((*UNET, *TEXT), made, strict=True)}
+    return {name: layer for name, layer in named.items() if host != "a1111" or "double_blocks" not in name}
 
 
 def stand_in(name: str, **values: Any) -> None:
@@ -63,7 +74,7 @@ def register(extension: str) -> None:
 
 def run_a1111(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
     """Load and apply each file alone, by the Lora extension's load_networks."""
-    made = layers()
+    made = layers("a1111")
     stand_in("gradio")
     stand_in("modules", __path__=[str(root / "modules")])
     embeddings = SimpleNamespace(word_embeddings={}, expected_shape=-1)
@@ -80,7 +91,8 @@ def run_a1111(root: Path, extension: str, files: list[str]) -> dict[str, torch.T
     networks: Any = __import__("networks")
     mapping = {}
     for name, layer in made.items():
-        layer.network_layer_name = networks.convert_diffusers_name_to_compvis(name, False)  # type: ignore[assignment]
+        converted = networks.convert_diffusers_name_to_compvis(name, False)
+        layer.network_layer_name = converted.replace("lora_unet_", "diffusion_model_")  # as names of SDXL are those of its layers
         mapping[layer.network_layer_name] = layer
     sys.modules["modules.shared"].sd_model.network_layer_mapping = mapping
     register(extension)
@@ -99,7 +111,7 @@ def run_a1111(root: Path, extension: str, files: list[str]) -> dict[str, torch.T
 
 def run_forge(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
     """Load and apply each file alone, by its LoRA extension's load_lora_for_models and its LoraLoader."""
-    made = layers()
+    made = layers("forge")
     stand_in("modules")
     stand_in("modules.shared", **no_files(files))
     for name in ("sd_models", "errors", "scripts"):
@@ -134,7 +146,7 @@ def run_forge(root: Path, extension: str, files: list[str]) -> dict[str, torch.T
 
 def run_reforge(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
     """Load and apply each file alone, by what its load_lora_for_models and its ModelPatcher call."""
-    made = layers()
+    made = layers("reforge")
     sys.path.insert(0, str(root))
     from ldm_patched.modules import args_parser
 
