@@ -140,7 +140,7 @@ def main() -> int:
     )
     print(f"{time.monotonic() - started:.0f} s")
     base, whole, small = (drawn.found for drawn in variants.values())
-    required = 0.8 if find_sd_scripts() is not None else 0.5  # diffusers alone has reached 0.66
+    required = 0.8 if find_sd_scripts() is not None else 0.6  # 0.86 and 0.75 were reached; other seeds lie between
     learned, kept = base <= 0.1 and whole >= required, small >= 0.8 * whole
     if not learned:
         print(f"error: the LoRA has not learned its concept: found in {base:.0%} without it, {whole:.0%} with it", file=sys.stderr)
