@@ -120,8 +120,8 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
         if entry.codec == "entropy":
             step, layers = float(_number(parameters["step"], float)), int(_number(parameters["layers"]))
             with np.errstate(over="ignore"):
-                down, up = (row.to(dtype) for row in decode_entropy(chunks, entry.rank, inputs, outputs, step, layers))
-            if not all(torch.isfinite(torch.stack(torch.aminmax(row))).all() for row in (down, up) if row.numel()):
+                down, up = decode_entropy(chunks, entry.rank, inputs, outputs, step, layers, dtype)
+            if not all(math.isfinite(edge) for row in (down, up) if row.numel() for edge in torch.aminmax(row)):
                 raise FormatError(f"step {step} makes weights beyond {dtype}: the file is damaged, or decode to float32")
             return down, up
         block = int(_number(parameters["block"]))

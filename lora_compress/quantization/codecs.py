@@ -30,7 +30,7 @@ from .packing import look_up, split_words, word_table
 
 __all__ = ["CODECS", "Codec", "codec_by_id"]
 
-_CHUNK = 1 << 16  # weights that are worked on at a time, so that they stay in the processor's cache
+_CHUNK = 1 << 17  # weights that are worked on at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..errors import FormatError, SettingsError
 from .ans import AnsReader, AnsWriter, uniform
 from .integers import QuantizedModule, quantize_module, restore_module, row_units
 from .models import LARGEST_SCALE
-from .passes import as_symbols, as_values, read_passes, read_symbols, reconstruct, write_passes, write_symbols
+from .passes import as_symbols, as_values, at_plane, read_passes, read_symbols, reconstruct, write_passes, write_symbols
 from .refine import refine_module
 from .schedule import Run, Stage, row_runs, stage_at
 from .tables import MAX_SCALE, SHAPES
@@ -82,61 +82,68 @@ def predict_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1) -
 
 
 def decode_entropy(
-    chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int = 1
+    chunks: Sequence[bytes],
+    rank: int,
+    inputs: int,
+    outputs: int,
+    step: float,
+    layers: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Balanced rows down (rank, inputs) and up (rank, outputs), float32, from the first chunks of a payload of `layers`.
+    """Balanced rows down (rank, inputs) and up (rank, outputs), from the first chunks of a payload of `layers`.
 
-    Components that are told of in later layers only are zero.
+    They are float32, rounded to `dtype`; what lies beyond that becomes infinite. Components that later layers tell of are zero.
 
     Raises:
         FormatError: the chunks cannot be those of such a module.
     """
     _check_declared(chunks, rank, inputs, outputs, step, layers)
     if not rank or not chunks:
-        return torch.zeros(rank, inputs), torch.zeros(rank, outputs)
+        return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
     reader = _reader(chunks[0])
     gains, scales, shapes = _read_side(reader, rank)
     runs = row_runs(scales, shapes, layers)
     widths = np.repeat([inputs, outputs], rank)
-    known = [np.zeros(int(widths[run.rows].sum()), dtype=np.int32) for run in runs]
+    known: list[np.ndarray | int] = [int(widths[run.rows].sum()) for run in runs]
     with _short_calls if layers > 1 else nullcontext():
         for layer in range(len(chunks)):
             reader = reader if layer == 0 else _reader(chunks[layer])
             for number, run, before, after in _turns(runs, layer):
                 known[number] = read_passes(reader, known[number], run.scale, run.shape, before, after)
             reader.finish()
-    return _weights(runs, known, scales, shapes, row_units(gains, step), (inputs, outputs), len(chunks))
+    return _weights(runs, known, scales, shapes, row_units(gains, step), (inputs, outputs), len(chunks), dtype)
 
 
 def _weights(
     runs: Sequence[Run],
-    known: Sequence[np.ndarray],
+    known: Sequence[np.ndarray | int],
     scales: np.ndarray,
     shapes: np.ndarray,
     units: np.ndarray,
     widths: tuple[int, int],
     depth: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Rows of both factors from what `depth` layers tell of the runs."""
     rank = len(units)
-    codes = [np.zeros((rank, width), dtype=np.int32) for width in widths]
+    symbols = [np.zeros((rank, width), dtype=np.int32) for width in widths]
     stages = [Stage(0)] * (2 * rank)  # a row of which nothing is known is zero at any stage
     for run, line in zip(runs, known, strict=True):
-        position = run.ends[depth - 1]
-        if position:
-            stage = stage_at(run.scale, position)
-            shifted = (line >> stage.plane & -2) | (line & 1) if stage.plane else line
+        if not isinstance(line, int):
+            stage = stage_at(run.scale, run.ends[depth - 1])
+            found = at_plane(line, stage.plane)
             middle = int(np.searchsorted(run.rows, rank))
             cut = middle * widths[0]
-            codes[0][run.rows[:middle]] = shifted[:cut].reshape(-1, widths[0])
-            codes[1][run.rows[middle:] - rank] = shifted[cut:].reshape(-1, widths[1])
+            symbols[0][run.rows[:middle]] = found[:cut].reshape(-1, widths[0])
+            symbols[1][run.rows[middle:] - rank] = found[cut:].reshape(-1, widths[1])
             for row in run.rows.tolist():
                 stages[row] = stage
+    kind = np.float16 if dtype == torch.float16 else np.float32  # of numpy, which has no other
     down, up = (
-        reconstruct(part, scales[here].tolist(), shapes[here].tolist(), stages[here], units)
-        for part, here in zip(codes, (slice(None, rank), slice(rank, None)), strict=True)
+        torch.from_numpy(reconstruct(part, scales[here].tolist(), shapes[here].tolist(), stages[here], units, kind)).to(dtype)
+        for part, here in zip(symbols, (slice(None, rank), slice(rank, None)), strict=True)
     )
-    return torch.from_numpy(down), torch.from_numpy(up)
+    return down, up
 
 
 def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EncodedModule:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FormatError, SettingsError
 from .models import choose_models, row_bits
-from .passes import MAX_VALUE, as_values, reconstruct
+from .passes import MAX_VALUE, as_symbols, as_values, reconstruct
 from .schedule import Stage
 
 __all__ = [
@@ -154,7 +154,7 @@ def restore_module(module: QuantizedModule, step: float) -> tuple[np.ndarray, np
 
 def restore_rows(values: np.ndarray, scales: np.ndarray, shapes: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Weights (k, n), float32, of integers (k, n) with the models and units of their rows, each (k,)."""
-    return reconstruct(2 * np.abs(values) + (values > 0), scales.tolist(), shapes.tolist(), [Stage(0)] * len(values), units)
+    return reconstruct(as_symbols(values), scales.tolist(), shapes.tolist(), [Stage(0)] * len(values), units)
 
 
 def as_array(rows: Tensor) -> np.ndarray:

@@ -16,7 +16,17 @@ from .ans import AnsReader, AnsWriter, uniform
 from .schedule import Stage, lowest_symbol_plane, stage_at
 from .tables import MAX_SCALE, base_counts, bit_contexts, bit_counts, cell_centres, fine_planes, split_counts
 
-__all__ = ["MAX_VALUE", "as_symbols", "as_values", "read_passes", "read_symbols", "reconstruct", "write_passes", "write_symbols"]
+__all__ = [
+    "MAX_VALUE",
+    "as_symbols",
+    "as_values",
+    "at_plane",
+    "read_passes",
+    "read_symbols",
+    "reconstruct",
+    "write_passes",
+    "write_symbols",
+]
 
 MAX_VALUE = 2**28  # of a quantized magnitude; symbols are int32 and twice as large
 _CENTRE = 2.0**-12
@@ -82,14 +92,15 @@ def write_passes(writer: AnsWriter, run: np.ndarray, scale: int, shape: int, bef
                 writer.write_grouped(pending[chosen] & 1, *table)
 
 
-def read_passes(reader: AnsReader, known: np.ndarray, scale: int, shape: int, before: int, after: int) -> np.ndarray:
-    """What is known of a run of integers (n,) after pass `after`, as codes, given those of pass `before`, which are lost.
+def read_passes(reader: AnsReader, known: np.ndarray | int, scale: int, shape: int, before: int, after: int) -> np.ndarray:
+    """What is known of a run of integers after pass `after`, as symbols (n,), int32, of the values with zeros for unknown bits.
 
-    A value v has the code 2 |v| + (v > 0), int32, with zeros in place of the bits of |v| that are not known: passes fill them in.
+    Args:
+        known: the same after pass `before`, which is lost; the number n where no pass has been made.
     """
     for kind, plane, low in _plan(scale, before, after):
-        if kind == "symbols":
-            known = _placed(read_symbols(reader, len(known), scale - 8 * plane, shape, plane), plane)
+        if isinstance(known, int):
+            known = _placed(read_symbols(reader, known, scale - 8 * plane, shape, plane), plane)
         elif kind == "raw":
             small, width = known == 0, plane - low
             fresh = reader.read(int(np.count_nonzero(small)), uniform, (2 << width) - 1)
@@ -98,49 +109,65 @@ def read_passes(reader: AnsReader, known: np.ndarray, scale: int, shape: int, be
         elif kind == "split":
             zeros = (known == 0).nonzero()[0]
             fresh = reader.read_grouped(len(zeros), split_counts, scale - 8 * plane, shape, plane)
-            known[zeros] = _split_codes(plane).take(fresh)
+            known[zeros] = _split_symbols(plane).take(fresh)
         else:
-            large = (known >= 4 << plane).nonzero()[0]
+            large = (known > (4 << plane) - 2).nonzero()[0]
             pending = known.take(large)
             bits = np.empty(len(pending), dtype=np.int32)
-            for table, chosen in _contexts(pending >> plane + 2, scale - 8 * plane, shape, plane):
+            for table, chosen in _contexts((pending + 1) >> plane + 2, scale - 8 * plane, shape, plane):
                 bits[chosen] = reader.read_grouped(len(bits) if chosen is ... else len(chosen), *table)
             known[large] = pending + (bits << plane + 1)
+    assert not isinstance(known, int)
     return known
 
 
 def _placed(symbols: np.ndarray, plane: int) -> np.ndarray:
-    """Codes of symbols at a plane."""
+    """Symbols of values whose symbols at a plane these are, with zeros below it."""
+    if not plane:
+        return symbols
     positive = symbols & 1
-    return (symbols + positive << plane) + positive
+    return (symbols + positive << plane) - positive
+
+
+def at_plane(symbols: np.ndarray, plane: int) -> np.ndarray:
+    """Undo `_placed`."""
+    if not plane:
+        return symbols
+    positive = symbols & 1
+    return (symbols + positive >> plane) - positive
 
 
 @cache
-def _split_codes(plane: int) -> np.ndarray:
+def _split_symbols(plane: int) -> np.ndarray:
     return _placed(np.arange(3, dtype=np.int32), plane)
 
 
 def reconstruct(
-    codes: np.ndarray, scales: Sequence[int], shapes: Sequence[int], stages: Sequence[Stage], units: np.ndarray
+    symbols: np.ndarray,
+    scales: Sequence[int],
+    shapes: Sequence[int],
+    stages: Sequence[Stage],
+    units: np.ndarray,
+    dtype: type[np.floating] = np.float32,
 ) -> np.ndarray:
-    """Expected weights (r, n), float32: unit times the centre of mass of the cell that the value is known to be in.
+    """Expected weights (r, n), float32 rounded to `dtype`: unit times the centre of mass of the cell that the value lies in.
 
     Args:
-        codes: (r, n), of values in units of the planes of their rows: 2 |v| + (v > 0).
+        symbols: (r, n), of values in units of the planes of their rows.
         scales, shapes, stages: of the rows.
         units: (r,), float64.
     """
-    largest = codes.max(axis=1, initial=0)
+    largest = symbols.max(axis=1, initial=0)
     sizes = np.minimum(largest, _TABLED - 1) + 1
     described = list(zip(scales, shapes, stages, strict=True))
-    tables = [_tabled(*row)[:size] * unit for row, size, unit in zip(described, sizes.tolist(), units.tolist(), strict=True)]
-    table = np.concatenate([np.empty(0), *tables]).astype(np.float32)
+    tables = [_tabled(*row)[:size] for row, size in zip(described, sizes.tolist(), strict=True)]
+    table = (np.concatenate([np.empty(0), *tables]) * units.repeat(sizes)).astype(np.float32).astype(dtype, copy=False)
     starts = (np.cumsum(sizes) - sizes)[:, None]
     tall = largest >= _TABLED
-    weights = table.take(np.minimum(codes, _TABLED - 1) + starts if tall.any() else codes + starts)
+    weights = table.take(np.minimum(symbols, _TABLED - 1) + starts if tall.any() else symbols + starts)
     for row in tall.nonzero()[0].tolist():
-        beyond = codes[row] >= _TABLED
-        weights[row, beyond] = _expected(codes[row, beyond], *described[row]) * units[row]
+        beyond = symbols[row] >= _TABLED
+        weights[row, beyond] = (_expected(symbols[row, beyond], *described[row]) * units[row]).astype(np.float32)
     return weights
 
 
@@ -149,14 +176,14 @@ def _tabled(scale: int, shape: int, stage: Stage) -> np.ndarray:
     return _expected(np.arange(_TABLED), scale, shape, stage)
 
 
-def _expected(codes: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
-    """Centres in steps, float64, of codes (n,) at a stage."""
-    magnitudes = codes >> 1
+def _expected(symbols: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
+    """Centres in steps, float64, of symbols (n,) at a stage."""
+    magnitudes = symbols + 1 >> 1
     here = scale - 8 * stage.plane
     centres = _centres(magnitudes, here, shape, stage.plane, 0)
     if stage.halved:
         centres = np.where(magnitudes > 1, _centres(magnitudes >> 1, here, shape, stage.plane, 1), centres)
-    return np.where(codes & 1, centres, -centres) * float(1 << stage.plane)
+    return np.where(symbols & 1, centres, -centres) * float(1 << stage.plane)
 
 
 def _centres(cells: np.ndarray, scale: int, shape: int, plane: int, width: int) -> np.ndarray:

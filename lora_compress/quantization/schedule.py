@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,7 @@ __all__ = ["Run", "Stage", "lowest_symbol_plane", "row_runs", "stage_at"]
 _START = 13  # least scale (sigma = 0.35 steps of its plane) at which a row is coded at all, unless it is the last plane
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """What is known of a row's values: sign and magnitude >> plane; if `halved`, a bit more of those that were zero before it.
 
     Values are then in units of 2^plane, and those of magnitude above 1 still lack their last bit: it is zero.
@@ -67,15 +67,17 @@ def row_runs(scales: np.ndarray, shapes: np.ndarray, layers: int) -> list[Run]:
         shapes: (2 r,), likewise.
         layers: number of layers.
     """
-    first = np.array([_pass_layers(scale, layers)[0] for scale in scales.tolist()], dtype=np.int64).reshape(2, -1)
-    starts = np.tile(first.max(axis=0), 2)
-    keys = (scales * SHAPES + shapes) * layers + starts
+    keys = (scales * SHAPES + shapes) * layers
+    if layers > 1:  # otherwise all start in the only one
+        first = np.array([_pass_layers(scale, layers)[0] for scale in scales.tolist()], dtype=np.int64).reshape(2, -1)
+        keys += np.tile(first.max(axis=0), 2)
     order = np.argsort(keys, kind="stable")
-    changes = np.flatnonzero(np.diff(keys[order])) + 1
+    changes = np.flatnonzero(np.diff(keys[order], prepend=-1)).tolist()
     runs = []
-    for rows in np.split(order, changes):
-        scale, shape, start = int(scales[rows[0]]), int(shapes[rows[0]]), int(starts[rows[0]])
-        runs.append(Run(scale, shape, _ends(scale, start, layers), rows))
+    for begin, end, key in zip(changes, [*changes[1:], len(keys)], keys[order[changes]].tolist(), strict=True):
+        model, start = divmod(key, layers)
+        scale, shape = divmod(model, SHAPES)
+        runs.append(Run(scale, shape, _ends(scale, start, layers), order[begin:end]))
     return runs
 
 

@@ -64,6 +64,20 @@ def test_a_module_comes_back_as_its_rows(codec, rank, sizes, kernel) -> None:
             assert float((row - exact).norm()) < 0.2 * float(exact.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("codec", CODECS)
+def test_other_precisions_are_the_rounded_weights_and_none_overflows(codec: str, dtype: torch.dtype) -> None:
+    coded, _, _ = encoded(codec)
+    wide, narrow = (decode_module(coded.entry, coded.chunks, kind) for kind in (torch.float32, dtype))
+    assert torch.equal(narrow.down, wide.down.to(dtype)) and torch.equal(narrow.up, wide.up.to(dtype))
+    if coded.entry.codec == "entropy":  # whose weights are in proportion to one number
+        entry = replace(coded.entry, parameters={**coded.entry.parameters, "step": 3e6})
+        assert float(decode_module(entry, coded.chunks).down.abs().max()) > 1e5
+        if dtype == torch.float16:
+            with pytest.raises(FormatError, match="float32"):
+                decode_module(entry, coded.chunks, dtype)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_kept_channels_go_to_their_places_and_the_others_are_zero(codec: str) -> None:
     kept = (1, 4, 5, 23), (0, 7, 8, 9, 19)
