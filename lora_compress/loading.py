@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,9 @@ from .parallel import each_module
 from .update import LowRankUpdate
 
 __all__ = ["LoraFile", "load_lora"]
+
+_BLOCK = 1 << 20
+_BATCH = 16  # modules that a thread decodes at a time: handing over takes as long as a small one
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,34 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     """
     source = open_lora(path)
     try:
-        _read_ahead(path)
+        _read_ahead(path)  # not before: what is no LoRA is not read
         if isinstance(source, PackedFile) and source.missing:
             raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
         others = dict(source.others)
         for name in source:
             others |= source.extras(name)
-        updates = each_module(lambda name, _: _read(source, name, dtype), dict.fromkeys(source))  # decoded on all cores
+        names = list(source)
+        batches = {names[first]: names[first : first + _BATCH] for first in range(0, len(names), _BATCH)}
+        found = each_module(lambda _, batch: {name: _read(source, name, dtype) for name in batch}, batches)  # on all cores
+        updates = {name: update for batch in found.values() for name, update in batch.items()}
         return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
     finally:
         source.close()
 
 
 def _read_ahead(path: str | os.PathLike[str]) -> None:
-    """Ask the system for the whole file now, so that the storage goes on reading while the first modules are decoded."""
-    if hasattr(os, "posix_fadvise"):  # elsewhere there is no such thing
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    """Read the whole file in a thread of its own, into the system's cache: the storage goes on while modules are decoded.
+
+    posix_fadvise would do if it did not wait for a slow disk before it returns.
+    """
+
+    def read() -> None:
+        block = bytearray(_BLOCK)
+        with suppress(OSError), open(path, "rb", buffering=0) as file:  # whoever needs the bytes finds out
+            while file.readinto(block):
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
 
 
 def _read(source: LoraSource | PackedFile, name: str, dtype: torch.dtype | None) -> LowRankUpdate:

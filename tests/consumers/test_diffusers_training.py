@@ -260,6 +260,20 @@ def test_a_quantized_base_takes_less_and_the_lora_learns_on_it(base: str, tmp_pa
     assert all(float(update.up.norm()) > 0 for update in load_lora(path).updates.values())
 
 
+@pytest.mark.parametrize(("base", "package"), [("quanto", "optimum.quanto"), ("torchao", "torchao")])
+def test_a_base_that_another_library_stores_is_learned_on(
+    base: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    loaded, load = [], training.load_denoiser
+    monkeypatch.setattr(training, "load_denoiser", lambda *given: loaded.append(load(*given)) or loaded[0])
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    path = training.train({**_config(tmp_path), "own": {"base_quantize": base}, "quantization": {"bits": 4, "qat": True}})
+    assert all(float(update.up.norm()) > 0 for update in load_lora(path).updates.values())
+    layers = [layer for layer in loaded[0].models["unet"].modules() if hasattr(layer, "base_layer")]
+    assert layers and all(type(layer.base_layer.weight) not in (torch.Tensor, torch.nn.Parameter) for layer in layers)
+
+
 def test_network_args_are_settings_too(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", count=4, repeats=1)
     path = training.train({**_config(tmp_path), "own": {"network_args": ["bits=4", "save_format=packed", "conv_dim=4"]}})
