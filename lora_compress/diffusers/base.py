@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingPackageError
+from ..errors import MissingPackageError, SettingsError
 from ..frozen import WEIGHT_FORMATS, quantize_frozen, require_bitsandbytes
 from ..training import Pair, find_pairs
 from .denoising import Denoiser
@@ -32,6 +32,7 @@ def add_adapters(denoiser: Denoiser, options: Mapping[str, Any], device: torch.d
 
     Raises:
         MissingPackageError: the library that stores the base is not installed.
+        SettingsError: its release, or that of transformers, and PEFT's do not fit.
     """
     stored = _stored(denoiser, options)
     for name, kind in stored.items():
@@ -56,10 +57,14 @@ def add_adapters(denoiser: Denoiser, options: Mapping[str, Any], device: torch.d
 
 
 def _adapted(model: Any, prefix: str, targets: Any, options: Mapping[str, Any]) -> dict[str, Pair]:
-    from peft import LoraConfig
+    import peft
 
     model.train()
-    model.add_adapter(LoraConfig(r=options["network_dim"], lora_alpha=options["network_alpha"], target_modules=list(targets)))
+    config = peft.LoraConfig(r=options["network_dim"], lora_alpha=options["network_alpha"], target_modules=list(targets))
+    try:
+        model.add_adapter(config)
+    except (ImportError, TypeError, ValueError) as error:  # of PEFT's code for a library, of transformers' demands on PEFT
+        raise SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"]) from None
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
@@ -87,7 +92,8 @@ def _quanto(model: torch.nn.Module) -> None:
         from optimum.quanto import freeze, qint8, quantize
     except ImportError as error:
         raise MissingPackageError(f"base_quantize=quanto: {error}: pip install optimum-quanto") from error
-    quantize(model, weights=qint8)
+    others = [name for name, layer in model.named_modules() if not isinstance(layer, torch.nn.Linear)]
+    quantize(model, weights=qint8, exclude=others)  # PEFT makes adapters of a convolution of its own class, which needs weights
     freeze(model)
 
 

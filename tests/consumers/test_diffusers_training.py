@@ -15,12 +15,12 @@ from accelerate.state import AcceleratorState, GradientState
 from consumers import trainable
 
 from library.compress_torchvision import declare_missing_operators
-from lora_compress import load_lora
+from lora_compress import SettingsError, load_lora
 from lora_compress.evaluation.shapes import write_dataset
 from lora_compress.evaluation.validation import read_history
 
 declare_missing_operators()
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 from lora_compress.diffusers import training  # noqa: E402
 
@@ -268,10 +268,17 @@ def test_a_base_that_another_library_stores_is_learned_on(
     loaded, load = [], training.load_denoiser
     monkeypatch.setattr(training, "load_denoiser", lambda *given: loaded.append(load(*given)) or loaded[0])
     write_dataset(tmp_path / "data", count=4, repeats=1)
-    path = training.train({**_config(tmp_path), "own": {"base_quantize": base}, "quantization": {"bits": 4, "qat": True}})
+    own = {"base_quantize": base, "text_encoder_lr": 0.0}  # newer releases of transformers refuse PEFT 0.21
+    config = {**_config(tmp_path), "own": own, "quantization": {"bits": 4, "qat": True}}
+    if base == "torchao" and peft.__version__.startswith("0.17."):
+        with pytest.raises(SettingsError, match=r"PEFT 0\.17.*upgrade PEFT"):
+            training.train(config)
+        return
+    path = training.train(config)
     assert all(float(update.up.norm()) > 0 for update in load_lora(path).updates.values())
-    layers = [layer for layer in loaded[0].models["unet"].modules() if hasattr(layer, "base_layer")]
-    assert layers and all(type(layer.base_layer.weight) not in (torch.Tensor, torch.nn.Parameter) for layer in layers)
+    layers = [layer.base_layer for layer in loaded[0].models["unet"].modules() if hasattr(layer, "base_layer")]
+    stored = [layer.weight for layer in layers if isinstance(layer, torch.nn.Linear)]
+    assert len(stored) > 100 and all(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in stored)
 
 
 def test_network_args_are_settings_too(tmp_path: Path) -> None:
