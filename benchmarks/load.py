@@ -1,9 +1,10 @@
 """Loading an SDXL LoRA of rank 32: packed against float16 kohya: python benchmarks/load.py
 
-Bytes of the file, seconds from the file to float16 factors of every module in memory, on the CPU, and the largest anonymous memory
-of the process. What follows, the adapter in the model, is the same for both. The float16 file is read with safetensors, packed ones
-with load_lora. Warm: the file is in the system's cache. Cold: it has been dropped from there, and the disk is held to 200 MB/s by a
-control group, which takes Linux and root; elsewhere the file is read that slowly before it is opened.
+Bytes of the file, seconds from the file to float16 factors of every module in memory and to an adapter in the layers of a full-size
+SDXL pipeline, on the CPU, and the largest anonymous memory of the process that makes the factors. The float16 file is read with
+safetensors and put into the pipeline by load_lora_weights of diffusers, packed ones by both our load_lora. Warm: the file is in the
+system's cache. Cold: it has been dropped from there, and the disk is held to 200 MB/s by a control group, which takes Linux and
+root; elsewhere the file is read that slowly before it is opened. Needs 4 GB of memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ CODECS: dict[str, dict[str, Any]] = {
     "int3": {"bits": 3},
     "int4": {"bits": 4},
     "entropy": {"bits": 3, "strategy": "entropy"},
+}
+COLUMNS = {  # cold, applied
+    "warm": (False, False),
+    "cold": (True, False),
+    "applied, warm": (False, True),
+    "applied, cold": (True, True),
 }
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -82,22 +89,79 @@ def drop(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(path: str, group: str | None, rate: float | None, threads: int) -> dict[str, Any]:
-    """From the file to every module's factors in float16: seconds and modules; in the control group, or after a slow reading."""
+def load(path: str, group: str | None, rate: float | None, threads: int, applied: bool) -> dict[str, Any]:
+    """From the file to factors, or to an adapter: seconds and modules; in the control group, or after a slow reading."""
     torch.set_num_threads(threads)
-    if group:
+    task = to_adapter(path) if applied else to_factors(path)
+    if group:  # from here on, so that nothing else is read that slowly
+        drop(Path(path))
         Path(group).write_text(str(os.getpid()), encoding="ascii")
     begun = time.perf_counter()
     if rate and not group:
         throttled(Path(path), rate)
-    if Path(path).stem == "plain":
-        with safe_open(path, framework="pt") as file:
-            found: dict[str, Any] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        modules = sum(key.endswith(".alpha") for key in found)
-    else:
-        found = dict(load_lora(path, torch.float16).updates)
-        modules = len(found)
+    modules = task()
     return {"seconds": time.perf_counter() - begun, "modules": modules}
+
+
+def to_factors(path: str) -> Callable[[], int]:
+    """Reads every module's factors in float16 and counts the modules."""
+
+    def plain() -> int:
+        with safe_open(path, framework="pt") as file:
+            found = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return sum(key.endswith(".alpha") for key in found)
+
+    return plain if Path(path).stem == "plain" else lambda: len(load_lora(path, torch.float16).updates)
+
+
+def to_adapter(path: str) -> Callable[[], int]:
+    """Puts the file into a pipeline and counts the layers that have got it."""
+    from library.compress_torchvision import declare_missing_operators
+
+    declare_missing_operators()
+    import peft  # noqa: F401  now, not while time is taken
+
+    from lora_compress.diffusers import load_lora as apply
+
+    pipe = pipeline()
+
+    def run() -> int:
+        if Path(path).stem == "plain":
+            pipe.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
+        else:
+            apply(pipe, path)
+        models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+        return sum(hasattr(layer, "lora_A") for model in models for layer in model.modules())
+
+    return run
+
+
+def pipeline() -> Any:
+    """SDXL in float16 with weights that nobody has set, and a VAE in name alone."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    narrow = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+    wide = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    )
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        models = {"unet": unet, "text_encoder": CLIPTextModel(narrow), "text_encoder_2": CLIPTextModelWithProjection(wide)}
+    models = {name: model.half().to_empty(device="cpu") for name, model in models.items()}
+    others = {"vae": AutoencoderKL(), "scheduler": EulerDiscreteScheduler(), "tokenizer": None, "tokenizer_2": None}
+    return StableDiffusionXLPipeline(**models, **others)
 
 
 def lines(folder: Path, model: str, rank: int, repeats: int, codecs: list[str], threads: int) -> tuple[list[dict[str, Any]], bool]:
@@ -109,20 +173,20 @@ def lines(folder: Path, model: str, rank: int, repeats: int, codecs: list[str], 
         files[codec] = folder / f"{codec}.safetensors"
         compress_file(plain, files[codec], CompressionSettings.parse(CODECS[codec]))
     found: dict[str, dict[str, Any]] = {
-        name: {"name": name, "warm": [], "cold": [], "peak": 0, "bytes": path.stat().st_size} for name, path in files.items()
+        name: {"name": name, "peak": 0, "bytes": path.stat().st_size} | {column: [] for column in COLUMNS}
+        for name, path in files.items()
     }
     with slow_disk(folder, RATE) as group:
         for _ in range(repeats):
             for name, path in files.items():
-                for state in ("warm", "cold"):
+                for column, (cold, applied) in COLUMNS.items():
                     throttled(path, None)
-                    if state == "cold" and group:
-                        drop(path)
-                    slow = {"group": group, "rate": RATE} if state == "cold" else {"group": None, "rate": None}
-                    run = fresh(Path(__file__), "load", path=path, threads=threads, **slow)
-                    found[name][state].append(run.said["seconds"])
-                    found[name]["peak"] = max(found[name]["peak"], run.peak)
-    return [{**line, "warm": min(line["warm"]), "cold": min(line["cold"])} for line in found.values()], group is not None
+                    slow = {"group": group, "rate": RATE} if cold else {"group": None, "rate": None}
+                    run = fresh(Path(__file__), "load", path=path, threads=threads, applied=applied, **slow)
+                    found[name][column].append(run.said["seconds"])
+                    if not applied:
+                        found[name]["peak"] = max(found[name]["peak"], run.peak)
+    return [{**line, **{column: min(line[column]) for column in COLUMNS}} for line in found.values()], group is not None
 
 
 def goals(found: list[dict[str, Any]]) -> list[Goal]:
@@ -134,6 +198,7 @@ def goals(found: list[dict[str, Any]]) -> list[Goal]:
         for goal in (
             Goal(f"{line['name']}: bytes read / those of fp16", 0.25, line["bytes"] / plain["bytes"]),
             Goal(f"{line['name']}: cold time / that of fp16", 1.0, line["cold"] / plain["cold"]),
+            Goal(f"{line['name']}: cold time until applied / that of fp16", 1.0, line["applied, cold"] / plain["applied, cold"]),
         )
     ]
 
@@ -152,10 +217,10 @@ def main() -> None:
         found, slowed = lines(Path(folder), "sdxl", args.rank, args.repeats, args.codecs, args.threads)
     how = "from a disk of" if slowed else "after reading the file at"
     print(f"SDXL, rank {args.rank}, {args.threads} threads, best of {args.repeats}; cold: {how} {RATE / 1e6:.0f} MB/s\n")
-    print("| file | bytes read | warm | cold | anonymous memory |\n|---|---|---|---|---|")
+    print(f"| file | bytes read | {' | '.join(COLUMNS)} | anonymous memory |\n|{'---|' * (3 + len(COLUMNS))}")
     for line in found:
-        cells = (f"{line['bytes'] / 1e6:.1f} MB", f"{line['warm']:.2f} s", f"{line['cold']:.2f} s", f"{line['peak'] / 1e6:.0f} MB")
-        print(f"| {line['name']} | {' | '.join(cells)} |")
+        seconds = (f"{line[column]:.2f} s" for column in COLUMNS)
+        print(f"| {line['name']} | {line['bytes'] / 1e6:.1f} MB | {' | '.join(seconds)} | {line['peak'] / 1e6:.0f} MB |")
     print("\n" + goal_table(goals(found)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import SettingsError
 from ..update import LowRankUpdate
 
-__all__ = ["attach_updates", "balanced_factors", "swap_updates"]
+__all__ = ["attach_updates", "balanced_factors", "dtype_of", "swap_updates"]
 
 
 def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name: str) -> None:
@@ -42,13 +42,19 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
     # One pattern for each rank: PEFT tries every pattern on every layer.
     pattern = {f"^(?:{'|'.join(map(re.escape, names))})": rank for rank, names in ranks.items() if rank != most}
     config = LoraConfig(
-        r=most, lora_alpha=most, rank_pattern=pattern, alpha_pattern=dict(pattern), target_modules=list(updates), bias="none"
+        r=most,
+        lora_alpha=most,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_pattern(updates, [name for name, _ in model.named_modules() if name not in updates]),
+        init_lora_weights=False,  # they are about to come
+        bias="none",
     )
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         layer = model.get_submodule(name)
         layer = getattr(layer, "base_layer", layer)  # it may carry adapters already
-        down, up = balanced_factors(update, _dtype_of(layer), layer)
+        down, up = balanced_factors(update, dtype_of(layer), layer)
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
@@ -56,8 +62,27 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
             inject_adapter_in_model(config, model, adapter_name=adapter_name, low_cpu_mem_usage=True)
         except ImportError as error:  # PEFT asks every quantization library that is installed about every layer
             raise SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"]) from None
+    model.peft_config[adapter_name].target_modules = set(updates)
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True  # what diffusers and transformers ask before they look for adapters
+
+
+def _pattern(names: Iterable[str], others: Iterable[str]) -> str:
+    """A regular expression for these names of layers among the others, by their ends where these tell them apart.
+
+    PEFT tries whatever it is given on every layer, and a list of names takes it longer than all the rest.
+    """
+    taken = {end for name in others for end in _ends(name)}
+    ends = {name: next((end for end in _ends(name) if end not in taken), None) for name in names}
+    told = "|".join(map(re.escape, sorted({end for end in ends.values() if end is not None})))
+    whole = [re.escape(name) for name, end in ends.items() if end is None]  # others end in it
+    return "|".join([rf"(?:.*\.)?(?:{told})", *whole] if told else whole)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Of its dotted parts, the shortest first: c, b.c, a.b.c."""
+    parts = name.split(".")
+    return (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
 
 
 def swap_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name: str) -> None:
@@ -88,7 +113,9 @@ def swap_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name:
 def balanced_factors(update: LowRankUpdate, dtype: torch.dtype, layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """down (r, in, *kernel) and up (out, r, ...) in the shape of the layer's weight, the scale in both, the sign in `up`."""
     gain = abs(update.scale) ** 0.5
-    down, up = update.down.float() * gain, update.up.float() * (gain if update.scale >= 0 else -gain)
+    down, up = update.down, update.up
+    if update.scale != 1.0:
+        down, up = down.float() * gain, up.float() * (gain if update.scale >= 0 else -gain)
     kernel = getattr(layer, "kernel_size", ())
     if kernel:
         down, up = down.reshape(update.rank, -1, *kernel), up.reshape(-1, update.rank, *[1] * len(kernel))
@@ -97,7 +124,7 @@ def balanced_factors(update: LowRankUpdate, dtype: torch.dtype, layer: torch.nn.
     return down.to(dtype).contiguous(), up.to(dtype).contiguous()
 
 
-def _dtype_of(layer: torch.nn.Module) -> torch.dtype:
+def dtype_of(layer: torch.nn.Module) -> torch.dtype:
     """What the layer computes in: of its weight, or as a layer of integers tells it."""
     weight: Any = layer.weight
     if weight.dtype.is_floating_point and weight.element_size() > 1:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from ..container import PackedFile, is_packed
 from ..errors import FormatError, SettingsError
 from ..loading import load_lora as read_lora
 from ..update import LowRankUpdate
-from .attaching import attach_updates, swap_updates
+from .attaching import attach_updates, dtype_of, swap_updates
 from .names import find_layers
 
 __all__ = ["load_lora"]
@@ -52,13 +53,13 @@ def load_lora(
     if adapter_name in taken and not hotswap:
         raise SettingsError([f"adapter_name={adapter_name}: there is an adapter of this name: delete it, or choose another name"])
     name = adapter_name or next(f"lora_{number}" for number in range(len(taken) + 1) if f"lora_{number}" not in taken)
-    file = read_lora(path)
+    layers = _layers_of(components)
+    file = read_lora(path, _dtype_for(path, layers))
     if file.others:
         strange = next(iter(file.others))
         raise FormatError(
             f"{path}: {len(file.others)} tensors such as {strange} cannot be applied here: pairs of factors alone can"
         )
-    layers = _layers_of(components)
     updates = _matched(str(path), file.updates, layers, type(pipe).__name__)
     for component, model in components.items():
         own = {layer.removeprefix(component + "."): u for layer, u in updates.items() if layer.startswith(component + ".")}
@@ -68,6 +69,14 @@ def load_lora(
             attach_updates(model, own, name)
     pipe.set_adapters(name, weight)
     return name
+
+
+def _dtype_for(path: str | os.PathLike[str], layers: Mapping[str, torch.nn.Module]) -> torch.dtype | None:
+    """That of all layers, where a packed file can be decoded to it at once: its factors need no scale before they are rounded."""
+    kinds = {dtype_of(layer) for layer in layers.values()}
+    if len(kinds) != 1 or not is_packed(path) or any("scale" in entry.parameters for entry in PackedFile(path).entries.values()):
+        return None
+    return kinds.pop()
 
 
 def _layers_of(components: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from lora_compress import CompressionSettings, FormatError, LowRankUpdate, SettingsError, as_kohya, compress_file
 from lora_compress import load_lora as read_lora
 from lora_compress.diffusers import load_lora
+from lora_compress.diffusers.attaching import _pattern
 from lora_compress.diffusers.names import find_layers, sgm_name
 
 TINY_SD = Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"
@@ -355,3 +357,12 @@ def test_fused_layers_of_sd3_go_where_diffusers_itself_puts_them() -> None:
     assert not missing and len(found) == len(layers) + 2 * 4
     for name, update in found.items():
         assert torch.equal(update.up, converted[name.removeprefix("transformer.") + ".weight"])
+
+
+def test_layers_are_told_by_the_shortest_ends_that_no_other_layer_has() -> None:
+    names = {"proj_out", "blocks.0.attn.to_q", "blocks.1.attn.to_q", "blocks.0.attn.to_out.0", "blocks.0.ff.0"}
+    others = {"", "blocks", "blocks.0", "blocks.0.attn", "blocks.1.ff.0", "blocks.1.proj_out", "blocks.0.attn.to_out.1"}
+    pattern = _pattern(names, others)
+    assert {name for name in names | others if re.fullmatch(pattern, name)} == names
+    assert "blocks" not in pattern.replace(r"blocks\.0\.ff", "")
+    assert re.fullmatch(_pattern({"a"}, {"b.a"}), "a") and not re.fullmatch(_pattern({"a"}, {"b.a"}), "b.a")
