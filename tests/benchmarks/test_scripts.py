@@ -13,7 +13,6 @@ import measure
 import pytest
 import resize
 import torch
-import train_step
 from safetensors import safe_open
 
 
@@ -100,6 +99,8 @@ def test_the_plot_is_a_well_formed_picture(tmp_path: Path) -> None:
 
 
 def test_a_step_is_timed_with_masks_and_quantization_on(sd_scripts: Path) -> None:
+    import train_step  # joins our packages with those of sd-scripts
+
     found = train_step.measure_steps(narrow=True, size=64, rank=4, rounds=1, steps=1, device="cpu")
     assert found["ratios"].keys() == {"int4", "nf4", "waiting"}
     assert found["seconds"] > 0
