@@ -13,7 +13,7 @@ from .chunks import Chunk, Spool
 from .encoding import Choice, encode_module, spread_channels, take_channels
 from .errors import FormatError
 from .index import Entry
-from .parallel import each_module, stream_modules
+from .parallel import each_batch, each_module, stream_modules
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from .pruning import select_channels
 from .quantization import FixedFormat, fixed_size
@@ -26,7 +26,6 @@ __all__ = ["Analysis", "Components", "Job", "Stored", "by_svd", "pad_to_two"]
 Components = tuple[Spectrum, Tensor]  # of a module, best first, and the falling scores by which they are so
 _SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
 _LEAST_SAMPLE = 4
-_BATCH = 16  # modules that are looked at together
 _GROUP_WEIGHTS = 1 << 20  # of modules of one shape, which are held in float64
 _GOLDEN = 0.6180339887498949
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
@@ -141,10 +140,7 @@ class Job:
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
         self.decompose, self.keys, self.pad, self.spool, self.progress = decompose, keys, pad, spool, progress
-        names = list(updates)
-        batches = {names[first]: names[first : first + _BATCH] for first in range(0, len(names), _BATCH)}
-        found = each_module(lambda _, batch: self._analyse(batch), batches)
-        self.analyses = {name: analysis for batch in found.values() for name, analysis in batch.items()}
+        self.analyses = each_batch(self._analyse, updates)
 
     @property
     def packed(self) -> bool:

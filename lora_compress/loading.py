@@ -13,13 +13,12 @@ from torch import Tensor
 from .container import PackedFile
 from .errors import FormatError
 from .layouts import LoraSource, open_lora
-from .parallel import each_module
+from .parallel import each_batch
 from .update import LowRankUpdate
 
 __all__ = ["LoraFile", "load_lora"]
 
 _BLOCK = 1 << 20
-_BATCH = 16  # modules that a thread decodes at a time: handing over takes as long as a small one
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,7 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
         others = dict(source.others)
         for name in source:
             others |= source.extras(name)
-        names = list(source)
-        batches = {names[first]: names[first : first + _BATCH] for first in range(0, len(names), _BATCH)}
-        found = each_module(lambda _, batch: {name: _read(source, name, dtype) for name in batch}, batches)  # on all cores
-        updates = {name: update for batch in found.values() for name, update in batch.items()}
+        updates = each_batch(lambda names: {name: _read(source, name, dtype) for name in names}, source)  # decoded on all cores
         return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
     finally:
         source.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["each_module", "stream_modules"]
+__all__ = ["each_batch", "each_module", "stream_modules"]
+
+_BATCH = 16  # modules: handing one over takes as long as a small one
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,6 +22,14 @@ Result = TypeVar("Result")
 def each_module(function: Callable[[str, Item], Result], items: Mapping[str, Item]) -> dict[str, Result]:
     """{name: function(name, item)} in the order of `items`, computed on all of torch's threads; the first error is raised."""
     return dict(stream_modules(function, items))
+
+
+def each_batch(function: Callable[[Sequence[str]], Mapping[str, Result]], names: Iterable[str]) -> dict[str, Result]:
+    """{name: result} in the order of `names`, of a function of a few neighbours at a time; on threads as `each_module`."""
+    every = list(names)
+    batches = {every[first]: every[first : first + _BATCH] for first in range(0, len(every), _BATCH)}
+    found = each_module(lambda _, batch: function(batch), batches)
+    return {name: result for batch in found.values() for name, result in batch.items()}
 
 
 def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, Item]) -> Iterator[tuple[str, Result]]:

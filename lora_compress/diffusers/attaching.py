@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import SettingsError
 from ..update import LowRankUpdate
 
-__all__ = ["attach_updates", "balanced_factors", "dtype_of", "swap_updates"]
+__all__ = ["attach_updates", "balanced_factors", "dtype_of", "peft_misfit", "swap_updates"]
 
 
 def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_name: str) -> None:
@@ -32,7 +32,6 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
     Raises:
         SettingsError: PEFT does not fit a quantization library that is installed.
     """
-    import peft
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     ranks: dict[int, list[str]] = {}
@@ -61,10 +60,17 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
         try:
             inject_adapter_in_model(config, model, adapter_name=adapter_name, low_cpu_mem_usage=True)
         except ImportError as error:  # PEFT asks every quantization library that is installed about every layer
-            raise SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"]) from None
+            raise peft_misfit(error) from None
     model.peft_config[adapter_name].target_modules = set(updates)
     set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, low_cpu_mem_usage=True)
     model._hf_peft_config_loaded = True  # what diffusers and transformers ask before they look for adapters
+
+
+def peft_misfit(error: Exception) -> SettingsError:
+    """What a user is told where PEFT has failed on a library that it knows another release of."""
+    import peft
+
+    return SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"])
 
 
 def _pattern(names: Iterable[str], others: Iterable[str]) -> str:

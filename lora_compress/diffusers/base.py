@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..errors import MissingPackageError, SettingsError
+from ..errors import MissingPackageError
 from ..frozen import WEIGHT_FORMATS, quantize_frozen, require_bitsandbytes
 from ..training import Pair, find_pairs
+from .attaching import peft_misfit
 from .denoising import Denoiser
 
 __all__ = ["add_adapters"]
@@ -57,14 +58,14 @@ def add_adapters(denoiser: Denoiser, options: Mapping[str, Any], device: torch.d
 
 
 def _adapted(model: Any, prefix: str, targets: Any, options: Mapping[str, Any]) -> dict[str, Pair]:
-    import peft
+    from peft import LoraConfig
 
     model.train()
-    config = peft.LoraConfig(r=options["network_dim"], lora_alpha=options["network_alpha"], target_modules=list(targets))
+    config = LoraConfig(r=options["network_dim"], lora_alpha=options["network_alpha"], target_modules=list(targets))
     try:
         model.add_adapter(config)
     except (ImportError, TypeError, ValueError) as error:  # of PEFT's code for a library, of transformers' demands on PEFT
-        raise SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"]) from None
+        raise peft_misfit(error) from None
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -104,7 +104,7 @@ def decode_entropy(
     gains, scales, shapes = _read_side(reader, rank)
     runs = row_runs(scales, shapes, layers)
     widths = np.repeat([inputs, outputs], rank)
-    known: list[np.ndarray | int] = [int(widths[run.rows].sum()) for run in runs]
+    known = [np.empty(int(widths[run.rows].sum()), dtype=np.int32) for run in runs]
     with _short_calls if layers > 1 else nullcontext():
         for layer in range(len(chunks)):
             reader = reader if layer == 0 else _reader(chunks[layer])
@@ -116,7 +116,7 @@ def decode_entropy(
 
 def _weights(
     runs: Sequence[Run],
-    known: Sequence[np.ndarray | int],
+    known: Sequence[np.ndarray],
     scales: np.ndarray,
     shapes: np.ndarray,
     units: np.ndarray,
@@ -129,8 +129,8 @@ def _weights(
     symbols = [np.zeros((rank, width), dtype=np.int32) for width in widths]
     stages = [Stage(0)] * (2 * rank)  # a row of which nothing is known is zero at any stage
     for run, line in zip(runs, known, strict=True):
-        if not isinstance(line, int):
-            stage = stage_at(run.scale, run.ends[depth - 1])
+        if position := run.ends[depth - 1]:
+            stage = stage_at(run.scale, position)
             found = at_plane(line, stage.plane)
             middle = int(np.searchsorted(run.rows, rank))
             cut = middle * widths[0]

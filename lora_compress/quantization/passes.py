@@ -92,15 +92,15 @@ def write_passes(writer: AnsWriter, run: np.ndarray, scale: int, shape: int, bef
                 writer.write_grouped(pending[chosen] & 1, *table)
 
 
-def read_passes(reader: AnsReader, known: np.ndarray | int, scale: int, shape: int, before: int, after: int) -> np.ndarray:
-    """What is known of a run of integers after pass `after`, as symbols (n,), int32, of the values with zeros for unknown bits.
+def read_passes(reader: AnsReader, known: np.ndarray, scale: int, shape: int, before: int, after: int) -> np.ndarray:
+    """What is known of a run of integers (n,) after pass `after`, as symbols, given those of pass `before`, which are lost.
 
-    Args:
-        known: the same after pass `before`, which is lost; the number n where no pass has been made.
+    They are symbols, int32, of the values with zeros in place of the bits that are not known: passes fill them in. Before the first
+    pass `known` is of that size and may hold anything.
     """
     for kind, plane, low in _plan(scale, before, after):
-        if isinstance(known, int):
-            known = _placed(read_symbols(reader, known, scale - 8 * plane, shape, plane), plane)
+        if kind == "symbols":
+            known = _placed(read_symbols(reader, len(known), scale - 8 * plane, shape, plane), plane)
         elif kind == "raw":
             small, width = known == 0, plane - low
             fresh = reader.read(int(np.count_nonzero(small)), uniform, (2 << width) - 1)
@@ -117,7 +117,6 @@ def read_passes(reader: AnsReader, known: np.ndarray | int, scale: int, shape: i
             for table, chosen in _contexts((pending + 1) >> plane + 2, scale - 8 * plane, shape, plane):
                 bits[chosen] = reader.read_grouped(len(bits) if chosen is ... else len(chosen), *table)
             known[large] = pending + (bits << plane + 1)
-    assert not isinstance(known, int)
     return known
 
 
