@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .layouts import LoraSource, open_lora
 from .parallel import each_batch
 from .update import LowRankUpdate
 
-__all__ = ["LoraFile", "load_lora"]
+__all__ = ["LoraFile", "load_lora", "read_lora"]
 
 _BLOCK = 1 << 20
 
@@ -48,18 +48,20 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     Raises:
         FormatError: as `open_lora`; a module does not decode; a packed file was cut so early that modules are missing.
     """
-    source = open_lora(path)
-    try:
-        _read_ahead(path)  # not before: what is no LoRA is not read
-        if isinstance(source, PackedFile) and source.missing:
-            raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
-        others = dict(source.others)
-        for name in source:
-            others |= source.extras(name)
-        updates = each_batch(lambda names: {name: _read(source, name, dtype) for name in names}, source)  # decoded on all cores
-        return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
-    finally:
-        source.close()
+    with closing(open_lora(path)) as source:
+        return read_lora(source, path, dtype)
+
+
+def read_lora(source: LoraSource | PackedFile, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
+    """The same of the file at `path` that is open already as `source`."""
+    _read_ahead(path)  # not before it is known to be a LoRA
+    if isinstance(source, PackedFile) and source.missing:
+        raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
+    others = dict(source.others)
+    for name in source:
+        others |= source.extras(name)
+    updates = each_batch(lambda names: {name: _read(source, name, dtype) for name in names}, source)  # decoded on all cores
+    return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
 
 
 def _read_ahead(path: str | os.PathLike[str]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
 
-from ..container import PackedFile, is_packed
+from ..container import PackedFile
 from ..errors import FormatError, SettingsError
-from ..loading import load_lora as read_lora
+from ..layouts import LoraSource, open_lora
+from ..loading import read_lora
 from ..update import LowRankUpdate
 from .attaching import attach_updates, dtype_of, swap_updates
 from .names import find_layers
@@ -54,7 +56,8 @@ def load_lora(
         raise SettingsError([f"adapter_name={adapter_name}: there is an adapter of this name: delete it, or choose another name"])
     name = adapter_name or next(f"lora_{number}" for number in range(len(taken) + 1) if f"lora_{number}" not in taken)
     layers = _layers_of(components)
-    file = read_lora(path, _dtype_for(path, layers))
+    with closing(open_lora(path)) as source:
+        file = read_lora(source, path, _dtype_for(source, layers))
     if file.others:
         strange = next(iter(file.others))
         raise FormatError(
@@ -71,10 +74,10 @@ def load_lora(
     return name
 
 
-def _dtype_for(path: str | os.PathLike[str], layers: Mapping[str, torch.nn.Module]) -> torch.dtype | None:
+def _dtype_for(source: LoraSource | PackedFile, layers: Mapping[str, torch.nn.Module]) -> torch.dtype | None:
     """That of all layers, where a packed file can be decoded to it at once: its factors need no scale before they are rounded."""
     kinds = {dtype_of(layer) for layer in layers.values()}
-    if len(kinds) != 1 or not is_packed(path) or any("scale" in entry.parameters for entry in PackedFile(path).entries.values()):
+    if len(kinds) != 1 or not isinstance(source, PackedFile) or any("scale" in e.parameters for e in source.entries.values()):
         return None
     return kinds.pop()
 
