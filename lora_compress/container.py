@@ -78,6 +78,11 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         first, end = self._places[PAYLOAD_KEY][1]
         return self.available == end - first
 
+    def require_modules(self) -> None:
+        """Raises: FormatError: the file was cut so early that modules are missing."""
+        if self.missing:
+            raise FormatError(f"{self.path}: cut short: {len(self.missing)} modules are missing: get it again")
+
     @property
     def layout(self) -> str:
         """Of the plain file that it stands for."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .container import PackedFile
-from .errors import FormatError
 from .layouts import LoraSource, open_lora
 from .parallel import each_batch
 from .update import LowRankUpdate
@@ -55,8 +54,8 @@ def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
 def read_lora(source: LoraSource | PackedFile, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
     """The same of the file at `path` that is open already as `source`."""
     _read_ahead(path)  # not before it is known to be a LoRA
-    if isinstance(source, PackedFile) and source.missing:
-        raise FormatError(f"{path}: cut short: {len(source.missing)} modules are missing: get it again")
+    if isinstance(source, PackedFile):
+        source.require_modules()
     others = dict(source.others)
     for name in source:
         others |= source.extras(name)

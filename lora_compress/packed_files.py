@@ -145,9 +145,10 @@ def read_expanded(path: str | os.PathLike[str], dtype: torch.dtype = torch.float
     """The tensors of the file that `expand_file` makes of a packed one, by key.
 
     Raises:
-        FormatError: the input is no packed file, or damaged.
+        FormatError: the input is no packed file, damaged, or cut so early that modules are missing.
     """
     packed = PackedFile(path)
+    packed.require_modules()
     tensors = dict(packed.others)
     for name in packed:
         tensors |= _expanded(packed, name, dtype)

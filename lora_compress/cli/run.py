@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
         print(_USAGE)
         return 0
     if not argv or argv[0].startswith("-"):
-        raise UsageError(f"run {' '.join(argv[:1])}: the script comes first: resize_lora_ext.py run SCRIPT [ARGUMENTS]")
+        raise UsageError(f"{' '.join(['run', *argv[:1]])}: the script comes first: resize_lora_ext.py run SCRIPT [ARGUMENTS]")
     script = Path(check_input(argv[0], "run"))
     _teach_load_file()
     sys.argv = [argv[0], *argv[1:]]

@@ -66,6 +66,9 @@ def test_damage_is_one_line_and_what_the_script_raises_is_its_own(script: Path, 
     packed.write_bytes(data)
     done = _run(script, packed, tmp_path / "out.safetensors", 0)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "packed.safetensors" in done.stderr
+    packed.write_bytes(data[: -len(data) // 3])
+    done = _run(script, packed, tmp_path / "out.safetensors", 0)
+    assert done.returncode == 1 and "modules are missing" in done.stderr and len(done.stderr.splitlines()) == 1
     done = _run(script, tmp_path / "none.safetensors", tmp_path / "out.safetensors", 0)
     assert done.returncode == 1 and "FileNotFoundError" in done.stderr
     assert not (tmp_path / "out.safetensors").exists()
