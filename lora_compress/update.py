@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
-from .gram import gram
 
 __all__ = ["LowRankUpdate", "difference", "relative_error", "squared_error"]
 
@@ -112,13 +111,17 @@ def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -
     square = float(_inner(down[:kept], down[:kept]))
     gain = float(_inner(down[:kept], other_down)) / square if square > 0.0 else 1.0  # of the other's balance
     gain = gain if 0.0 < gain < math.inf else 1.0
-    count = len(down)
-    ups, downs = up.new_empty(count + kept, up.shape[1]), down.new_empty(count + kept, down.shape[1])
-    ups[:count], downs[:count] = up, down
-    ups[:kept].sub_(other_up, alpha=gain)
-    torch.mul(other_up, gain, out=ups[count:])
-    torch.sub(down[:kept], other_down, alpha=1.0 / gain, out=downs[count:])
-    return max(float((gram(ups).double() * gram(downs).double()).sum()), 0.0)
+    ups = torch.sub(up[:kept], other_up, alpha=gain)
+    downs = torch.sub(down[:kept], other_down, alpha=1.0 / gain)
+    if kept < len(up):
+        ups = torch.cat([ups, up[kept:]])
+    own = _products((ups, ups), (down, down)) + _products((downs, downs), (other_up, other_up)) * gain**2
+    return max(own + 2.0 * gain * _products((ups, other_up), (down, downs)), 0.0)
+
+
+def _products(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """Sum over the product of the inner products of rows of one pair and of those of another."""
+    return float(_inner((one[0] @ one[1].T).double(), (other[0] @ other[1].T).double()))
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
