@@ -14,6 +14,8 @@ from threadpoolctl import ThreadpoolController
 __all__ = ["each_batch", "each_module", "stream_modules"]
 
 _BATCH = 16  # modules: handing one over takes as long as a small one
+_HANDED = 4  # modules that a thread is handed at once, where each gets _TASKS such tasks at least
+_TASKS = 64
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,19 +42,22 @@ def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, 
     each other over them cost up to twenty times the work. The same holds for numpy's BLAS.
     """
     workers = threads = torch.get_num_threads()
-    pending: deque[tuple[str, Future[Result]]] = deque()
-    work = torch.no_grad()(lambda name: function(name, items[name]))
+    names = list(items)
+    size = max(min(_HANDED, len(names) // (_TASKS * workers)), 1)
+    pending: deque[tuple[list[str], Future[list[Result]]]] = deque()
+    work = torch.no_grad()(lambda batch: [function(name, items[name]) for name in batch])
     try:
         with _libraries().limit(limits=1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                for name in items:
-                    pending.append((name, pool.submit(work, name)))
+                for first in range(0, len(names), size):
+                    batch = names[first : first + size]
+                    pending.append((batch, pool.submit(work, batch)))
                     if len(pending) > 2 * workers:
                         ready, future = pending.popleft()
-                        yield ready, future.result()
+                        yield from zip(ready, future.result(), strict=True)
                 while pending:
                     ready, future = pending.popleft()
-                    yield ready, future.result()
+                    yield from zip(ready, future.result(), strict=True)
             finally:
                 for _, future in pending:
                     future.cancel()
