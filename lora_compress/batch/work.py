@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
         return _outcome(job, "skipped")
     if exists(job.target) and not options.force and not is_ours(job.target):
         raise LoraCompressError(f"{job.target}: exists and was not made by this program: move it away, or overwrite with --force")
-    with readable(job.source) as source, writable(job.target) as target:
+    with readable(job.source) as source, writable(job.target) as target, _by_url({source: job.source, target: job.target}):
         report = compress(
             source,
             target,
@@ -65,6 +66,18 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
         copy_file(job.source, copy)
         outcome |= {"status": "copied", "output": copy, "bytes_out": outcome["bytes_in"]}
     return outcome
+
+
+@contextmanager
+def _by_url(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that name a download by the URL that it came from."""
+    try:
+        yield
+    except LoraCompressError as error:
+        text = str(error)
+        for local, url in names.items():
+            text = text.replace(local, url)
+        raise LoraCompressError(text) from error
 
 
 def _is_copy(source: str, target: str, options: CompressOptions) -> bool:

@@ -256,8 +256,10 @@ def test_urls_go_through_fsspec(tmp_path: Path) -> None:
         jobs = plan_jobs("memory://batch-in", "memory://batch-out")
         assert [job.target for job in jobs if "two" in job.source] == ["memory://batch-out/deep/two.safetensors"]
         options = _options(copy_uncompressible=True)
-        outcomes = {Path(job.source).stem: run_job(job, options, to_half)["status"] for job in jobs}
-        assert outcomes == {"one": "written", "two": "written", "compact": "copied", "bad": "failed"}
+        outcomes = {Path(job.source).stem: run_job(job, options, to_half) for job in jobs}
+        statuses = {name: outcome["status"] for name, outcome in outcomes.items()}
+        assert statuses == {"one": "written", "two": "written", "compact": "copied", "bad": "failed"}
+        assert outcomes["bad"]["error"] == "memory://batch-in/bad.safetensors: bad: is refused"
         again = {Path(job.source).stem: run_job(job, options, to_half)["status"] for job in jobs}
         assert again == {"one": "skipped", "two": "skipped", "compact": "skipped", "bad": "failed"}
         memory.get_file("/batch-out/deep/two.safetensors", str(tmp_path / "made.safetensors"))
