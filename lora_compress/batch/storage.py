@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import importlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from ..errors import LoraCompressError
 from ..files import atomic_path
 
 __all__ = [
+    "at_hand",
     "copy_file",
     "exists",
     "glob_files",
@@ -29,7 +31,29 @@ __all__ = [
     "writable",
 ]
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}  # an upload appears whole or not at all
+
+
+def _reaching(function: Callable[Concatenate[str, Given], Result]) -> Callable[Concatenate[str, Given], Result]:
+    """One error for all that a service or the network may raise, of which each has its own: of a function of a path or URL."""
+
+    @functools.wraps(function)
+    def told(path: str, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return function(path, *args, **kwargs)
+        except LoraCompressError:
+            raise
+        except Exception as error:
+            if not is_remote(path):
+                raise
+            raise LoraCompressError(
+                f"{path}: cannot be reached ({type(error).__name__}: {error}): check the address, the network and your credentials"
+            ) from error
+
+    return told
 
 
 def is_remote(path: str) -> bool:
@@ -47,16 +71,19 @@ def has_magic(path: str) -> bool:
     return glob.has_magic(path)
 
 
+@_reaching
 def is_folder(path: str) -> bool:
     """Whether `path` is a folder."""
     return _system(path).isdir(path) if is_remote(path) else os.path.isdir(path)
 
 
+@_reaching
 def exists(path: str) -> bool:
     """Whether there is a file at `path`."""
     return _system(path).isfile(path) if is_remote(path) else os.path.isfile(path)
 
 
+@_reaching
 def files_under(folder: str) -> list[str]:
     """All files in a folder and the folders in it, sorted."""
     if is_remote(folder):
@@ -65,6 +92,7 @@ def files_under(folder: str) -> list[str]:
     return sorted(os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
 
 
+@_reaching
 def glob_files(pattern: str) -> list[str]:
     """The files that match, sorted; ** goes through folders."""
     if not is_remote(pattern):
@@ -74,6 +102,7 @@ def glob_files(pattern: str) -> list[str]:
     return sorted(_with_protocol(name, pattern) for name, info in found.items() if info["type"] == "file")
 
 
+@_reaching
 def open_binary(path: str) -> IO[bytes]:
     """The file for reading; a remote one is read in blocks, as far as they are asked for."""
     return _system(path).open(path, "rb") if is_remote(path) else open(path, "rb")
@@ -87,7 +116,7 @@ def readable(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="lora_compress_") as folder:
         local = os.path.join(folder, PurePosixPath(path).name)
-        _system(path).get_file(path, local)
+        _download(path, local)
         yield local
 
 
@@ -100,7 +129,20 @@ def writable(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="lora_compress_") as folder:
         yield os.path.join(folder, PurePosixPath(path).name)
         for name in sorted(os.listdir(folder)):  # a packed file can have a partner
-            _upload(os.path.join(folder, name), f"{path.rpartition('/')[0]}/{name}")
+            _upload(f"{path.rpartition('/')[0]}/{name}", os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def at_hand(source: str, target: str) -> Iterator[tuple[str, str]]:
+    """Local paths to read `source` from and to write `target` to; errors name what these stand for."""
+    with readable(source) as local, writable(target) as out:
+        try:
+            yield local, out
+        except LoraCompressError as error:
+            text = str(error).replace(local, source).replace(out, target)
+            if text == str(error):
+                raise
+            raise LoraCompressError(text) from error
 
 
 def copy_file(source: str, target: str) -> None:
@@ -109,7 +151,13 @@ def copy_file(source: str, target: str) -> None:
         shutil.copyfile(local, temporary)
 
 
-def _upload(local: str, url: str) -> None:
+@_reaching
+def _download(url: str, local: str) -> None:
+    _system(url).get_file(url, local)
+
+
+@_reaching
+def _upload(url: str, local: str) -> None:
     system = _system(url)
     folder, _, name = url.rpartition("/")
     system.makedirs(folder, exist_ok=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..errors import LoraCompressError
 from ..report.file_report import FileReport
 from .jobs import CompressOptions, Job
 from .marker import MARKER_NAME, fingerprint, is_done, is_ours, make_marker
-from .storage import copy_file, exists, readable, writable
+from .storage import at_hand, copy_file, exists
 
 __all__ = ["Compress", "run_job"]
 
@@ -48,7 +47,7 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
         return _outcome(job, "skipped")
     if exists(job.target) and not options.force and not is_ours(job.target):
         raise LoraCompressError(f"{job.target}: exists and was not made by this program: move it away, or overwrite with --force")
-    with readable(job.source) as source, writable(job.target) as target, _by_url({source: job.source, target: job.target}):
+    with at_hand(job.source, job.target) as (source, target):
         report = compress(
             source,
             target,
@@ -66,18 +65,6 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
         copy_file(job.source, copy)
         outcome |= {"status": "copied", "output": copy, "bytes_out": outcome["bytes_in"]}
     return outcome
-
-
-@contextmanager
-def _by_url(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors that name a download by the URL that it came from."""
-    try:
-        yield
-    except LoraCompressError as error:
-        text = str(error)
-        for local, url in names.items():
-            text = text.replace(local, url)
-        raise LoraCompressError(text) from error
 
 
 def _is_copy(source: str, target: str, options: CompressOptions) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..batch import CompressOptions, is_batch
+from ..batch.storage import at_hand, is_remote
 from ..consumers import CONSUMERS
 from ..settings import CompressionSettings
 from . import paths
@@ -59,12 +61,12 @@ def run(argv: Sequence[str]) -> int:
     if args.truncate is not None:
         return run_truncate(args)
     source, target = _checked_paths(args, options.settings)
-    with quiet_stdout() as warned, progress(os.path.basename(source)) as report_progress:
+    with quiet_stdout() as warned, progress(os.path.basename(source)) as report_progress, at_hand(source, target) as (local, out):
         from ..file_pipeline import compress_file
 
         report = compress_file(
-            source,
-            target,
+            local,
+            out,
             options.settings,
             save_dtype=options.save_dtype,
             consumers=options.consumers,
@@ -74,6 +76,7 @@ def run(argv: Sequence[str]) -> int:
             repair=options.repair,
             progress=report_progress,
         )
+    report = replace(report, input=source, output=report.output and target)
     if args.report:
         from ..report.html import write_html
 
@@ -116,9 +119,9 @@ def read_options(args: argparse.Namespace) -> CompressOptions:
 
 
 def _checked_paths(args: argparse.Namespace, settings: CompressionSettings) -> tuple[str, str]:
-    source = paths.check_input(args.model)
-    target = paths.check_output(args.save_to, [source], force=args.force)
-    if settings.save_format == "both":
+    source = paths.check_input(args.model, remote=True)
+    target = paths.check_output(args.save_to, [source], force=args.force, remote=True)
+    if settings.save_format == "both" and not is_remote(target):
         from ..pipeline import kohya_partner
 
         paths.check_output(str(kohya_partner(target)), [source], force=args.force)
@@ -136,8 +139,8 @@ def _ignored(args: argparse.Namespace) -> list[str]:
 def _parser() -> Parser:
     parser = Parser(prog="resize_lora_ext.py", description="Compress finished LoRA files.", epilog=_EXAMPLES)
     group = parser.add_argument_group("input and output")
-    group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file to read, or a folder or a pattern for many")
-    group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file to write (.safetensors), or a folder for many")
+    group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file or URL to read, or a folder or a pattern for many")
+    group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file or URL to write (.safetensors), or a folder for many")
     group.add_argument("--save_precision", choices=PRECISIONS, help="precision of plain files; default that of the input")
     group.add_argument("--for", dest="consumers", nargs="+", choices=_PROGRAMS, metavar="PROGRAM", help=_consumers_help())
     group.add_argument("--truncate", metavar="SIZE", help="cut a progressive packed file to this size, such as 8MB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,44 @@ def test_a_batch_tells_what_became_of_every_file(
     (tmp_path / "in" / "1.safetensors").unlink()
     assert _run(*words, "--copy_uncompressible") == 0
     assert load_file(tmp_path / "out" / "2.safetensors").keys() == load_file(tmp_path / "in" / "2.safetensors").keys()
+
+
+def test_one_file_by_url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(file_pipeline, "compress_file", partial(to_half, details={}))
+    memory = fsspec.filesystem("memory")
+    try:
+        for name, marker in (("a", None), ("bad", "bad")):
+            local = lora_file(tmp_path / f"{name}.safetensors", marker=marker)
+            memory.put_file(str(local), f"/one/{name}.safetensors")
+        words = ("--model", "memory://one/a.safetensors", "--save_to", "memory://one/out/a.safetensors", "--new_rank", 2)
+        assert _run(*words, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["input"], told["output"]) == (words[1], words[3])
+        memory.get_file("/one/out/a.safetensors", str(tmp_path / "out.safetensors"))
+        assert {tensor.dtype for tensor in load_file(tmp_path / "out.safetensors").values()} == {torch.float16}
+
+        assert _run("--model", "memory://one/bad.safetensors", *words[2:]) == 1
+        assert "memory://one/bad.safetensors: bad: is refused" in capsys.readouterr().err
+        assert _run("--model", "memory://one/none.safetensors", *words[2:]) == 2
+        assert _run(*words[:2], "--save_to", "memory://one/a.ckpt", "--new_rank", 2) == 2
+        assert "write memory://one/a.safetensors" in capsys.readouterr().err
+        assert _run("inspect", *words[:2]) == 2
+        assert "download the file first" in capsys.readouterr().err
+        assert memory.find("/one/out") == ["/one/out/a.safetensors"]
+    finally:
+        if memory.exists("/one"):
+            memory.rm("/one", recursive=True)
+
+
+def test_a_service_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = pytest.importorskip("fsspec.implementations.memory")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionRefusedError("nobody answers")
+
+    monkeypatch.setattr(memory.MemoryFileSystem, "info", fail)
+    monkeypatch.setattr(memory.MemoryFileSystem, "isfile", fail)
+    assert _run("--model", "memory://one/a.safetensors", "--save_to", "out.safetensors", "--new_rank", 2) == 1
+    error = capsys.readouterr().err
+    assert "memory://one/a.safetensors: cannot be reached (ConnectionRefusedError: nobody answers)" in error
