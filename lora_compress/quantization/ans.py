@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError, MissingPackageError
+from .ans_jit import JitDecoder, jit_kernel, symbol_table
 from .tables import PRECISION, normalise
 
 __all__ = ["AnsReader", "AnsWriter", "coder_model", "joint_counts", "uniform"]
 
 _INTEGER_BYTES = 4
+_WORTH_COMPILING = 1 << 23  # symbols, a quarter of a second, that a process reads before it takes the time to load a compiler
 _TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
 
 
@@ -47,14 +49,9 @@ def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
     return normalise(masses)
 
 
-@lru_cache(maxsize=4096)
-def _grouped(counts_of: Callable[..., np.ndarray], *key: Any) -> tuple[Any, np.ndarray]:
-    """The model of groups, and the symbols of each group, uint8 (groups, symbols of a group)."""
-    return coder_model(joint_counts, counts_of, *key), _digits(len(counts_of(*key)))
-
-
 @cache
 def _digits(kinds: int) -> np.ndarray:
+    """The symbols of each group, uint8 (groups, symbols of a group)."""
     width = _TOGETHER[kinds]
     groups = np.arange(kinds**width)[:, None]
     return (groups // kinds ** np.arange(width - 1, -1, -1) % kinds).astype(np.uint8)
@@ -96,22 +93,27 @@ class AnsWriter:
 
 
 class AnsReader:
-    """Undoes an `AnsWriter`."""
+    """Undoes an `AnsWriter`: by constriction, or by a compiled loop where numba is installed and the process has much to read."""
+
+    _symbols_read = 0  # in this process, closely: threads may lose some
 
     def __init__(self, chunk: bytes) -> None:
         words = np.frombuffer(bytes(chunk) + bytes(-len(chunk) % 4), dtype="<u4").astype(np.uint32)
         if chunk and not chunk[-1]:
             raise FormatError("an entropy-coded payload ends in a zero byte, which no encoder writes: get the file again")
-        self._coder = _constriction().stream.stack.AnsCoder(words)
+        kernel = jit_kernel() if AnsReader._symbols_read > _WORTH_COMPILING else None
+        self._coder: Any = JitDecoder(words, kernel) if kernel else _constriction().stream.stack.AnsCoder(words)
+        self._model_of: Callable[..., Any] = symbol_table if kernel else coder_model
 
     def read(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols, int32."""
-        return self._coder.decode(coder_model(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
+        AnsReader._symbols_read += count
+        return self._coder.decode(self._model_of(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
 
     def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols of `write_grouped`, uint8."""
-        model, digits = _grouped(counts_of, *key)
-        return digits.take(self._coder.decode(model, -(-count // digits.shape[1])), axis=0).reshape(-1)[:count]
+        digits = _digits(len(counts_of(*key)))
+        return digits.take(self.read(-(-count // digits.shape[1]), joint_counts, counts_of, *key), axis=0).reshape(-1)[:count]
 
     def read_integers(self, count: int) -> np.ndarray:
         """The next `count` integers of `write_integers`, int64."""

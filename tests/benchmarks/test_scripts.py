@@ -60,7 +60,7 @@ def test_decoding_counts_every_weight(tiny: None, tmp_path: Path) -> None:
 
 def test_a_process_that_fails_is_told_with_its_last_lines(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no such file"):
-        measure.fresh(Path(resize.__file__), "decode", path=tmp_path / "nothing.safetensors")
+        measure.fresh(Path(resize.__file__), "decode", path=tmp_path / "nothing.safetensors", threads=1)
 
 
 def test_anonymous_memory_is_seen(tmp_path: Path) -> None:
