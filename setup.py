@@ -40,7 +40,7 @@ EVALUATE = [  # what `resize_lora_ext.py evaluate` draws and measures pictures w
     "transformers>=4.44",  # CLIP, DINOv2
 ]
 GUI = ["gradio>=6.31,<7"]  # the page of `resize_lora_ext.py gui`; in earlier ones it loads a script from cdnjs.cloudflare.com
-FAST = ["numba>=0.60"]  # decodes large entropy-coded files in two thirds of the time
+FAST = ["numba>=0.60"]  # decodes large entropy-coded files faster
 DEV = ["hypothesis", "mypy", "numba", "peft", "pytest", "ruff", "setuptools>=77", "torchmetrics", "types-toml", "wheel"]
 
 # The two scripts of the root, as soon as they exist.

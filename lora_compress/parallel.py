@@ -28,8 +28,7 @@ def each_module(function: Callable[[str, Item], Result], items: Mapping[str, Ite
 
 def each_batch(function: Callable[[Sequence[str]], Mapping[str, Result]], names: Iterable[str]) -> dict[str, Result]:
     """{name: result} in the order of `names`, of a function of a few neighbours at a time; on threads as `each_module`."""
-    every = list(names)
-    batches = {every[first]: every[first : first + _BATCH] for first in range(0, len(every), _BATCH)}
+    batches = {batch[0]: batch for batch in _sliced(list(names), _BATCH)}
     found = each_module(lambda _, batch: function(batch), batches)
     return {name: result for batch in found.values() for name, result in batch.items()}
 
@@ -49,8 +48,7 @@ def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, 
     try:
         with _libraries().limit(limits=1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                for first in range(0, len(names), size):
-                    batch = names[first : first + size]
+                for batch in _sliced(names, size):
                     pending.append((batch, pool.submit(work, batch)))
                     if len(pending) > 2 * workers:
                         ready, future = pending.popleft()
@@ -63,6 +61,11 @@ def stream_modules(function: Callable[[str, Item], Result], items: Mapping[str, 
                     future.cancel()
     finally:
         torch.set_num_threads(threads)  # what a worker set is also the default of every thread that starts later
+
+
+def _sliced(names: list[str], size: int) -> list[list[str]]:
+    """`size` neighbours at a time."""
+    return [names[first : first + size] for first in range(0, len(names), size)]
 
 
 @cache

@@ -139,10 +139,8 @@ def at_hand(source: str, target: str) -> Iterator[tuple[str, str]]:
         try:
             yield local, out
         except LoraCompressError as error:
-            text = str(error).replace(local, source).replace(out, target)
-            if text == str(error):
-                raise
-            raise LoraCompressError(text) from error
+            error.args = (str(error).replace(local, source).replace(out, target),)
+            raise
 
 
 def copy_file(source: str, target: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from ..batch.storage import exists, is_remote
 from .arguments import UsageError
 
-_URL = "is a URL, which only compressing reads and writes"
-
 __all__ = ["check_input", "check_output", "is_same_file"]
+
+_URL = "is a URL, which only compressing reads and writes"
 
 
 def check_input(path: str | None, flag: str = "--model", *, remote: bool = False) -> str:
@@ -51,11 +51,11 @@ def check_output(
         raise UsageError(f"{flag} {path}: {_URL}: write a local file")
     target = Path(path)
     if target.name == suffix:
-        raise UsageError(f"{flag} {path}: the file has no name, only an ending: write {target.with_name('my_lora' + suffix)}")
+        raise UsageError(f"{flag} {path}: the file has no name, only an ending: write {path.removesuffix(suffix)}my_lora{suffix}")
     if target.is_dir():
         raise UsageError(f"{flag} {path}: is a folder: name the file in it, {target / ('my_lora' + suffix)}")
     if target.suffix != suffix:
-        raise UsageError(f"{flag} {path}: must end with {suffix}: write {os.path.splitext(path)[0]}{suffix}")
+        raise UsageError(f"{flag} {path}: must end with {suffix}: write {os.path.splitext(path.rstrip('/' + os.sep))[0]}{suffix}")
     if not is_remote(path):
         check_folder(target.parent, f"{flag} {path}")
     for given in inputs:

@@ -1,4 +1,4 @@
-"""The decoder of constriction's stack, compiled by numba: a third of the time, and other threads may work meanwhile.
+"""The decoder of constriction's stack, compiled by numba: faster, and other threads may work meanwhile.
 
 It looks the first bits of a symbol's quantile up where constriction searches its table by halves. Optional: pip install numba.
 """
