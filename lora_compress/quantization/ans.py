@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import FormatError, MissingPackageError
-from .ans_jit import JitDecoder, jit_kernel, symbol_table
 from .tables import PRECISION, normalise
 
-__all__ = ["AnsReader", "AnsWriter", "coder_model", "joint_counts", "uniform"]
+__all__ = ["AnsReader", "AnsWriter", "coder_model", "joint_counts", "stack_words", "uniform"]
 
 _INTEGER_BYTES = 4
-_WORTH_COMPILING = 1 << 23  # symbols, a quarter of a second, that a process reads before it takes the time to load a compiler
 _TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
 
 
@@ -92,23 +90,26 @@ class AnsWriter:
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
-class AnsReader:
-    """Undoes an `AnsWriter`: by constriction, or by a compiled loop where numba is installed and the process has much to read."""
+def stack_words(chunk: bytes) -> np.ndarray:
+    """The words, uint32, of an `AnsWriter`'s bytes.
 
-    _symbols_read = 0  # in this process, closely: threads may lose some
+    Raises:
+        FormatError: they are none.
+    """
+    if chunk and not chunk[-1]:
+        raise FormatError("an entropy-coded payload ends in a zero byte, which no encoder writes: get the file again")
+    return np.frombuffer(bytes(chunk) + bytes(-len(chunk) % 4), dtype="<u4").astype(np.uint32)
+
+
+class AnsReader:
+    """Undoes an `AnsWriter`."""
 
     def __init__(self, chunk: bytes) -> None:
-        words = np.frombuffer(bytes(chunk) + bytes(-len(chunk) % 4), dtype="<u4").astype(np.uint32)
-        if chunk and not chunk[-1]:
-            raise FormatError("an entropy-coded payload ends in a zero byte, which no encoder writes: get the file again")
-        kernel = jit_kernel() if AnsReader._symbols_read > _WORTH_COMPILING else None
-        self._coder: Any = JitDecoder(words, kernel) if kernel else _constriction().stream.stack.AnsCoder(words)
-        self._model_of: Callable[..., Any] = symbol_table if kernel else coder_model
+        self._coder = _constriction().stream.stack.AnsCoder(stack_words(chunk))
 
     def read(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols, int32."""
-        AnsReader._symbols_read += count
-        return self._coder.decode(self._model_of(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
+        return self._coder.decode(coder_model(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
 
     def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols of `write_grouped`, uint8."""
@@ -122,11 +123,15 @@ class AnsReader:
         octets[np.arange(_INTEGER_BYTES) < lengths[:, None]] = self.read(int(lengths.sum()), uniform, 256)
         return octets.view("<u4").reshape(count).astype(np.int64)
 
+    def is_empty(self) -> bool:
+        """Whether nothing is left."""
+        return bool(self._coder.is_empty())
+
     def finish(self) -> None:
         """Check that nothing is left.
 
         Raises:
             FormatError: bytes are left over, or there were too few.
         """
-        if not self._coder.is_empty():
+        if not self.is_empty():
             raise FormatError("an entropy-coded payload does not end where its module does: get the file again")

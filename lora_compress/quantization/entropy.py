@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor
 
 from ..errors import FormatError, SettingsError
 from .ans import AnsReader, AnsWriter, uniform
+from .compiled import CompiledReader, compiled_kernels
 from .integers import QuantizedModule, quantize_module, restore_module, row_units
 from .models import LARGEST_SCALE
-from .passes import as_symbols, as_values, at_plane, read_passes, read_symbols, reconstruct, write_passes, write_symbols
+from .passes import as_symbols, as_values, read_steps, read_symbols, write_steps, write_symbols
 from .refine import refine_module
-from .schedule import Run, Stage, row_runs, stage_at
+from .schedule import Run, row_runs, stages_of
+from .steps import Passes, plan_steps, symbol_table
 from .tables import MAX_SCALE, SHAPES
+from .weights import Model, row_weights
 
 __all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
 
@@ -27,6 +32,8 @@ MAX_LAYERS = 64
 _SIDE_MODELS = 256  # numbers of (scale, shape) pairs
 _MAX_EXPONENT = 4000  # eighths of an octave; sqrt of what float32 holds, twice over
 _short_calls = Lock()  # threads that fight for the interpreter in hundreds of short calls take longer than one that has it alone
+_WORTH_COMPILING = 1 << 22  # weights that a process decodes before it takes the time to load a compiler
+_decoded = 0  # weights in this process, closely: threads may lose some
 _WEIGHTS_PER_BYTE = 2**20  # an encoder stays far below; a payload that promises more is not decoded
 
 
@@ -100,50 +107,57 @@ def decode_entropy(
     _check_declared(chunks, rank, inputs, outputs, step, layers)
     if not rank or not chunks:
         return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
-    reader = _reader(chunks[0])
+    kernels = _kernels(rank * (inputs + outputs))
+    reader = _reader(chunks[0], kernels)
     gains, scales, shapes = _read_side(reader, rank)
     runs = row_runs(scales, shapes, layers)
     widths = np.repeat([inputs, outputs], rank)
-    known = [np.empty(int(widths[run.rows].sum()), dtype=np.int32) for run in runs]
-    with _short_calls if layers > 1 else nullcontext():
+    places, begins = _places(runs, widths)
+    known = np.zeros(widths.sum(), dtype=np.int32)
+    with nullcontext() if kernels or layers == 1 else _short_calls:
         for layer in range(len(chunks)):
-            reader = reader if layer == 0 else _reader(chunks[layer])
-            for number, run, before, after in _turns(runs, layer):
-                known[number] = read_passes(reader, known[number], run.scale, run.shape, before, after)
-            reader.finish()
-    return _weights(runs, known, scales, shapes, row_units(gains, step), (inputs, outputs), len(chunks), dtype)
-
-
-def _weights(
-    runs: Sequence[Run],
-    known: Sequence[np.ndarray],
-    scales: np.ndarray,
-    shapes: np.ndarray,
-    units: np.ndarray,
-    widths: tuple[int, int],
-    depth: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Rows of both factors from what `depth` layers tell of the runs."""
-    rank = len(units)
-    symbols = [np.zeros((rank, width), dtype=np.int32) for width in widths]
-    stages = [Stage(0)] * (2 * rank)  # a row of which nothing is known is zero at any stage
-    for run, line in zip(runs, known, strict=True):
-        if position := run.ends[depth - 1]:
-            stage = stage_at(run.scale, position)
-            found = at_plane(line, stage.plane)
-            middle = int(np.searchsorted(run.rows, rank))
-            cut = middle * widths[0]
-            symbols[0][run.rows[:middle]] = found[:cut].reshape(-1, widths[0])
-            symbols[1][run.rows[middle:] - rank] = found[cut:].reshape(-1, widths[1])
-            for row in run.rows.tolist():
-                stages[row] = stage
+            reader = reader if layer == 0 else _reader(chunks[layer], kernels)
+            _read_layer(reader, known, ((places[number], passes) for number, passes in _turns(runs, layer)))
+    models = [Model(*row) for row in zip(scales.tolist(), shapes.tolist(), stages_of(runs, len(chunks)), strict=True)]
     kind = np.float16 if dtype == torch.float16 else np.float32  # of numpy, which has no other
-    down, up = (
-        torch.from_numpy(reconstruct(part, scales[here].tolist(), shapes[here].tolist(), stages[here], units, kind)).to(dtype)
-        for part, here in zip(symbols, (slice(None, rank), slice(rank, None)), strict=True)
-    )
-    return down, up
+    units = np.tile(row_units(gains, step), 2)
+    look_up = kernels.look_up if kernels else None
+    weights = torch.from_numpy(row_weights(known, begins, widths, models, units, kind, look_up)).to(dtype)
+    return weights[: rank * inputs].view(rank, inputs), weights[rank * inputs :].view(rank, outputs)
+
+
+def _places(runs: Sequence[Run], widths: np.ndarray) -> tuple[list[slice], np.ndarray]:
+    """Where each run is in the symbols of a module, one run after the other, and where each row, (2 r,), begins there."""
+    order = np.concatenate([run.rows for run in runs])
+    edges = np.concatenate([[0], np.cumsum(widths[order])])
+    begins = np.empty(len(order), dtype=np.int64)
+    begins[order] = edges[:-1]
+    ends = edges[np.cumsum([0, *(len(run.rows) for run in runs)])].tolist()
+    return [slice(*pair) for pair in pairwise(ends)], begins
+
+
+def _kernels(weights: int) -> ModuleType | None:
+    """Compiled loops, if this process has decoded so much that loading them pays; it will decode some more weights."""
+    global _decoded
+    _decoded += weights
+    return compiled_kernels() if _decoded - weights > _WORTH_COMPILING else None
+
+
+def _reader(chunk: bytes, kernels: ModuleType | None) -> AnsReader:
+    try:
+        return CompiledReader(chunk) if kernels else AnsReader(chunk)
+    except ValueError as error:
+        raise FormatError(f"an entropy-coded payload cannot be read: {error}") from error
+
+
+def _read_layer(reader: AnsReader, known: np.ndarray, turns: Iterable[tuple[slice, Passes]]) -> None:
+    """Fill in what a layer tells of some runs: where each is in `known`, and its passes."""
+    if isinstance(reader, CompiledReader):
+        reader.read_runs(known, turns)
+    else:
+        for place, passes in turns:
+            read_steps(reader, known[place], plan_steps(passes))
+    reader.finish()
 
 
 def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EncodedModule:
@@ -157,25 +171,25 @@ def _chunks(module: QuantizedModule, layers: int) -> list[bytes]:
     writer = AnsWriter()
     for side, scale, shape in zip(*module.side, strict=True):
         writer.write(np.array([SHAPES * scale + shape]), uniform, _SIDE_MODELS)
-        write_symbols(writer, as_symbols(side), scale, shape)
+        write_symbols(writer, as_symbols(side), symbol_table(scale, shape))
     runs = row_runs(np.concatenate(module.scales), np.concatenate(module.shapes), layers)
     rows = [*module.values[0], *module.values[1]]
     values = [np.concatenate([rows[row] for row in run.rows]) for run in runs]
     chunks = []
     for layer in range(layers):
-        for number, run, before, after in _turns(runs, layer):
-            write_passes(writer, values[number], run.scale, run.shape, before, after)
+        for number, passes in _turns(runs, layer):
+            write_steps(writer, values[number], plan_steps(passes))
         chunks.append(writer.to_bytes())
         writer = AnsWriter()
     return chunks
 
 
-def _turns(runs: Sequence[Run], layer: int) -> Iterator[tuple[int, Run, int, int]]:
-    """Runs that a layer tells of: number, run, and passes made before and after it."""
+def _turns(runs: Sequence[Run], layer: int) -> Iterator[tuple[int, Passes]]:
+    """Runs that a layer tells of, by number, and the passes that it makes over them."""
     for number, run in enumerate(runs):
         before, after = run.ends[layer - 1] if layer else 0, run.ends[layer]
         if after > before:
-            yield number, run, before, after
+            yield number, Passes(run.scale, run.shape, before, after)
 
 
 def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -185,7 +199,7 @@ def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, np.ndarray, np
         scale, shape = divmod(int(reader.read(1, uniform, _SIDE_MODELS)[0]), SHAPES)
         if not 1 <= scale <= MAX_SCALE:
             raise FormatError(f"an entropy-coded payload names table {scale}, 1 to {MAX_SCALE} exist: get the file again")
-        rows.append(as_values(read_symbols(reader, count, scale, shape)).astype(np.int64))
+        rows.append(as_values(read_symbols(reader, count, symbol_table(scale, shape))).astype(np.int64))
     gains = np.cumsum(rows[0])
     offsets = rows[1].reshape(2, rank + 1)
     scales = (offsets[:, :1] + offsets[:, 1:] + 2 * gains).ravel()
@@ -211,10 +225,3 @@ def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: in
         raise FormatError(
             f"an entropy-coded module of {rank} x ({inputs} + {outputs}) weights has {len(chunks[0])} bytes, too few to be true"
         )
-
-
-def _reader(chunk: bytes) -> AnsReader:
-    try:
-        return AnsReader(chunk)
-    except ValueError as error:
-        raise FormatError(f"an entropy-coded payload cannot be read: {error}") from error

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import FormatError, SettingsError
 from .models import choose_models, row_bits
-from .passes import MAX_VALUE, as_symbols, as_values, reconstruct
+from .passes import MAX_VALUE, as_symbols, as_values
 from .schedule import Stage
+from .weights import Model, row_weights
 
 __all__ = [
     "QuantizedModule",
@@ -154,7 +155,10 @@ def restore_module(module: QuantizedModule, step: float) -> tuple[np.ndarray, np
 
 def restore_rows(values: np.ndarray, scales: np.ndarray, shapes: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Weights (k, n), float32, of integers (k, n) with the models and units of their rows, each (k,)."""
-    return reconstruct(as_symbols(values), scales.tolist(), shapes.tolist(), [Stage(0)] * len(values), units)
+    models = [Model(scale, shape, Stage(0)) for scale, shape in zip(scales.tolist(), shapes.tolist(), strict=True)]
+    begins = np.arange(len(values)) * values.shape[1]
+    widths = np.full(len(values), values.shape[1])
+    return row_weights(as_symbols(values).ravel(), begins, widths, models, units).reshape(values.shape)
 
 
 def as_array(rows: Tensor) -> np.ndarray:

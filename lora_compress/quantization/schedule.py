@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from .tables import MAX_SCALE, SHAPES
 
-__all__ = ["Run", "Stage", "lowest_symbol_plane", "row_runs", "stage_at"]
+__all__ = ["Run", "Stage", "lowest_symbol_plane", "row_runs", "stage_at", "stages_of"]
 
 _START = 13  # least scale (sigma = 0.35 steps of its plane) at which a row is coded at all, unless it is the last plane
 
@@ -23,6 +24,9 @@ class Stage(NamedTuple):
 
     plane: int
     halved: bool = False
+
+
+_DONE = Stage(0)
 
 
 def start_plane(scale: int) -> int:
@@ -79,6 +83,17 @@ def row_runs(scales: np.ndarray, shapes: np.ndarray, layers: int) -> list[Run]:
         scale, shape = divmod(model, SHAPES)
         runs.append(Run(scale, shape, _ends(scale, start, layers), order[begin:end]))
     return runs
+
+
+def stages_of(runs: Sequence[Run], depth: int) -> list[Stage]:
+    """What is known of each row after `depth` layers; at any stage, where nothing is known, a row is zero."""
+    stages = [_DONE] * sum(len(run.rows) for run in runs)
+    for run in runs:
+        position = run.ends[depth - 1]
+        if position and (stage := stage_at(run.scale, position)) != _DONE:
+            for row in run.rows.tolist():
+                stages[row] = stage
+    return stages
 
 
 @lru_cache(maxsize=4096)
