@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,6 @@ class Stage(NamedTuple):
 
     plane: int
     halved: bool = False
-
-
-_DONE = Stage(0)
 
 
 def start_plane(scale: int) -> int:
@@ -76,9 +74,10 @@ def row_runs(scales: np.ndarray, shapes: np.ndarray, layers: int) -> list[Run]:
         first = np.array([_pass_layers(scale, layers)[0] for scale in scales.tolist()], dtype=np.int64).reshape(2, -1)
         keys += np.tile(first.max(axis=0), 2)
     order = np.argsort(keys, kind="stable")
-    changes = np.flatnonzero(np.diff(keys[order], prepend=-1)).tolist()
+    keys = keys[order]
+    changes = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
     runs = []
-    for begin, end, key in zip(changes, [*changes[1:], len(keys)], keys[order[changes]].tolist(), strict=True):
+    for (begin, end), key in zip(pairwise(changes), keys[changes[:-1]].tolist(), strict=True):
         model, start = divmod(key, layers)
         scale, shape = divmod(model, SHAPES)
         runs.append(Run(scale, shape, _ends(scale, start, layers), order[begin:end]))
@@ -87,10 +86,10 @@ def row_runs(scales: np.ndarray, shapes: np.ndarray, layers: int) -> list[Run]:
 
 def stages_of(runs: Sequence[Run], depth: int) -> list[Stage]:
     """What is known of each row after `depth` layers; at any stage, where nothing is known, a row is zero."""
-    stages = [_DONE] * sum(len(run.rows) for run in runs)
-    for run in runs:
-        position = run.ends[depth - 1]
-        if position and (stage := stage_at(run.scale, position)) != _DONE:
+    stages = [Stage(0)] * sum(len(run.rows) for run in runs)
+    for run in runs if depth < len(runs[0].ends) else ():  # after the last layer nothing is left to tell
+        if position := run.ends[depth - 1]:
+            stage = stage_at(run.scale, position)
             for row in run.rows.tolist():
                 stages[row] = stage
     return stages
