@@ -70,9 +70,10 @@ class AnsWriter:
         """Append symbols (n,) of two or three kinds, groups of them as one symbol; zeros fill the last group."""
         kinds = len(counts_of(*key))
         width = _TOGETHER[kinds]
-        groups = np.pad(symbols, (0, -len(symbols) % width)).reshape(-1, width)
+        groups = np.zeros((-(-len(symbols) // width), width), dtype=np.float32)
+        groups.reshape(-1)[: len(symbols)] = symbols
         powers = (kinds ** np.arange(width - 1, -1, -1)).astype(np.float32)
-        self.write(groups.astype(np.float32) @ powers, joint_counts, counts_of, *key)
+        self.write(groups @ powers, joint_counts, counts_of, *key)
 
     def write_integers(self, values: np.ndarray) -> None:
         """Append integers (n,) from 0 to 2^32 - 1: the number of bytes of each, less one, then all the bytes."""
