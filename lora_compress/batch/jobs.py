@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
@@ -42,6 +43,12 @@ class CompressOptions:
     force: bool = False
     repair: bool = False
     copy_uncompressible: bool = False
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Arguments of `compress_file` by keyword."""
+        names = ("save_dtype", "consumers", "base_model", "calibration", "force", "repair")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def writes_partner(self) -> bool:

@@ -48,18 +48,7 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
     if exists(job.target) and not options.force and not is_ours(job.target):
         raise LoraCompressError(f"{job.target}: exists and was not made by this program: move it away, or overwrite with --force")
     with at_hand(job.source, job.target) as (source, target):
-        report = compress(
-            source,
-            target,
-            options.settings,
-            save_dtype=options.save_dtype,
-            consumers=options.consumers,
-            base_model=options.base_model,
-            calibration=options.calibration,
-            force=options.force,
-            repair=options.repair,
-            details={MARKER_NAME: marker},
-        )
+        report = compress(source, target, options.settings, details={MARKER_NAME: marker}, **options.keywords)
     outcome = {**report.as_json(), "input": job.source, "output": job.target if report.status == "written" else None}
     if report.status == "not_smaller" and options.copy_uncompressible:
         copy_file(job.source, copy)

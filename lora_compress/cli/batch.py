@@ -70,15 +70,24 @@ def _table(files: list[dict[str, Any]]) -> Table:
     table = Table("file", "status", title="batch")
     for heading in ("size", "relative error", "bits per weight"):
         table.add_column(heading, justify="right")
-    for file in files:
+    for file, name in zip(files, _short_names([file["input"] for file in files]), strict=True):
         if "bytes_in" in file:
             error = file["relative_error"] if file["status"] == "written" else 0.0
             size = f"{megabytes(file['bytes_in'])} -> {megabytes(file['bytes_out'])}"
             numbers = (size, f"{error:.2%}", f"{file['bits_per_weight']:.2f}")
         else:
             numbers = ("-", "-", "-")
-        table.add_row(escape(os.path.basename(file["input"])), file["status"], *numbers)
+        table.add_row(escape(name), file["status"], *numbers)
     return table
+
+
+def _short_names(places: list[str]) -> list[str]:
+    """Paths or URLs without the folders that all share."""
+    parts = [place.replace(os.sep, "/").split("/") for place in places]
+    shared = 0
+    while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+        shared += 1
+    return ["/".join(each[shared:]) for each in parts]
 
 
 def _closing(files: list[dict[str, Any]]) -> list[str]:

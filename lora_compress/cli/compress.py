@@ -64,18 +64,7 @@ def run(argv: Sequence[str]) -> int:
     with quiet_stdout() as warned, progress(os.path.basename(source)) as report_progress, at_hand(source, target) as (local, out):
         from ..file_pipeline import compress_file
 
-        report = compress_file(
-            local,
-            out,
-            options.settings,
-            save_dtype=options.save_dtype,
-            consumers=options.consumers,
-            base_model=options.base_model,
-            calibration=options.calibration,
-            force=options.force,
-            repair=options.repair,
-            progress=report_progress,
-        )
+        report = compress_file(local, out, options.settings, progress=report_progress, **options.keywords)
     report = replace(report, input=source, output=report.output and target)
     if args.report:
         from ..report.html import write_html

@@ -160,15 +160,18 @@ def test_a_batch_tells_what_became_of_every_file(
     monkeypatch.setattr(cli_batch, "run_local", lambda jobs, options: run_local(jobs, options, 1, to_half))
     for index, marker in enumerate((None, "bad", "compact")):
         lora_file(tmp_path / "in" / f"{index}.safetensors", index, marker=marker)
+    lora_file(tmp_path / "in" / "deeper" / "0.safetensors", 3)
     words = ("--model", tmp_path / "in", "--save_to", tmp_path / "out", "--new_rank", "2", "--report", tmp_path / "page.html")
     assert _run(*words, "--json") == 1
     told = json.loads(capsys.readouterr().out)
-    assert [file["status"] for file in told["files"]] == ["written", "failed", "not_smaller"]
-    assert (told["written"], told["failed"], told["not_smaller"], told["skipped"]) == (1, 1, 1, 0)
-    assert told["bytes_in"] == (tmp_path / "in" / "0.safetensors").stat().st_size
+    assert [file["status"] for file in told["files"]] == ["written", "failed", "not_smaller", "written"]
+    assert (told["written"], told["failed"], told["not_smaller"], told["skipped"]) == (2, 1, 1, 0)
+    assert told["bytes_in"] == sum((tmp_path / "in" / name / "0.safetensors").stat().st_size for name in ("", "deeper"))
     assert "1.safetensors" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert _run(*words) == 1
     shown = capsys.readouterr().out
+    rows = [line.split()[1] for line in shown.splitlines() if ".safetensors " in line and "error" not in line]
+    assert rows == ["0.safetensors", "1.safetensors", "2.safetensors", "deeper/0.safetensors"]
     assert "skipped" in shown and "is refused" in " ".join(shown.split())
     (tmp_path / "in" / "1.safetensors").unlink()
     assert _run(*words, "--copy_uncompressible") == 0
