@@ -279,11 +279,10 @@ class Job:
         return LowRankUpdate(down.to(device), up.to(device), update.alpha)
 
     def _rows(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """The strongest components over the kept channels."""
+        """The strongest components over the kept channels, on the device that computes."""
         analysis = self.analyses[name]
         spectrum = analysis.spectrum.of(self._part(self.updates[name], analysis.shape.kept))
-        down, up = spectrum.to(self.settings.quantization_device).balanced(rank)
-        return down.cpu(), up.cpu()
+        return spectrum.to(self.settings.quantization_device).balanced(rank)
 
     def _product(self, name: str, rank: int) -> float:
         """max|down| max|up|."""
@@ -303,6 +302,7 @@ class Job:
             entry, chunks, found = coded.entry, coded.chunks, coded.rows
             if not entry.rank:
                 return Stored(0, analysis.norm)
+        down, up, found = down.cpu(), up.cpu(), (found[0].cpu(), found[1].cpu())
         if self.packed:
             lost = analysis.lost + tail + difference(down, up, *found)
             kept = tuple(Chunk.predicted(len(chunk)) if predict else Chunk.of(chunk) for chunk in chunks)

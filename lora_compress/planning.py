@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,8 @@ _TIGHTER = 0.99  # the error to prune to, where a target was missed by less than
 _CLOSE = 0.01  # share of a budget that may be left
 # Relative squared error of a factor by bits, Gaussian weights, groups of 64: where the search for a budget begins.
 _DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
+_KEPT = np.array([1 - 2 * d - d**2 for d in (_DISTORTION.get(bits, math.nan) for bits in range(9))])  # of a component's square
+_HALVINGS = 24
 _PLAIN_NOISE = {torch.float16: 1e-7, torch.bfloat16: 6e-6, FP8: 1.5e-3}  # squared relative error of both factors together
 _INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
 _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
@@ -94,6 +97,9 @@ class _Search:
         self.index_bytes = 0 if payload else _INDEX_BYTES
         self._form = FixedFormat.of_settings(job.settings.quantization) if job.settings.quantization.enabled else None
         self._mixed = job.settings.quantization.strategy == "mixed"
+        sigmas = {name: job.analyses[name].spectrum.sigma for name in kept}
+        self._squares = {name: sigma.square().numpy() for name, sigma in sigmas.items()}
+        self._weighed = bool(frame.weights) or any(not scores.equal(sigmas[name][: len(scores)]) for name, scores in kept.items())
 
     def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
         """The least error in at most `budget` of what `measure` counts."""
@@ -123,7 +129,7 @@ class _Search:
         best, most, tried = None, -1.0, None
         for _ in range(_ATTEMPTS):
             try:
-                choices = self._allocate(None, inner)
+                choices = self._losing(inner)
             except SettingsError:
                 if tried is None:
                     raise
@@ -145,6 +151,42 @@ class _Search:
             told = ", ".join(f"{reached[part]:.4g} for {part or 'the whole file'}" for part in wanted)
             raise SettingsError([f"the error that is asked for was not reached, {told} was: take more bits or a larger error"])
         return best
+
+    def _losing(self, errors: Mapping[str, float]) -> dict[str, Choice]:
+        """Choices that lose what is asked for, by the spectra.
+
+        Allocation counts in scores and weights. Where these are not the singular values, an error of theirs is sought, by halves,
+        at which the error of the weights is the one that is meant.
+
+        Raises:
+            SettingsError: so little cannot be lost.
+        """
+        if not self._weighed:
+            return self._allocate(None, errors)
+        low, high = dict.fromkeys(errors, 0.0), dict.fromkeys(errors, 1.0)
+        for _ in range(_HALVINGS):
+            middle = {part: (low[part] + high[part]) / 2 for part in errors}
+            try:
+                choices = self._allocate(None, middle)
+            except SettingsError:  # so little cannot be lost
+                low = middle
+                continue
+            lost = {part: self._predicted(choices, part) for part in errors}
+            low, high = (
+                {part: middle[part] if (lost[part] <= errors[part]) == fits else edge[part] for part in errors}
+                for edge, fits in ((low, True), (high, False))
+            )
+        return self._allocate(None, low)
+
+    def _predicted(self, choices: Mapping[str, Choice], part: str) -> float:
+        """Relative error of the weights, by their singular values and what bits are known to cost."""
+        names = [name for name in choices if not part or self.frame.parts[name] == part]
+        kept = 0.0
+        for name in names:
+            squares, bits = self._squares[name][: choices[name].rank], choices[name].bits
+            kept += float(squares @ _KEPT[list(bits)] if bits else squares.sum())
+        norm = sum(self.job.analyses[name].norm for name in names)
+        return relative_error(max(norm - kept, 0.0), norm)
 
     def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, Choice]:
         frame = self.frame

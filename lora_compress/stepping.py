@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -21,18 +21,20 @@ _TOLERANCE = 0.008  # share of a budget that may be left
 _NEAR = 0.015  # share of a budget by which a prediction may miss it for the estimate to be exact after the correction
 _PREDICTIONS = 3
 _BESIDE = 1.0 + 1e-9  # from one step to the next to look at
+_FARTHEST = 1e4  # squared, of a step that a calibration asks for, from that of all modules
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
 def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int | None) -> Plan:
     """Steps that meet the budget of the job's settings, or `payload` bytes.
 
-    The step of module m is step / sqrt(w_m). A part of the model whose own error asks for a finer step than the file gets it.
+    The step of module m is step / sqrt(w_m), w_m its weight times what its scores are worth beyond its singular values. A part of
+    the model whose own error asks for a finer step than the file gets it.
     The search starts from the rate and the error that Gaussian weights would have.
 
     Args:
         job: whose modules are coded.
-        kept: singular values of the components that pruning left.
+        kept: scores of the components that pruning left: their singular values, or what they are worth.
         frame: sizes, parts and weights.
         payload: bytes of all chunks together; None for the settings' size or errors.
 
@@ -65,22 +67,36 @@ def _leaves_something(job: Job, name: str) -> float:
     return float(analysis.spectrum.sigma[0]) / math.sqrt(max(analysis.shape.stored))
 
 
+def _squares(sigmas: Sequence[Tensor]) -> np.ndarray:
+    return np.square(np.concatenate([np.zeros(0), *(sigma.double().numpy() for sigma in sigmas)]))
+
+
+def _ratios(scores: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """What is worth more or less than its square, relative to all; 1 everywhere where the scores are the squares."""
+    tiny = np.finfo(np.float64).tiny
+    alike = max(float(squares.sum()), tiny) / max(float(scores.sum()), tiny)
+    return np.where(squares > 0, np.clip(scores / np.maximum(squares, tiny) * alike, 1 / _FARTHEST, _FARTHEST), 1.0)
+
+
 class _Part:
     """Some modules of a file, coded with one step; and what that would take if their weights were Gaussian."""
 
     def __init__(self, job: Job, names: list[str], kept: Mapping[str, Tensor], frame: Frame) -> None:
         self.job, self.names = job, names
         self._ranks = {name: len(kept[name]) for name in names}
-        self._finer = {name: frame.weights.get(name, 1.0) ** 0.5 for name in names}
         self._norm = sum(job.analyses[name].norm for name in names)
         shapes = [job.analyses[name].shape.stored for name in names for _ in range(self._ranks[name])]
         self._widths = np.array(shapes, dtype=np.float64).reshape(-1, 2)  # weights of a component's two rows
         counts = np.array([self._ranks[name] for name in names], dtype=np.int64)
         self._owner = np.repeat(np.arange(len(names)), counts)  # module of each component, and its place there
         self._place = np.arange(len(self._owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        sigma = [kept[name].double().numpy() for name in names]
-        self._squares = np.square(np.concatenate(sigma)) if sigma else np.zeros(0)
-        self._weights = np.array([self._finer[name] for name in names])[self._owner] ** 2
+        self._squares = _squares([job.analyses[name].spectrum.sigma[: len(kept[name])] for name in names])
+        scores = _squares([kept[name] for name in names])
+        given = np.array([frame.weights.get(name, 1.0) for name in names])
+        modules = given * _ratios(*(np.bincount(self._owner, each, len(names)) for each in (scores, self._squares)))
+        self._finer = dict(zip(names, np.sqrt(modules).tolist(), strict=True))
+        self._weights = modules[self._owner]
+        self._worths = given[self._owner] * _ratios(scores, self._squares)
         self._gone = max(self._norm - float(self._squares.sum()), 0.0)
         least = job.settings.pruning.min_rank or 0
         self._least = {name: min(max(least, int(name in frame.protected)), self._ranks[name]) for name in names}
@@ -175,13 +191,16 @@ class _Part:
         self._coded = self._place < np.array([self._ranks[name] for name in self.names])[self._owner]
 
     def _worth(self, step: float) -> np.ndarray:
-        """Which components lower the error by more than their bits do elsewhere.
+        """Which components lower the error by more than their bits do elsewhere, and those before them in their modules.
 
         Where a row has many bits, one more for each of its weights takes the error step^2 / 12 of a weight to a quarter: a bit
         is worth ln 2 / 6 step^2. A component at half a bit per weight is never worth it, because both its rows are wrong.
         """
         bits, kept = self._gaussian(step)
-        return kept * self._weights > math.log(2) / 6 * step**2 * bits
+        worth = kept * self._worths > math.log(2) / 6 * step**2 * bits
+        last = np.full(len(self.names), -1)
+        np.maximum.at(last, self._owner[worth], self._place[worth])
+        return self._place <= last[self._owner]
 
     def _estimate(self, step: float, coded: np.ndarray, rising: bool) -> float:
         """Relative error, or bytes, if the components `coded` are."""
@@ -190,7 +209,7 @@ class _Part:
         return float(self._gaussian(step)[0][coded].sum() / 8) + _MODULE_BYTES * len(self.names)
 
     def _lost(self, step: float, coded: np.ndarray) -> float:
-        return self._gone + float(self._squares.sum() - self._gaussian(step)[1][coded].sum())
+        return self._gone + max(float(self._squares.sum() - self._gaussian(step)[1][coded].sum()), 0.0)
 
     def _gaussian(self, step: float) -> tuple[np.ndarray, np.ndarray]:
         """Bits of each component, and by how much it lowers the squared error, if its weights were Gaussian.

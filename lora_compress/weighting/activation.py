@@ -47,14 +47,14 @@ def weighted_spectrum(update: LowRankUpdate, gram: Tensor, floor: float = _FLOOR
 
     Args:
         update: the module.
-        gram: G, (r, r).
+        gram: G, (r, r), on any device.
         floor: least eigenvalue / largest.
 
     Raises:
         FormatError: G has the wrong shape, or is not symmetric, finite and positive.
     """
-    roots = _root(gram.double(), update.rank, floor)  # L, (r, r)
     up, down = update.up_matrix.double(), update.down_matrix.double()
+    roots = _root(gram.to(down), update.rank, floor)  # L, (r, r)
     triangle = torch.linalg.qr(up, mode="r").R * update.scale  # s R, (p, r)
     a, sigma, bt = torch.linalg.svd(triangle @ roots, full_matrices=False)
     if not bool(torch.isfinite(sigma).all()):
@@ -89,7 +89,7 @@ def diagonal_gram(update: LowRankUpdate, diagonal: Tensor) -> Tensor:
         )
     if not bool((torch.isfinite(diagonal) & (diagonal >= 0)).all()):
         raise FormatError("second moments that are negative or not finite: record the calibration anew")
-    return (down * diagonal.double().flatten()) @ down.T
+    return (down * diagonal.to(down).flatten()) @ down.T
 
 
 def _root(gram: Tensor, rank: int, floor: float) -> Tensor:
