@@ -32,7 +32,8 @@ MAX_LAYERS = 64
 _SIDE_MODELS = 256  # numbers of (scale, shape) pairs
 _MAX_EXPONENT = 4000  # eighths of an octave; sqrt of what float32 holds, twice over
 _short_calls = Lock()  # threads that fight for the interpreter in hundreds of short calls take longer than one that has it alone
-_WORTH_COMPILING = 1 << 22  # weights that a process decodes before it takes the time to load a compiler
+_SLOWER = 4  # times that of one layer, about, is what many layers take without compiled loops
+_WORTH_COMPILING = 1 << 22  # weights of one layer that a process decodes before it takes the time to load a compiler
 _decoded = 0  # weights in this process, closely: threads may lose some
 _WEIGHTS_PER_BYTE = 2**20  # an encoder stays far below; a payload that promises more is not decoded
 
@@ -107,7 +108,7 @@ def decode_entropy(
     _check_declared(chunks, rank, inputs, outputs, step, layers)
     if not rank or not chunks:
         return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
-    kernels = _kernels(rank * (inputs + outputs))
+    kernels = _kernels(rank * (inputs + outputs) * (1 if layers == 1 else _SLOWER))
     reader = _reader(chunks[0], kernels)
     gains, scales, shapes = _read_side(reader, rank)
     runs = row_runs(scales, shapes, layers)
