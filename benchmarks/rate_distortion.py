@@ -49,6 +49,7 @@ _SPECTRA = {
     "i^-0.5": lambda i: i**-0.5,
     "exp(-i/8)": lambda i: torch.exp(-i / 8),
     "1/i, Student-t 4": lambda i: 1 / i,
+    "alike": torch.ones_like,  # for cuts.py
 }
 
 
@@ -132,7 +133,7 @@ def table(label: str, full: float, curves: Mapping[str, Sequence[Point]], errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, nargs="*", default=[], help="trained LoRA files")
-    parser.add_argument("--spectra", nargs="*", choices=list(_SPECTRA), default=list(_SPECTRA))
+    parser.add_argument("--spectra", nargs="*", choices=list(_SPECTRA), default=list(_SPECTRA)[:4])
     parser.add_argument("--plot", type=Path, help="SVG to write")
     parser.add_argument("--json", type=Path, help="also write all points to this file")
     arguments = parser.parse_args()

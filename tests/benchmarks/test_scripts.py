@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cascade
 import curves
+import cuts
 import lora_files
 import measure
 import pytest
@@ -105,3 +106,12 @@ def test_a_step_is_timed_with_masks_and_quantization_on(sd_scripts: Path) -> Non
     assert found["ratios"].keys() == {"int4", "nf4", "waiting"}
     assert found["seconds"] > 0
     assert found["state_bytes"]["int4"] < 0.35 * found["parameter_bytes"]  # rows of 32 weights have a scale each, too
+
+
+def test_cuts_cost_more_than_files_made_afresh_and_the_whole_hardly(tmp_path: Path) -> None:
+    from rate_distortion import synthetic
+
+    costs = cuts.cut_costs(synthetic("1/i", 16, ((320, 320), (160, 320))), tmp_path, 6, 5)
+    ratios, errors, sizes = zip(*costs, strict=True)
+    assert len(costs) >= 3 and list(sizes) == sorted(sizes) and list(errors) == sorted(errors, reverse=True)
+    assert all(0.9 < ratio < 1.5 for ratio in ratios)
