@@ -23,45 +23,44 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
 from measure import Goal, goal_table  # noqa: E402
 from peers import Point  # noqa: E402
-from rate_distortion import interpolated, synthetic  # noqa: E402
+from rate_distortion import SPECTRA, interpolated, synthetic  # noqa: E402
 
-from lora_compress import CompressionSettings, FormatError, LowRankUpdate, compress_file, load_lora, truncate_file  # noqa: E402
-from lora_compress.api import as_kohya  # noqa: E402
-from lora_compress.update import relative_error, squared_error  # noqa: E402
+from lora_compress import (  # noqa: E402
+    CompressionSettings,
+    FormatError,
+    LowRankUpdate,
+    as_kohya,
+    compress_file,
+    load_lora,
+    truncate_file,
+)
+from lora_compress.comparison import compare_files  # noqa: E402
+from lora_compress.report.file_report import FileReport  # noqa: E402
 
 _FINEST, _COARSEST = 0.02, 0.5  # errors
-_SPECTRA = ("1/i", "i^-0.5", "exp(-i/8)", "1/i, Student-t 4", "alike")
 _GOAL = 1.10
 
 
-def error_of(path: Path, updates: Mapping[str, LowRankUpdate]) -> float:
-    """||dW - dW'|| / ||dW|| of a file."""
-    found = load_lora(path).updates
-    pairs = [squared_error(update, found.get(name)) for name, update in updates.items()]
-    return relative_error(sum(lost for lost, _ in pairs), sum(norm for _, norm in pairs))
-
-
-def made(source: Path, target: Path, error: float, **more: object) -> int:
-    """Bytes of an entropy-coded file."""
-    return compress_file(source, target, CompressionSettings.parse({"strategy": "entropy", "target_error": error, **more})).bytes[1]
+def made(source: Path, target: Path, error: float, **more: object) -> FileReport:
+    """An entropy-coded file."""
+    return compress_file(source, target, CompressionSettings.parse({"strategy": "entropy", "target_error": error, **more}))
 
 
 def cut_costs(updates: Mapping[str, LowRankUpdate], folder: Path, cuts: int, afresh: int) -> list[tuple[float, float, int]]:
     """Of each cut: bytes / bytes afresh, error, bytes."""
     source, progressive, other = (folder / f"{name}.safetensors" for name in ("source", "progressive", "other"))
     save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, source)
-    curve: list[Point] = []
-    for error in np.geomspace(_FINEST / 1.1, min(_COARSEST * 1.3, 0.95), afresh).tolist():
-        size = made(source, other, error, refine=False)
-        curve.append((float(size), error_of(other, updates)))
-    whole = made(source, progressive, _FINEST, progressive=True)
+    errors = np.geomspace(_FINEST / 1.1, min(_COARSEST * 1.3, 0.95), afresh).tolist()
+    reports = [made(source, other, error, refine=False) for error in errors]
+    curve: list[Point] = [(float(report.bytes[1]), report.relative_error) for report in reports]
+    whole = made(source, progressive, _FINEST, progressive=True).bytes[1]
     costs = []
-    for size in np.geomspace(min(size for size, _ in curve), whole, cuts).astype(int).tolist():
+    for wanted in np.geomspace(min(curve)[0], whole, cuts).astype(int).tolist():
         try:
-            truncate_file(progressive, other, size)
+            size = truncate_file(progressive, other, wanted).bytes[1]
         except FormatError:  # no room for the first layer of every module
             continue
-        error, size = error_of(other, updates), other.stat().st_size
+        error = compare_files(str(source), str(other)).relative_error
         if _FINEST <= error <= _COARSEST:
             costs.append((size / interpolated(curve, error), error, size))
     return costs
@@ -70,7 +69,7 @@ def cut_costs(updates: Mapping[str, LowRankUpdate], folder: Path, cuts: int, afr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, nargs="*", default=[], help="trained LoRA files")
-    parser.add_argument("--spectra", nargs="*", choices=_SPECTRA, default=_SPECTRA)
+    parser.add_argument("--spectra", nargs="*", choices=list(SPECTRA), default=list(SPECTRA))
     parser.add_argument("--cuts", type=int, default=40, help="sizes to cut to")
     parser.add_argument("--afresh", type=int, default=24, help="files made afresh, between which sizes are interpolated")
     parser.add_argument("--json", type=Path, help="also write all cuts to this file")

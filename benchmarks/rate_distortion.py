@@ -44,19 +44,19 @@ _OURS: dict[str, dict[str, Any]] = {
 }
 _PEERS = {"fp16": "truncation, fp16", "int8": "truncation + int8", "nf4": "truncation + NF4"}
 _LORAQUANT = [(bits, share) for bits in (2, 3) for share in (0.5, 0.8, 0.9, 0.95, 0.99)]
-_SPECTRA = {
+SPECTRA = {
     "1/i": lambda i: 1 / i,
     "i^-0.5": lambda i: i**-0.5,
     "exp(-i/8)": lambda i: torch.exp(-i / 8),
     "1/i, Student-t 4": lambda i: 1 / i,
-    "alike": torch.ones_like,  # for cuts.py
+    "alike": torch.ones_like,
 }
 
 
 def synthetic(kind: str, rank: int = _RANK, shapes: Sequence[tuple[int, int]] = _SHAPES) -> dict[str, LowRankUpdate]:
     """Modules of one spectrum with random factors, Gaussian or Student's t."""
     random = torch.Generator().manual_seed(0)
-    falling = _SPECTRA[kind](torch.arange(1, rank + 1, dtype=torch.float64)).sqrt()
+    falling = SPECTRA[kind](torch.arange(1, rank + 1, dtype=torch.float64)).sqrt()
 
     def rows(width: int) -> torch.Tensor:
         drawn = torch.randn(rank, width, generator=random, dtype=torch.float64)
@@ -133,7 +133,7 @@ def table(label: str, full: float, curves: Mapping[str, Sequence[Point]], errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, nargs="*", default=[], help="trained LoRA files")
-    parser.add_argument("--spectra", nargs="*", choices=list(_SPECTRA), default=list(_SPECTRA)[:4])
+    parser.add_argument("--spectra", nargs="*", choices=list(SPECTRA), default=[kind for kind in SPECTRA if kind != "alike"])
     parser.add_argument("--plot", type=Path, help="SVG to write")
     parser.add_argument("--json", type=Path, help="also write all points to this file")
     arguments = parser.parse_args()

@@ -103,13 +103,13 @@ def sd_command(source: str, rank: int, target: str) -> dict[str, Any]:
     return {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
 
 
-def decode(path: str, threads: int) -> dict[str, Any]:
-    """A packed file to a float16 state dict, three times: the first on the clock, the fastest in processor time."""
+def decode(path: str, threads: int, times: int = 1) -> dict[str, Any]:
+    """A packed file to a float16 state dict, some times: the first on the clock, the fastest in processor time."""
     from lora_compress.api import load_compressed_lora
 
     torch.set_num_threads(threads)
     clock, used = [], []
-    for _ in range(3):
+    for _ in range(times):
         started, before = time.monotonic(), time.process_time()
         tensors = load_compressed_lora(path)
         clock.append(time.monotonic() - started)
@@ -203,7 +203,7 @@ def decode_lines(folder: Path, every: int, repeats: int, only: list[str]) -> lis
         target = folder / "packed.safetensors"
         settings = {"new_rank": _RANKS["sdxl"] // 2, **_PACKED[name]}
         packed = fresh(_SCRIPT, "ours", source=source, target=target, settings=settings)
-        one, two = (_decoded(target, threads, repeats) for threads in (1, 2))
+        one, two = (_decoded(target, threads, times, repeats) for threads, times in ((1, 3), (2, 1)))
         lines.append(
             {
                 "codec": name,
@@ -220,8 +220,8 @@ def decode_lines(folder: Path, every: int, repeats: int, only: list[str]) -> lis
     return lines
 
 
-def _decoded(path: Path, threads: int, repeats: int) -> Run:
-    return settled(lambda: fresh(_SCRIPT, "decode", path=path, threads=threads), repeats)
+def _decoded(path: Path, threads: int, times: int, repeats: int) -> Run:
+    return settled(lambda: fresh(_SCRIPT, "decode", path=path, threads=threads, times=times), repeats)
 
 
 def decode_goals(lines: list[dict[str, Any]], every: int) -> list[Goal]:

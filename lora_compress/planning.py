@@ -38,8 +38,8 @@ _TIGHTER = 0.99  # the error to prune to, where a target was missed by less than
 _CLOSE = 0.01  # share of a budget that may be left
 # Relative squared error of a factor by bits, Gaussian weights, groups of 64: where the search for a budget begins.
 _DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
-_KEPT = np.array([1 - 2 * d - d**2 for d in (_DISTORTION.get(bits, math.nan) for bits in range(9))])  # of a component's square
-_HALVINGS = 24
+_KEPT = {bits: 1 - 2 * d - d**2 for bits, d in _DISTORTION.items()}  # share of a component's square, both factors so coded
+_HALVINGS = 24  # of the errors between which one is sought
 _PLAIN_NOISE = {torch.float16: 1e-7, torch.bfloat16: 6e-6, FP8: 1.5e-3}  # squared relative error of both factors together
 _INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
 _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
@@ -97,9 +97,8 @@ class _Search:
         self.index_bytes = 0 if payload else _INDEX_BYTES
         self._form = FixedFormat.of_settings(job.settings.quantization) if job.settings.quantization.enabled else None
         self._mixed = job.settings.quantization.strategy == "mixed"
-        sigmas = {name: job.analyses[name].spectrum.sigma for name in kept}
-        self._squares = {name: sigma.square().numpy() for name, sigma in sigmas.items()}
-        self._weighed = bool(frame.weights) or any(not scores.equal(sigmas[name][: len(scores)]) for name, scores in kept.items())
+        sigmas = {name: job.analyses[name].spectrum.sigma[: len(scores)] for name, scores in kept.items()}
+        self._weighed = bool(frame.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
 
     def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
         """The least error in at most `budget` of what `measure` counts."""
@@ -171,22 +170,18 @@ class _Search:
             except SettingsError:  # so little cannot be lost
                 low = middle
                 continue
-            lost = {part: self._predicted(choices, part) for part in errors}
-            low, high = (
-                {part: middle[part] if (lost[part] <= errors[part]) == fits else edge[part] for part in errors}
-                for edge, fits in ((low, True), (high, False))
-            )
+            lost = {name: self._predicted_loss(name, choice) for name, choice in choices.items()}
+            for part, error in errors.items():
+                edge = low if self._relative(lost, part) <= error else high
+                edge[part] = middle[part]
         return self._allocate(None, low)
 
-    def _predicted(self, choices: Mapping[str, Choice], part: str) -> float:
-        """Relative error of the weights, by their singular values and what bits are known to cost."""
-        names = [name for name in choices if not part or self.frame.parts[name] == part]
-        kept = 0.0
-        for name in names:
-            squares, bits = self._squares[name][: choices[name].rank], choices[name].bits
-            kept += float(squares @ _KEPT[list(bits)] if bits else squares.sum())
-        norm = sum(self.job.analyses[name].norm for name in names)
-        return relative_error(max(norm - kept, 0.0), norm)
+    def _predicted_loss(self, name: str, choice: Choice) -> float:
+        """Squared error of a module's weights, by its singular values and what bits are known to cost."""
+        analysis = self.job.analyses[name]
+        squares = analysis.spectrum.sigma[: choice.rank].square().numpy()
+        kept = squares @ np.array([_KEPT[bits] for bits in choice.bits]) if choice.bits else squares.sum()
+        return max(analysis.norm - float(kept), 0.0)
 
     def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, Choice]:
         frame = self.frame
@@ -227,9 +222,12 @@ class _Search:
         return {name: stored.without_factors() for name, stored in self.job.run(choices)}
 
     def _error(self, stored: Mapping[str, Stored], part: str) -> float:
-        names = [name for name in self.kept if not part or self.frame.parts[name] == part]
-        lost = sum(stored[name].squared_error if name in stored else self.job.analyses[name].norm for name in names)
-        return relative_error(lost, sum(self.job.analyses[name].norm for name in names))
+        return self._relative({name: module.squared_error for name, module in stored.items()}, part)
+
+    def _relative(self, lost: Mapping[str, float], part: str) -> float:
+        """Relative error over a part of the model by the modules' squared errors; modules without one are lost."""
+        norms = {n: self.job.analyses[n].norm for n in self.kept if not part or self.frame.parts[n] == part}
+        return relative_error(sum(lost.get(name, norm) for name, norm in norms.items()), sum(norms.values()))
 
     def _noise(self) -> float:
         """Squared relative error that storing adds, to begin with."""

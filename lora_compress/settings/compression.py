@@ -35,7 +35,9 @@ class CompressionSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     quantized_training: QatSettings = field(default_factory=QatSettings)
     save_format: str | None = field(default=None, metadata={"help": "kohya, fp8, packed or both; default packed under 16 bits"})
-    quantization_device: str = field(default="cpu", metadata={"help": "where the SVD and the quantizers run: cpu, cuda, cuda:1"})
+    quantization_device: str = field(
+        default="cpu", metadata={"help": "where the SVD and fixed-width quantizers run: cpu, cuda, cuda:1"}
+    )
 
     def __post_init__(self) -> None:
         problems = [problem for part in (*self._parts, self.training, self.quantized_training) for problem in part.problems()]

@@ -108,7 +108,7 @@ def test_a_step_is_timed_with_masks_and_quantization_on(sd_scripts: Path) -> Non
     assert found["state_bytes"]["int4"] < 0.35 * found["parameter_bytes"]  # rows of 32 weights have a scale each, too
 
 
-def test_cuts_cost_more_than_files_made_afresh_and_the_whole_hardly(tmp_path: Path) -> None:
+def test_cuts_are_compared_with_files_made_afresh_at_their_errors(tmp_path: Path) -> None:
     from rate_distortion import synthetic
 
     costs = cuts.cut_costs(synthetic("1/i", 16, ((320, 320), (160, 320))), tmp_path, 6, 5)

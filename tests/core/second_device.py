@@ -27,7 +27,6 @@ from lora_compress import CompressionSettings, compress_file, open_lora
 from lora_compress.weighting import Moments, save_calibration
 
 DEVICE = "privateuseone:0"
-_TRANSFERS = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
 WAYS: dict[str, dict[str, Any]] = {
     "rank": {"new_rank": 4},
     "fp8": {"rank_ratio": 0.5, "save_format": "fp8"},
@@ -59,23 +58,32 @@ class Elsewhere(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def inner(each: Any) -> Any:
+            return each.inner if isinstance(each, cls) else each
+
+        if func.overloadpacket is torch.ops.aten.copy_:
+            inner(args[0]).copy_(inner(args[1]))
+            return args[0]
         keywords = dict(kwargs or {})
         tensors = [each for each in tree_leaves((args, keywords)) if isinstance(each, Tensor)]
-        known = {id(each.inner): each for each in tensors if isinstance(each, cls)}
-        transfer = func.overloadpacket in _TRANSFERS
+        transfer = func.overloadpacket is torch.ops.aten._to_copy
         if not transfer and any(each.ndim for each in tensors if not isinstance(each, cls)):
             raise RuntimeError(f"{func}: tensors are on two devices")
-        stays = isinstance(args[0], cls) if func.overloadpacket is torch.ops.aten.copy_ else True
-        if keywords.get("device") is not None:
-            stays = torch.device(keywords["device"]) == torch.device(DEVICE)
+        target = keywords.get("device")
+        if target is not None:
             keywords["device"] = "cpu"
-        inner_args, inner_keywords = tree_map(lambda each: each.inner if isinstance(each, cls) else each, (args, keywords))
-        found = func(*inner_args, **inner_keywords)
-        if not stays:
-            return args[0] if func.overloadpacket is torch.ops.aten.copy_ else found
+        found = func(*tree_map(inner, args), **tree_map(inner, keywords))
+        if target is not None and torch.device(target) != torch.device(DEVICE):
+            return found
         Elsewhere.operations += not transfer
-        wrap = lambda each: known[id(each)] if id(each) in known else cls(each)  # noqa: E731
-        return tree_map(lambda each: wrap(each) if isinstance(each, Tensor) else each, found)
+        known = {id(each.inner): each for each in tensors if isinstance(each, cls)}  # what worked in place gives itself back
+
+        def outer(each: Any) -> Any:
+            if not isinstance(each, Tensor):
+                return each
+            return known[id(each)] if id(each) in known else cls(each)
+
+        return tree_map(outer, found)
 
 
 def start() -> torch.library.Library:

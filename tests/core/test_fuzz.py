@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from core.fresh_process import worker
 from core.fuzz_worker import MEMORY
 from core.mutations import mutate, pack, unpack
 from core.samples import CODECS, kohya_file, packed_file
@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from lora_compress import open_lora
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNT = int(os.environ.get("LORA_COMPRESS_FUZZ", "1000"))
 
 
@@ -29,16 +28,6 @@ COUNT = int(os.environ.get("LORA_COMPRESS_FUZZ", "1000"))
 def test_wrong_files_are_refused_or_read(tmp_path: Path) -> None:
     """Seeds are fixed: what failed once fails again. The worker says which file it was and keeps it."""
     print(worker("core.fuzz_worker", str(tmp_path), str(COUNT), "0"))
-
-
-def worker(module: str, *arguments: str) -> str:
-    """What a module of the tests prints in a fresh process."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
 
 
 def filled(item: str, size: int) -> bytes:

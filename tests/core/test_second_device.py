@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.utils.backend_registration
-from core.test_fuzz import worker
+from core.fresh_process import worker
 
 
 def test_files_are_those_of_the_cpu(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.factories import dense
 from core.samples import kohya_file
 from torch import Tensor
 
 from lora_compress import CompressionSettings, LowRankUpdate, compress_file, file_pipeline, open_lora
 from lora_compress.report.file_report import FileReport
 from lora_compress.weighting import Moments, save_calibration
-from tests.core.factories import dense
 
 STRATEGIES = {"plain": {}, "int4": {"bits": 4}, "mixed": {"strategy": "mixed"}, "entropy": {"strategy": "entropy"}}
 
