@@ -6,7 +6,7 @@ import mmap
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,11 +16,18 @@ from torch import Tensor
 
 from .errors import SaveError
 
-__all__ = ["Chunk", "Spool", "payload_tensor"]
+__all__ = ["Chunk", "Spool", "are_intact", "payload_tensor"]
 
 
 class _Source(Protocol):
     def read(self, begin: int, length: int) -> bytes: ...
+
+
+def are_intact(layers: Sequence[bytes], checks: Sequence[int]) -> bool:
+    """Compare layers of a module with what the index says of them: the CRC-32 of the first that has bytes; it vouches for more."""
+    filled = ((data, check) for data, check in zip(layers, checks, strict=True) if data)
+    data, check = next(filled, (b"", 0))
+    return zlib.crc32(data) == check
 
 
 @dataclass(frozen=True)

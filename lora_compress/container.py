@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import Chunk
-from .encoding import decode_module
+from .chunks import Chunk, are_intact
+from .encoding import decode_module, layer_place
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
 from .header import read_header
@@ -160,12 +159,12 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         number, _ = self._entries[name]
         found = []
         with open(self.path, "rb") as file:
-            for begin, length, crc in self._chunks[number]:
+            for begin, length, _ in self._chunks[number]:
                 file.seek(self._begin + begin)
-                data = file.read(length)
-                if len(data) != length or zlib.crc32(data) != crc:
-                    raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
-                found.append(data)
+                found.append(file.read(length))
+        _, lengths, checks = zip(*self._chunks[number], strict=True)
+        if tuple(map(len, found)) != lengths or not are_intact(found, checks):
+            raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
         return found
 
     def payload(self, size: int) -> bytes:
@@ -202,8 +201,8 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 def lay_out(layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]]) -> tuple[PackedIndex, list[Chunk]]:
     """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA."""
     modules = list(stored)
-    depth = max((len(layers) for _, layers in modules), default=0)
-    chunks = [(i, layers[k]) for k in range(depth) for i, (_, layers) in enumerate(modules) if k < len(layers)]
+    places = [(layer_place(entry, layer), i, layer) for i, (entry, layers) in enumerate(modules) for layer in range(len(layers))]
+    chunks = [(i, modules[i][1][layer]) for _, i, layer in sorted(places)]
     return PackedIndex.of(layout, [entry for entry, _ in modules], chunks), [chunk for _, chunk in chunks]
 
 

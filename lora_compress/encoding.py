@@ -14,14 +14,26 @@ from torch import Tensor
 from .errors import FormatError
 from .index import Entry
 from .quantization import MIXED, FixedFormat, decode_fixed, encode_fixed
-from .quantization.entropy import decode_entropy, encode_entropy, predict_entropy
+from .quantization.entropy import SINGLE, decode_entropy, encode_entropy, predict_entropy
+from .quantization.schedule import Layering
 from .settings import QuantizationSettings
 from .update import LowRankUpdate
 
-__all__ = ["Choice", "Coded", "decode_module", "decode_rows", "encode_module", "layer_count", "spread_channels", "take_channels"]
+__all__ = [
+    "Choice",
+    "Coded",
+    "decode_module",
+    "decode_rows",
+    "encode_module",
+    "layer_count",
+    "layer_place",
+    "spread_channels",
+    "take_channels",
+]
 
 
-_LAYERS = 12  # of a progressive payload: each halves what a further bit is worth
+_PLANES = 6  # of a progressive payload
+_LAYERINGS = {0: Layering(2 * _PLANES, 2), 8_000: Layering(3 * _PLANES, 3), 40_000: Layering(4 * _PLANES, 4)}  # by weights
 _LARGEST = 1 << 31  # of a whole number among the parameters
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
@@ -78,13 +90,15 @@ def encode_module(
         predict: whether zeros will do for what the entropy coder would say, refinement left out.
     """
     if choice.step is not None:
-        layers = _LAYERS if settings.progressive else 1
+        layering = _layering(down.numel() + up.numel()) if settings.progressive else SINGLE
         with np.errstate(over="ignore"):  # what is too large for the step is refused
             if predict:
-                coded = predict_entropy(down, up, choice.step, layers=layers)
+                coded = predict_entropy(down, up, choice.step, layering=layering)
             else:
-                coded = encode_entropy(down, up, choice.step, layers=layers, refine=settings.refine)
-        parameters: dict[str, object] = {"step": choice.step, "layers": layers}
+                coded = encode_entropy(down, up, choice.step, layering=layering, refine=settings.refine)
+        parameters: dict[str, object] = {"step": choice.step, "layers": layering.layers}
+        if layering.layers > 1:
+            parameters["per_plane"] = layering.per_plane
         return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows)
     form = FixedFormat.of_settings(settings)
     parameters = {"block": form.block_size or 0, "scales": _SCALES[form.scale_dtype]}
@@ -93,6 +107,10 @@ def encode_module(
     entry = replace(shape, rank=len(down), codec=form.codec, parameters=parameters)
     chunks = [encode_fixed(down, up, form, choice.bits)]
     return Coded(entry, chunks, decode_rows(entry, chunks))
+
+
+def _layering(weights: int) -> Layering:
+    return next(layering for least, layering in reversed(_LAYERINGS.items()) if weights >= least)
 
 
 def decode_module(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
@@ -118,9 +136,10 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
     parameters = entry.parameters
     try:
         if entry.codec == "entropy":
-            step, layers = float(_number(parameters["step"], float)), int(_number(parameters["layers"]))
+            step = float(_number(parameters["step"], float))
+            layering = Layering(int(_number(parameters["layers"])), int(_number(parameters.get("per_plane", 1))))
             with np.errstate(over="ignore"):
-                down, up = decode_entropy(chunks, entry.rank, inputs, outputs, step, layers, dtype)
+                down, up = decode_entropy(chunks, entry.rank, inputs, outputs, step, layering, dtype)
             if not all(math.isfinite(edge) for row in (down, up) if row.numel() for edge in torch.aminmax(row)):
                 raise FormatError(f"step {step} makes weights beyond {dtype}: the file is damaged, or decode to float32")
             return down, up
@@ -134,6 +153,13 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})") from None
+
+
+def layer_place(entry: Entry, layer: int) -> float:
+    """Where a layer belongs among those of all modules, the steepest fall of the error first."""
+    if layer_count(entry) == 1:
+        return -math.inf
+    return -Layering(entry.parameters["layers"], entry.parameters["per_plane"]).slope(layer)
 
 
 def layer_count(entry: Entry) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .chunks import are_intact
 from .container import INDEX_KEY, PAYLOAD_KEY
 from .encoding import decode_module
 from .errors import FormatError
@@ -40,7 +40,7 @@ class HeldModule:
     Args:
         entry: what the index says of it.
         layers: of its payload, uint8 (n,), views of the payload.
-        checksums: crc32 of each layer.
+        checksums: of the layers, see `chunks.are_intact`.
         where: names the LoRA in messages.
     """
 
@@ -56,7 +56,7 @@ class HeldModule:
             FormatError: damage, or a codec that this program does not know.
         """
         layers = [layer.numpy().tobytes() for layer in self.layers]
-        if tuple(map(zlib.crc32, layers)) != self.checksums:
+        if not are_intact(layers, self.checksums):
             raise FormatError(f"{self.where}: {self.entry.name}: its bytes do not match their checksum: the file is damaged")
         try:
             return decode_module(self.entry, layers)
@@ -105,7 +105,7 @@ def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> 
     """
     index = _index(tensors, where)
     cut, used = index.cut(size)
-    missing = len(index.entries) - len({module for module, _, _ in cut.chunks})
+    missing = len(index.entries) - len({module for module, _, _ in cut.chunks if used})
     if missing:
         raise FormatError(
             f"{where}: the first {size} bytes of its payload lack {missing} of {len(index.entries)} modules: take a larger size"

@@ -76,7 +76,7 @@ class PackedIndex:
     Args:
         layout: key layout of the plain file that it stands for.
         entries: of the modules.
-        chunks: per chunk (module, bytes, crc32), in the order of the payload.
+        chunks: per chunk (module, bytes, crc32), in the order of the payload; see `chunks.are_intact`.
     """
 
     layout: str
@@ -86,7 +86,12 @@ class PackedIndex:
     @classmethod
     def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[tuple[int, Chunk]]) -> PackedIndex:
         """The index of chunks, each with the number of its module, in the order in which they stand in the payload."""
-        return cls(layout, tuple(entries), tuple((module, chunk.length, chunk.crc32) for module, chunk in chunks))
+        rows, filled = [], set()
+        for module, chunk in chunks:
+            rows.append((module, chunk.length, chunk.crc32 if module not in filled else 0))
+            if chunk.length:
+                filled.add(module)
+        return cls(layout, tuple(entries), tuple(rows))
 
     @property
     def payload(self) -> int:

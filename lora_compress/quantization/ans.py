@@ -11,8 +11,9 @@ import numpy as np
 from ..errors import FormatError, MissingPackageError
 from .tables import PRECISION, normalise
 
-__all__ = ["AnsReader", "AnsWriter", "coder_model", "joint_counts", "stack_words", "uniform"]
+__all__ = ["CHECK_BITS", "AnsReader", "AnsWriter", "coder_model", "joint_counts", "stack_words", "uniform"]
 
+CHECK_BITS = 16
 _INTEGER_BYTES = 4
 _TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
 
@@ -83,9 +84,15 @@ class AnsWriter:
         self.write(lengths - 1, uniform, _INTEGER_BYTES)
         self.write(octets[np.arange(_INTEGER_BYTES) < lengths[:, None]], uniform, 256)
 
-    def to_bytes(self) -> bytes:
-        """The stack as 32-bit little-endian words without the zero bytes at its end; the first symbols are in the last word."""
-        coder = _constriction().stream.stack.AnsCoder()
+    def to_bytes(self, check: int = 0) -> bytes:
+        """The stack as 32-bit little-endian words without the zero bytes at its end; the first symbols are in the last word.
+
+        Below all symbols lies `check`, which costs next to nothing up to 2^16: the first symbol takes 2^24 states anyway. But where
+        all symbols are the first of their tables, there are no bytes.
+        """
+        if not any(symbols.any() for symbols, _ in self._symbols):
+            return b""
+        coder = _constriction().stream.stack.AnsCoder(np.array([check] if check else [], dtype=np.uint32))
         for symbols, model in reversed(self._symbols):
             coder.encode_reverse(symbols, model)
         return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
@@ -124,15 +131,18 @@ class AnsReader:
         octets[np.arange(_INTEGER_BYTES) < lengths[:, None]] = self.read(int(lengths.sum()), uniform, 256)
         return octets.view("<u4").reshape(count).astype(np.int64)
 
-    def is_empty(self) -> bool:
-        """Whether nothing is left."""
-        return bool(self._coder.is_empty())
-
-    def finish(self) -> None:
-        """Check that nothing is left.
+    def finish(self) -> int:
+        """The number below all symbols.
 
         Raises:
             FormatError: bytes are left over, or there were too few.
         """
-        if not self.is_empty():
+        left = self.left()
+        if left >> CHECK_BITS:
             raise FormatError("an entropy-coded payload does not end where its module does: get the file again")
+        return left
+
+    def left(self) -> int:
+        """The number below all symbols, if none is left; otherwise 2^16 or more."""
+        words = self._coder.get_compressed()
+        return 1 << CHECK_BITS if len(words) > 1 else sum(words.tolist())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .ans import AnsReader, joint_counts, stack_words, uniform
+from .ans import CHECK_BITS, AnsReader, joint_counts, stack_words, uniform
 from .passes import check_escaped
 from .steps import Kind, Passes, plan_steps
 from .tables import PRECISION
@@ -86,8 +86,8 @@ class CompiledReader(AnsReader):
 
     def __init__(self, chunk: bytes) -> None:
         self._words = stack_words(chunk)
-        self._left = max(len(self._words) - 2, 0)
-        self._head = sum(word << _WORD_BITS * i for i, word in enumerate(self._words[self._left :].tolist()))
+        self._words_left = max(len(self._words) - 2, 0)
+        self._head = sum(word << _WORD_BITS * i for i, word in enumerate(self._words[self._words_left :].tolist()))
 
     def read(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
         """The next `count` symbols, int32."""
@@ -101,13 +101,13 @@ class CompiledReader(AnsReader):
         if steps:
             check_escaped(self._take(steps, known))
 
-    def is_empty(self) -> bool:
-        """Whether nothing is left."""
-        return not self._left and not self._head
+    def left(self) -> int:
+        """The number below all symbols, if none is left; otherwise 2^16 or more."""
+        return 1 << CHECK_BITS if self._words_left else self._head
 
     def _take(self, steps: list[tuple[int, ...]], known: np.ndarray) -> int:
         """Take steps; the largest integer that an escape stands for."""
         kernels: Any = compiled_kernels()
-        state = self._words, self._left, np.uint64(self._head)
-        self._left, self._head, largest = kernels.read_steps(*state, *_tables().arrays(), np.array(steps), known)
+        state = self._words, self._words_left, np.uint64(self._head)
+        self._words_left, self._head, largest = kernels.read_steps(*state, *_tables().arrays(), np.array(steps), known)
         return int(largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,22 +16,21 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, SettingsError
-from .ans import AnsReader, AnsWriter, uniform
+from .ans import CHECK_BITS, AnsReader, AnsWriter
 from .compiled import CompiledReader, compiled_kernels
 from .integers import QuantizedModule, quantize_module, restore_module, row_units
-from .models import LARGEST_SCALE
-from .passes import as_symbols, as_values, read_steps, read_symbols, write_steps, write_symbols
+from .passes import read_steps, write_steps
 from .refine import refine_module
-from .schedule import Run, row_runs, stages_of
-from .steps import Passes, plan_steps, symbol_table
-from .tables import MAX_SCALE, SHAPES
+from .schedule import Layering, Run, row_runs
+from .side import read_side, write_side
+from .starts import start_layers
+from .steps import Passes, plan_steps
 from .weights import Model, row_weights
 
 __all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
 
 MAX_LAYERS = 64
-_SIDE_MODELS = 256  # numbers of (scale, shape) pairs
-_MAX_EXPONENT = 4000  # eighths of an octave; sqrt of what float32 holds, twice over
+SINGLE = Layering()
 _short_calls = Lock()  # threads that fight for the interpreter in hundreds of short calls take longer than one that has it alone
 _SLOWER = 4  # times that of one layer, about, is what many layers take without compiled loops
 _WORTH_COMPILING = 1 << 22  # weights of one layer that a process decodes before it takes the time to load a compiler
@@ -55,7 +55,7 @@ class EncodedModule:
     rows: tuple[Tensor, Tensor]
 
 
-def encode_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1, refine: bool = True) -> EncodedModule:
+def encode_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE, refine: bool = True) -> EncodedModule:
     """Code a module: q = round(row 2^(e/8) / step) with 2^(e/4) = sigma to the next quarter octave, entropy coded.
 
     Multiplying the balanced rows by sqrt(sigma) makes one step the best for all components (reverse water-filling).
@@ -64,28 +64,30 @@ def encode_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1, re
         down: (k, n), rows sqrt(sigma_i) v_i.
         up: (k, m), rows sqrt(sigma_i) u_i.
         step: quantization step of sigma_i v_i and sigma_i u_i.
-        layers: number of chunks; each holds what lowers the error half as steeply per bit as the one before.
+        layering: of the payload, a chunk for each layer.
         refine: refit each factor to the other as coded, where that lowers the error at equal size.
 
     Raises:
         SettingsError: step or layers out of range, or the step so small that a value exceeds 2^28.
         FormatError: a factor holds NaN or infinity.
     """
-    _check_layers(layers)
+    _check_layering(layering)
     module = refine_module(down, up, step) if refine else quantize_module(down, up, step)
-    return _encoded(module, step, _chunks(module, layers))
+    module, starts = _by_start(module, layering)
+    return _encoded(module, step, _chunks(module, starts, layering))
 
 
 def encode_integers(module: QuantizedModule, step: float) -> EncodedModule:
     """Code integers as they are, with the models that they come with, in one layer: those that a training ended with."""
-    return _encoded(module, step, _chunks(module, 1))
+    return _encoded(module, step, _chunks(module, np.zeros(module.rank, dtype=np.int64), SINGLE))
 
 
-def predict_entropy(down: Tensor, up: Tensor, step: float, *, layers: int = 1) -> EncodedModule:
+def predict_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE) -> EncodedModule:
     """What `encode_entropy` makes without refinement, but for the bytes: of their number, known to a few, there are zeros."""
-    _check_layers(layers)
-    module = quantize_module(down, up, step)
+    _check_layering(layering)
+    module, _ = _by_start(quantize_module(down, up, step), layering)
     size = math.ceil(module.payload_bits / 8)
+    layers = layering.layers
     return _encoded(module, step, [bytes(size // layers + (layer < size % layers)) for layer in range(layers)])
 
 
@@ -95,36 +97,46 @@ def decode_entropy(
     inputs: int,
     outputs: int,
     step: float,
-    layers: int = 1,
+    layering: Layering = SINGLE,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Balanced rows down (rank, inputs) and up (rank, outputs), from the first chunks of a payload of `layers`.
+    """Balanced rows down (rank, inputs) and up (rank, outputs), from the first chunks of a payload.
 
     They are float32, rounded to `dtype`; what lies beyond that becomes infinite. Components that later layers tell of are zero.
 
     Raises:
         FormatError: the chunks cannot be those of such a module.
     """
-    _check_declared(chunks, rank, inputs, outputs, step, layers)
+    _check_declared(chunks, rank, inputs, outputs, step, layering)
     if not rank or not chunks:
         return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
-    kernels = _kernels(rank * (inputs + outputs) * (1 if layers == 1 else _SLOWER))
-    reader = _reader(chunks[0], kernels)
-    gains, scales, shapes = _read_side(reader, rank)
-    runs = row_runs(scales, shapes, layers)
-    widths = np.repeat([inputs, outputs], rank)
+    kernels = _kernels(rank * (inputs + outputs) * (1 if layering.layers == 1 else _SLOWER))
+    readers = [_reader(chunk, kernels) for chunk in chunks]
+    side = read_side(readers, rank, layering)
+    if not len(side.gains):
+        _check_ends(readers, chunks, layering)
+        return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
+    runs = row_runs(side.scales, side.shapes, side.starts)
+    widths = np.repeat([inputs, outputs], len(side.gains))
     places, begins = _places(runs, widths)
     known = np.zeros(widths.sum(), dtype=np.int32)
-    with nullcontext() if kernels or layers == 1 else _short_calls:
-        for layer in range(len(chunks)):
-            reader = reader if layer == 0 else _reader(chunks[layer], kernels)
-            _read_layer(reader, known, ((places[number], passes) for number, passes in _turns(runs, layer)))
-    models = [Model(*row) for row in zip(scales.tolist(), shapes.tolist(), stages_of(runs, len(chunks)), strict=True)]
+    with nullcontext() if kernels or layering.layers == 1 else _short_calls:
+        for layer, reader in enumerate(readers):
+            _read_layer(reader, known, ((places[number], passes) for number, passes in _turns(runs, layering, layer)))
+    _check_ends(readers, chunks, layering)
+    stage = layering.stage(len(chunks) - 1)
+    models = [Model(scale, shape, stage) for scale, shape in zip(side.scales.flat, side.shapes.flat, strict=True)]
     kind = np.float16 if dtype == torch.float16 else np.float32  # of numpy, which has no other
-    units = np.tile(row_units(gains, step), 2)
+    units = np.tile(row_units(side.gains, step), 2)
     look_up = kernels.look_up if kernels else None
     weights = torch.from_numpy(row_weights(known, begins, widths, models, units, kind, look_up)).to(dtype)
-    return weights[: rank * inputs].view(rank, inputs), weights[rank * inputs :].view(rank, outputs)
+    factors = weights.split([len(side.gains) * inputs, len(side.gains) * outputs])
+    return _with_zeros(factors[0].view(-1, inputs), rank), _with_zeros(factors[1].view(-1, outputs), rank)
+
+
+def _with_zeros(rows: Tensor, rank: int) -> Tensor:
+    """Rows (p, n), and rank - p rows of zeros below."""
+    return rows if len(rows) == rank else torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
 
 
 def _places(runs: Sequence[Run], widths: np.ndarray) -> tuple[list[slice], np.ndarray]:
@@ -158,7 +170,20 @@ def _read_layer(reader: AnsReader, known: np.ndarray, turns: Iterable[tuple[slic
     else:
         for place, passes in turns:
             read_steps(reader, known[place], plan_steps(passes))
-    reader.finish()
+
+
+def _check_ends(readers: Sequence[AnsReader], chunks: Sequence[bytes], layering: Layering) -> None:
+    """Each layer ends with the check of those that follow; where they were cut off, with any."""
+    for number, reader in enumerate(readers, start=1):
+        end, following = reader.finish(), chunks[number:]
+        known = len(chunks) == layering.layers or any(following) or not chunks[number - 1]
+        if known and end != (_check(following) if chunks[number - 1] else 0):
+            raise FormatError("an entropy-coded payload does not match its checks: get the file again")
+
+
+def _check(chunks: Sequence[bytes]) -> int:
+    """Of the first of some chunks that is not empty; 0 without one."""
+    return zlib.crc32(next(filter(None, chunks), b"")) & (1 << CHECK_BITS) - 1
 
 
 def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EncodedModule:
@@ -166,63 +191,54 @@ def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> Encod
     return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()), (torch.from_numpy(down), torch.from_numpy(up)))
 
 
-def _chunks(module: QuantizedModule, layers: int) -> list[bytes]:
+def _by_start(module: QuantizedModule, layering: Layering) -> tuple[QuantizedModule, np.ndarray]:
+    """A module with its components sorted by the layers in which they start, and these, (rank,)."""
+    starts = start_layers(module, layering)
+    order = np.argsort(starts, kind="stable")
+    return module.taken(order) if layering.layers > 1 else module, starts[order]
+
+
+def _chunks(module: QuantizedModule, starts: np.ndarray, layering: Layering) -> list[bytes]:
     if not module.rank:
-        return [b""] * layers
-    writer = AnsWriter()
-    for side, scale, shape in zip(*module.side, strict=True):
-        writer.write(np.array([SHAPES * scale + shape]), uniform, _SIDE_MODELS)
-        write_symbols(writer, as_symbols(side), symbol_table(scale, shape))
-    runs = row_runs(np.concatenate(module.scales), np.concatenate(module.shapes), layers)
+        return [b""] * layering.layers
+    writers = [AnsWriter() for _ in range(layering.layers)]
+    write_side(writers, module, starts)
+    runs = row_runs(np.stack(module.scales), np.stack(module.shapes), starts)
     rows = [*module.values[0], *module.values[1]]
     values = [np.concatenate([rows[row] for row in run.rows]) for run in runs]
-    chunks = []
-    for layer in range(layers):
-        for number, passes in _turns(runs, layer):
+    for layer, writer in enumerate(writers):
+        for number, passes in _turns(runs, layering, layer):
             write_steps(writer, values[number], plan_steps(passes))
-        chunks.append(writer.to_bytes())
-        writer = AnsWriter()
+    chunks: list[bytes] = []
+    for writer in reversed(writers):
+        chunks.insert(0, writer.to_bytes(_check(chunks)))
     return chunks
 
 
-def _turns(runs: Sequence[Run], layer: int) -> Iterator[tuple[int, Passes]]:
+def _turns(runs: Sequence[Run], layering: Layering, layer: int) -> Iterator[tuple[int, Passes]]:
     """Runs that a layer tells of, by number, and the passes that it makes over them."""
+    before, after = layering.stage(layer - 1), layering.stage(layer)
     for number, run in enumerate(runs):
-        before, after = run.ends[layer - 1] if layer else 0, run.ends[layer]
-        if after > before:
+        if run.start == layer:
+            yield number, Passes(run.scale, run.shape, None, after)
+        elif run.start < layer and before != after:
             yield number, Passes(run.scale, run.shape, before, after)
 
 
-def _read_side(reader: AnsReader, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gains (rank,), scales (2 rank,) and shapes (2 rank,)."""
-    rows = []
-    for count in (rank, 2 * rank + 2, 2 * rank):
-        scale, shape = divmod(int(reader.read(1, uniform, _SIDE_MODELS)[0]), SHAPES)
-        if not 1 <= scale <= MAX_SCALE:
-            raise FormatError(f"an entropy-coded payload names table {scale}, 1 to {MAX_SCALE} exist: get the file again")
-        rows.append(as_values(read_symbols(reader, count, symbol_table(scale, shape))).astype(np.int64))
-    gains = np.cumsum(rows[0])
-    offsets = rows[1].reshape(2, rank + 1)
-    scales = (offsets[:, :1] + offsets[:, 1:] + 2 * gains).ravel()
-    shapes = as_symbols(rows[2])
-    if np.abs(gains).max() > _MAX_EXPONENT or scales.min() < 1 or scales.max() > LARGEST_SCALE or shapes.max() >= SHAPES:
-        raise FormatError("an entropy-coded payload describes rows that cannot be: get the file again")
-    return gains, scales, shapes
+def _check_layering(layering: Layering) -> None:
+    if not all(1 <= number <= MAX_LAYERS for number in layering):
+        raise SettingsError([f"{layering}: 1 to {MAX_LAYERS} layers are possible, and for each plane"])
 
 
-def _check_layers(layers: int) -> None:
-    if not 1 <= layers <= MAX_LAYERS:
-        raise SettingsError([f"layers = {layers}: 1 to {MAX_LAYERS} are possible"])
-
-
-def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int) -> None:
-    if not (1 <= layers <= MAX_LAYERS and len(chunks) <= layers):
-        raise FormatError(f"an entropy-coded module has {len(chunks)} of {layers} layers: 1 to {MAX_LAYERS} are possible")
+def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layering: Layering) -> None:
+    if not all(1 <= number <= MAX_LAYERS for number in layering) or len(chunks) > layering.layers:
+        raise FormatError(f"an entropy-coded module has {len(chunks)} chunks for {layering}: 1 to {MAX_LAYERS} are possible")
     if not (step > 0 and np.isfinite(step)):
         raise FormatError(f"an entropy-coded module has step {step}: a positive number is needed")
     if min(rank, inputs, outputs) < 0:
         raise FormatError(f"an entropy-coded module has rank {rank}, {inputs} inputs and {outputs} outputs: none can be negative")
-    if chunks and rank * (inputs + outputs) > _WEIGHTS_PER_BYTE * len(chunks[0]):
+    size = sum(map(len, chunks))
+    if size and rank * (inputs + outputs) > _WEIGHTS_PER_BYTE * size:
         raise FormatError(
-            f"an entropy-coded module of {rank} x ({inputs} + {outputs}) weights has {len(chunks[0])} bytes, too few to be true"
+            f"an entropy-coded module of {rank} x ({inputs} + {outputs}) weights has {size} bytes, too few to be true"
         )

@@ -69,6 +69,11 @@ class QuantizedModule:
         """Number of components."""
         return len(self.gains)
 
+    def taken(self, chosen: np.ndarray) -> QuantizedModule:
+        """Its components of these numbers (p,), in this order."""
+        pairs = [(down[chosen], up[chosen]) for down, up in (self.values, self.scales, self.shapes, self.bits)]
+        return QuantizedModule(self.gains[chosen], pairs[0], pairs[1], pairs[2], pairs[3], self.kept[chosen])
+
     @cached_property
     def side(self) -> tuple[list[np.ndarray], list[int], list[int]]:
         """What is told of the rows, as three rows of integers, and the scales and shapes of the tables that code them."""

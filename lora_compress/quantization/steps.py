@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .ans import uniform
-from .schedule import lowest_symbol_plane, stage_at
+from .schedule import Stage, lowest_symbol_plane
 from .tables import base_counts, bit_contexts, bit_counts, fine_planes, split_counts
 
 __all__ = ["Kind", "Passes", "Step", "Table", "plan_steps", "symbol_table"]
@@ -48,31 +49,24 @@ def symbol_table(scale: int, shape: int, plane: int = 0) -> Table:
 
 
 class Passes(NamedTuple):
-    """Passes `before` + 1 to `after` over a run with a model."""
+    """What leads a run with a model from one stage, or from nothing, to a further one."""
 
     scale: int
     shape: int
-    before: int
-    after: int
+    before: Stage | None
+    after: Stage
 
 
 @lru_cache(maxsize=4096)
 def plan_steps(passes: Passes) -> tuple[Step, ...]:
     """Their steps."""
     scale, shape, before, after = passes
-    steps = []
-    position = before
-    if not position and after:
-        position = after if after % 2 else after - 1
-        target = stage_at(scale, position).plane
-        plane = max(target, lowest_symbol_plane(scale))
-        steps.append(Step(Kind.SYMBOLS, plane, plane, (symbol_table(scale - 8 * plane, shape, plane),)))
-        if plane > target:
-            width = plane - target
-            steps.append(Step(Kind.RAW, target, plane, ((uniform, (2 << width) - 1), (uniform, 1 << width))))
-    while position < after:
-        position += 1
-        plane, halved = stage_at(scale, position)
+    steps: list[Step] = []
+    if before is None:
+        before = Stage(after.plane + after.halved)
+        steps += _first(scale, shape, before.plane)
+    for position in range(2 * before.plane + before.halved - 1, 2 * after.plane + after.halved - 1, -1):
+        plane, halved = divmod(position, 2)
         here = scale - 8 * plane
         if halved:
             steps.append(Step(Kind.SPLIT, plane, plane + 1, ((split_counts, here, shape, plane),)))
@@ -80,3 +74,12 @@ def plan_steps(passes: Passes) -> tuple[Step, ...]:
             tables = tuple((bit_counts, here, shape, plane, context) for context in range(1, bit_contexts(here) + 1))
             steps.append(Step(Kind.BITS, plane, plane + 1, tables))
     return tuple(steps)
+
+
+def _first(scale: int, shape: int, target: int) -> Iterator[Step]:
+    """From nothing to all values at a plane."""
+    plane = max(target, lowest_symbol_plane(scale))
+    yield Step(Kind.SYMBOLS, plane, plane, (symbol_table(scale - 8 * plane, shape, plane),))
+    if plane > target:
+        width = plane - target
+        yield Step(Kind.RAW, target, plane, ((uniform, (2 << width) - 1), (uniform, 1 << width)))

@@ -12,7 +12,7 @@ from .passes import at_plane
 from .schedule import Stage
 from .tables import cell_centres
 
-__all__ = ["Model", "row_weights"]
+__all__ = ["Model", "expected_values", "row_weights"]
 
 _CENTRE = 2.0**-12
 _TABLED = 2048  # symbols whose weight is looked up
@@ -60,7 +60,7 @@ def row_weights(
         for (begin, target, width, plane), model, unit in zip(rows.tolist(), models, units.tolist(), strict=True):
             row = at_plane(symbols[begin : begin + width], plane)
             if (beyond := (row >= _TABLED).nonzero()[0]).size:
-                weights[target + beyond] = (_expected(row[beyond], *model) * unit).astype(np.float32)
+                weights[target + beyond] = (expected_values(row[beyond], *model) * unit).astype(np.float32)
     return weights
 
 
@@ -72,10 +72,10 @@ def _look_up(symbols: np.ndarray, rows: np.ndarray, tables: np.ndarray, weights:
 
 @lru_cache(maxsize=1024)
 def _tabled(scale: int, shape: int, stage: Stage) -> np.ndarray:
-    return _expected(np.arange(_TABLED), scale, shape, stage)
+    return expected_values(np.arange(_TABLED), scale, shape, stage)
 
 
-def _expected(symbols: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
+def expected_values(symbols: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
     """Centres in steps, float64, of symbols (n,) at a stage."""
     magnitudes = symbols + 1 >> 1
     here = scale - 8 * stage.plane

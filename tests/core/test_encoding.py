@@ -117,11 +117,12 @@ def test_fewer_components_are_a_beginning_of_fixed_width_payloads(codec: str) ->
 def test_bytes_that_do_not_fit_their_entry_are_refused(codec: str, harm: str) -> None:
     coded, _, _ = encoded(codec)
     entry, chunks = coded.entry, list(coded.chunks)
+    filled = next(layer for layer, chunk in enumerate(chunks) if chunk)
     match harm:
         case "shorter":
-            chunks[0] = chunks[0][:-1]
+            chunks[filled] = chunks[filled][:-1]
         case "longer":
-            chunks[0] += b"\x01"
+            chunks[filled] += b"\x01"
         case "no chunk" if entry.codec != "entropy":  # of which none is a module of nothing known yet
             chunks = []
         case "no chunk":

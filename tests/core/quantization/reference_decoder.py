@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 from tests.core.quantization.reference_tables import base, bit, centre, normalise, split, uniform
 
 _MAX = 56
@@ -50,48 +52,71 @@ def value(symbol: int) -> int:
     return (symbol + 1) // 2 if symbol % 2 else -(symbol // 2)
 
 
-def passes_of(scale: int) -> list[int]:
-    """Levels of a row's passes: symbols at the first plane, then split and bits of each plane below."""
-    plane = max(0, (scale - 13) // 8)
-    levels = [2 * plane - (3 if scale - 8 * plane <= 17 else 2)]
-    for below in range(plane - 1, -1, -1):
-        here = scale - 8 * below
-        levels.append(min(levels[-1], 2 * below - (2 if here <= 23 else 1)))
-        levels.append(min(levels[-1], 2 * below - (4 if here <= 21 else 3 if here <= 29 else 2)))
-    return levels
+def stage_after(layer: int, layers: int, per_plane: int) -> tuple[int, bool]:
+    """Plane, and whether the last bits of magnitudes above 1 are pending."""
+    left = layers - 1 - layer
+    return left // per_plane, left % per_plane > 0
 
 
-def decode(chunks: list[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int) -> list[list[list[float]]]:
-    stack = Stack(chunks[0])
-    side = []
-    for count in (rank, 2 * rank + 2, 2 * rank):
-        scale, shape = divmod(stack.read(uniform(256)), 4)
-        side.append([value(symbol) for symbol in read_symbols(stack, count, scale, shape, 0)])
-    gains = [sum(side[0][: i + 1]) for i in range(rank)]
-    scales, shapes = [], []
-    for factor in range(2):
-        for i in range(rank):
-            scales.append(side[1][factor * (rank + 1)] + side[1][factor * (rank + 1) + 1 + i] + 2 * gains[i])
-            shape = side[2][factor * rank + i]
-            shapes.append(2 * shape - 1 if shape > 0 else -2 * shape)
-    firsts = [layers_of(scale, layers)[0] for scale in scales]
-    starts = [max(firsts[i % rank], firsts[rank + i % rank]) for i in range(2 * rank)]
-    keys = list(zip(scales, shapes, starts, strict=True))
-    runs = []
-    for key in sorted(set(keys)):
-        members = [i for i in range(2 * rank) if keys[i] == key]
-        runs.append(Run(*key, members, [inputs if i < rank else outputs for i in members]))
-    for layer, chunk in enumerate(chunks):
-        stack = stack if layer == 0 else Stack(chunk)
+def decode(
+    chunks: list[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int, per_plane: int
+) -> list[list[list[float]]]:
+    stacks = [Stack(chunk) for chunk in chunks]
+    rows: dict[int, list[float]] = {i: [0.0] * (inputs if i < rank else outputs) for i in range(2 * rank)}
+    side, runs = Side(rank), []
+    for layer, stack in enumerate(stacks):
+        stage = stage_after(layer, layers, per_plane)
+        fresh: dict[tuple[int, int], list[int]] = {}
+        for i in side.read(stack, layer == layers - 1):
+            assert 8 * sum(stage) < side.scale[i] <= 168 and side.shape[i] < 4
+            fresh.setdefault((side.scale[i], side.shape[i]), []).append(i)
+        for (scale, shape), members in fresh.items():
+            runs.append(Run(scale, shape, layer, sorted(members), [len(rows[i]) for i in sorted(members)]))
+        runs.sort(key=lambda run: (run.scale, run.shape, run.start))
         for run in runs:
-            run.read(stack, layer, layers)
-        assert stack.empty
-    decoded = {i: [step * 2 ** (-gains[i % rank] / 8) * x for x in row] for run in runs for i, row in run.expected()}
-    return [[decoded[i] for i in range(rank)], [decoded[rank + i] for i in range(rank)]]
+            run.read(stack, *stage)
+        assert not stack.words
+        following = [zlib.crc32(chunk) & 0xFFFF for chunk in chunks[layer + 1 :] if chunk and chunks[layer]]
+        unknown = chunks[layer] and not following and len(chunks) < layers
+        assert stack.state < 1 << 16 if unknown else stack.state == (following or [0])[0]
+    for run in runs:
+        rows |= {i: [step * 2 ** (-side.gain[i % rank] / 8) * x for x in row] for i, row in run.expected()}
+    return [[rows[i] for i in range(rank)], [rows[rank + i] for i in range(rank)]]
 
 
-def layers_of(scale: int, layers: int) -> list[int]:
-    return [min(max(layers - 3 - level, 0), layers - 1) for level in passes_of(scale)]
+class Side:
+    """Section 3: of the components that have started, gains by component, scales and shapes by row; up's rows follow down's."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.tables, self.middles = rank, [], []
+        self.gain: list[int] = []
+        self.scale: dict[int, int] = {}
+        self.shape: dict[int, int] = {}
+
+    def read(self, stack: Stack, last: bool) -> list[int]:
+        """Numbers of the rows that start."""
+        begin, first = len(self.gain), not self.gain
+        count = self.rank - begin
+        if count and not last:
+            most, count = count, int("".join(str(stack.read(uniform(2))) for _ in f"{count:b}"), 2)
+            assert count <= most
+        if not count:
+            return []
+        gains, offsets, shapes = (self._integers(stack, i, size) for i, size in enumerate((count, 2 * (count + first), 2 * count)))
+        for i in range(count):
+            self.gain.append(gains[i] + (self.gain[-1] if self.gain else 0))
+        if first:
+            self.middles = [offsets.pop(count + 1), offsets.pop(0)][::-1]
+        told = [factor * self.rank + begin + i for factor in range(2) for i in range(count)]
+        for number, offset, shape in zip(told, offsets, shapes, strict=True):
+            self.scale[number] = self.middles[number // self.rank] + offset + 2 * self.gain[number % self.rank]
+            self.shape[number] = 2 * shape - 1 if shape > 0 else -2 * shape
+        return told
+
+    def _integers(self, stack: Stack, row: int, count: int) -> list[int]:
+        if row == len(self.tables):
+            self.tables.append(divmod(stack.read(uniform(256)), 4))
+        return [value(symbol) for symbol in read_symbols(stack, count, *self.tables[row], 0)]
 
 
 def read_grouped(stack: Stack, count: int, counts: list[int]) -> list[int]:
@@ -117,22 +142,18 @@ class Run:
 
     def __init__(self, scale: int, shape: int, start: int, members: list[int], widths: list[int]) -> None:
         self.scale, self.shape, self.start, self.members, self.widths = scale, shape, start, members, widths
-        self.done, self.plane, self.pending = 0, -1, False
+        self.plane, self.pending = -1, False
         self.width = sum(widths)
-        self.values = [0] * self.width
+        self.values: list[int] = []
 
-    def read(self, stack: Stack, layer: int, layers: int) -> None:
-        end = sum(each <= layer for each in layers_of(self.scale, layers)) if layer >= self.start else 0
-        first = max(0, (self.scale - 13) // 8)
-        if self.done == 0 and end:
-            self.done = end if end % 2 else end - 1
-            self._first(stack, first - self.done // 2)
-        while self.done < end:
-            self.done += 1
-            if self.done % 2 == 0:
-                self._split(stack)
-            else:
+    def read(self, stack: Stack, plane: int, halved: bool) -> None:
+        if not self.values:
+            self._first(stack, plane + halved)
+        while (self.plane, self.pending) != (plane, halved):
+            if self.pending:
                 self._bits(stack)
+            else:
+                self._split(stack)
 
     def _first(self, stack: Stack, target: int) -> None:
         plane = max(target, 0 if self.scale <= _MAX else -(-(self.scale - _MAX) // 8))
@@ -168,7 +189,7 @@ class Run:
 
     def expected(self) -> list[tuple[int, list[float]]]:
         """Rows by their numbers."""
-        found = self._expected() if self.done else [0.0] * self.width
+        found = self._expected()
         ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths))]
         return [(i, found[end - width : end]) for i, end, width in zip(self.members, ends, self.widths, strict=True)]
 

@@ -1,0 +1,66 @@
+"""The layer of a progressive payload in which each component starts: where what it then tells is worth its bits."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from .integers import QuantizedModule
+from .schedule import Layering, Stage, least_scale, lowest_symbol_plane
+from .steps import symbol_table
+from .tables import PRECISION
+from .weights import expected_values
+
+__all__ = ["start_layers"]
+
+_SIDE_BITS = 8.0  # of a component, about: what is told before its values
+
+
+def start_layers(module: QuantizedModule, layering: Layering) -> np.ndarray:
+    """Layers (rank,): each component starts in the first one where what is then told of it lowers the error as steeply as passes.
+
+    By as much as its energy times the shares of it that its two rows then have: half of each is a quarter. So components start
+    late, and at once in some detail.
+    """
+    layers = range(layering.layers)
+    if layering.layers == 1 or not module.rank:
+        return np.zeros(module.rank, dtype=np.int64)
+    stages = tuple(map(layering.stage, layers))
+    bits = np.full((module.rank, 1), _SIDE_BITS)
+    shares, energies = [], []
+    for values, scales, shapes in zip(module.values, module.scales, module.shapes, strict=True):
+        table = np.array([_prefixes(*model, stages) for model in zip(scales.tolist(), shapes.tolist(), strict=True)])
+        width = values.shape[1]
+        energy = np.einsum("ij,ij->i", values, values, dtype=np.float64)[:, None]
+        bits = bits + width * table[:, 0]
+        shares.append(np.minimum(width * table[:, 1] / energy, 1))
+        energies.append(energy)
+    fall = np.sqrt(energies[0] * energies[1]) * shares[0] * shares[1]
+    worth = fall >= bits * np.exp2([layering.slope(layer) for layer in layers])
+    worth[:, -1] = True
+    return worth.argmax(axis=1)
+
+
+@lru_cache(maxsize=4096)
+def _prefixes(scale: int, shape: int, stages: tuple[Stage, ...]) -> np.ndarray:
+    """Of a row that starts at each stage: bits per weight, and the mean square of the weights then, in steps, (2, stages)."""
+    return np.array([_prefix(scale, shape, stage) for stage in stages]).T
+
+
+@lru_cache(maxsize=4096)
+def _prefix(scale: int, shape: int, stage: Stage) -> tuple[float, float]:
+    if scale < least_scale(stage):
+        return 0.0, 0.0
+    plane = max(stage.plane, lowest_symbol_plane(scale))
+    counts_of, *key = symbol_table(scale - 8 * plane, shape, plane)
+    share = counts_of(*key) / (1 << PRECISION)
+    symbols = np.arange(len(share))
+    if stage.halved and plane == stage.plane:  # the last bit of magnitudes above 1 is not told yet
+        magnitudes = symbols + 1 >> 1
+        symbols -= 2 * (magnitudes & 1) * (magnitudes > 1)
+        share = np.bincount(symbols, share)
+        symbols = np.flatnonzero(share)
+        share = share[symbols]
+    centres = expected_values(symbols, scale, shape, Stage(plane, stage.halved and plane == stage.plane))
+    return float(-(share * np.log2(share)).sum()) + plane - stage.plane, float((share * centres**2).sum())
