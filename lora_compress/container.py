@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .chunks import Chunk, are_intact
-from .encoding import decode_module, layer_place
+from .encoding import decode_module, decoded_rank, layer_count, layer_place
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
 from .header import read_header
@@ -181,6 +181,11 @@ class PackedFile(Mapping[str, LowRankUpdate]):
             return decode_module(entry, self.chunks(name), dtype)
         except FormatError as error:
             raise FormatError(f"{self.path}: {name}: {error}" if str(self.path) not in str(error) else str(error)) from None
+
+    def decoded_rank(self, name: str) -> int:
+        """Of a module when it is decoded: of a cut file, fewer components than the index speaks of."""
+        number, entry = self._entries[name]
+        return entry.rank if len(self._chunks[number]) == layer_count(entry) else decoded_rank(entry, self.chunks(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import FormatError
 from .index import Entry
 from .quantization import MIXED, FixedFormat, decode_fixed, encode_fixed
-from .quantization.entropy import SINGLE, decode_entropy, encode_entropy, predict_entropy
+from .quantization.entropy import SINGLE, components_told, decode_entropy, encode_entropy, predict_entropy
 from .quantization.schedule import Layering
 from .settings import QuantizationSettings
 from .update import LowRankUpdate
@@ -24,6 +24,7 @@ __all__ = [
     "Coded",
     "decode_module",
     "decode_rows",
+    "decoded_rank",
     "encode_module",
     "layer_count",
     "layer_place",
@@ -32,8 +33,8 @@ __all__ = [
 ]
 
 
-_PLANES = 6  # of a progressive payload
-_LAYERINGS = {0: Layering(2 * _PLANES, 2), 8_000: Layering(3 * _PLANES, 3), 40_000: Layering(4 * _PLANES, 4)}  # by weights
+_PLANES = 6  # of a progressive payload, whose first layer tells all that is worth as much as the highest of them
+_LAYERS_PER_PLANE = {0: 2, 8_000: 3, 40_000: 4}  # by weights: a chunk costs some bytes
 _LARGEST = 1 << 31  # of a whole number among the parameters
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
@@ -110,24 +111,42 @@ def encode_module(
 
 
 def _layering(weights: int) -> Layering:
-    return next(layering for least, layering in reversed(_LAYERINGS.items()) if weights >= least)
+    per_plane = next(number for least, number in reversed(_LAYERS_PER_PLANE.items()) if weights >= least)
+    return Layering(_PLANES * per_plane, per_plane)
 
 
 def decode_module(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
     """The update that an entry and its layers stand for: factors of `dtype`, alpha / rank = the parameter `scale`, 1 without one.
 
+    Its rank is that of `decoded_rank`.
+
     Raises:
         FormatError: the bytes are not what the entry says, a codec that this program does not know, or a weight beyond `dtype`.
     """
-    down, up = spread_channels(entry, *decode_rows(entry, chunks, dtype))
+    down, up = spread_channels(entry, *(_at_least_one(rows) for rows in decode_rows(entry, chunks, dtype)))
     scale = entry.parameters.get("scale", 1.0)
     if type(scale) not in (int, float) or not math.isfinite(scale):
         raise FormatError(f"scale {scale!r} is no number: the file is damaged")
-    return LowRankUpdate.from_matrices(down, up.T.contiguous(), entry.rank * float(scale), entry.kernel)
+    return LowRankUpdate.from_matrices(down, up.T.contiguous(), len(down) * float(scale), entry.kernel)
+
+
+def decoded_rank(entry: Entry, chunks: Sequence[bytes]) -> int:
+    """Components of the update that an entry and its layers stand for: those that they tell of, and at least one.
+
+    Raises:
+        FormatError: as `decode_module`.
+    """
+    if entry.codec != "entropy":
+        return entry.rank
+    return max(components_told(chunks, entry.rank, _layering_of(entry)), 1)
+
+
+def _at_least_one(rows: Tensor) -> Tensor:
+    return rows if len(rows) else rows.new_zeros(1, rows.shape[1])
 
 
 def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The stored factors by rows, `dtype`: down (rank, kept inputs * kernel), up^T (rank, kept outputs).
+    """The stored factors by rows, `dtype`: down (p, kept inputs * kernel), up^T (p, kept outputs), of the p components told of.
 
     Raises:
         FormatError: as `decode_module`.
@@ -136,8 +155,7 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
     parameters = entry.parameters
     try:
         if entry.codec == "entropy":
-            step = float(_number(parameters["step"], float))
-            layering = Layering(int(_number(parameters["layers"])), int(_number(parameters.get("per_plane", 1))))
+            step, layering = float(_number(parameters["step"], float)), _layering_of(entry)
             with np.errstate(over="ignore"):
                 down, up = decode_entropy(chunks, entry.rank, inputs, outputs, step, layering, dtype)
             if not all(math.isfinite(edge) for row in (down, up) if row.numel() for edge in torch.aminmax(row)):
@@ -152,14 +170,12 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})") from None
+        raise _unfit(entry, error) from None
 
 
 def layer_place(entry: Entry, layer: int) -> float:
     """Where a layer belongs among those of all modules, the steepest fall of the error first."""
-    if layer_count(entry) == 1:
-        return -math.inf
-    return -Layering(entry.parameters["layers"], entry.parameters["per_plane"]).slope(layer)
+    return -math.inf if layer_count(entry) == 1 else -_layering_of(entry).slope(layer)
 
 
 def layer_count(entry: Entry) -> int:
@@ -172,6 +188,18 @@ def layer_count(entry: Entry) -> int:
     if type(layers) is not int:
         raise FormatError(f"{entry.name}: {layers!r} layers: the file is damaged")
     return layers
+
+
+def _layering_of(entry: Entry) -> Layering:
+    try:
+        layers = int(_number(entry.parameters["layers"]))
+        return SINGLE if layers == 1 else Layering(layers, int(_number(entry.parameters["per_plane"])))
+    except (KeyError, ValueError) as error:
+        raise _unfit(entry, error) from None
+
+
+def _unfit(entry: Entry, error: Exception) -> FormatError:
+    return FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})")
 
 
 def _number(value: Any, kind: type = int) -> float:

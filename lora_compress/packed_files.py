@@ -127,7 +127,7 @@ def write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[t
     """A packed file as a plain one; returns the modules, without their weights."""
     specs, outline = tensor_specs(packed.others), {}
     for name, entry in packed.entries.items():
-        rank = max(entry.rank, _LEAST_RANK)
+        rank = max(packed.decoded_rank(name), _LEAST_RANK)
         down, up = (rank, entry.inputs, *entry.kernel), (entry.outputs, rank, *(1,) * len(entry.kernel))
         specs |= entry.keys.specs(name, down, up, dtype)
         alpha = 1.0 if entry.keys.alpha is not None else float(rank)

@@ -27,9 +27,9 @@ from .starts import start_layers
 from .steps import Passes, plan_steps
 from .weights import Model, row_weights
 
-__all__ = ["MAX_LAYERS", "EncodedModule", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
+__all__ = ["SINGLE", "EncodedModule", "components_told", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
 
-MAX_LAYERS = 64
+_MOST_LAYERS = 64
 SINGLE = Layering()
 _short_calls = Lock()  # threads that fight for the interpreter in hundreds of short calls take longer than one that has it alone
 _SLOWER = 4  # times that of one layer, about, is what many layers take without compiled loops
@@ -100,22 +100,20 @@ def decode_entropy(
     layering: Layering = SINGLE,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Balanced rows down (rank, inputs) and up (rank, outputs), from the first chunks of a payload.
+    """Balanced rows down (p, inputs) and up (p, outputs) of the p components that the first chunks of a payload tell of.
 
-    They are float32, rounded to `dtype`; what lies beyond that becomes infinite. Components that later layers tell of are zero.
+    They are float32, rounded to `dtype`; what lies beyond that becomes infinite. With all chunks p is `rank`.
 
     Raises:
         FormatError: the chunks cannot be those of such a module.
     """
     _check_declared(chunks, rank, inputs, outputs, step, layering)
-    if not rank or not chunks:
-        return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
     kernels = _kernels(rank * (inputs + outputs) * (1 if layering.layers == 1 else _SLOWER))
     readers = [_reader(chunk, kernels) for chunk in chunks]
     side = read_side(readers, rank, layering)
     if not len(side.gains):
         _check_ends(readers, chunks, layering)
-        return torch.zeros(rank, inputs, dtype=dtype), torch.zeros(rank, outputs, dtype=dtype)
+        return torch.zeros(0, inputs, dtype=dtype), torch.zeros(0, outputs, dtype=dtype)
     runs = row_runs(side.scales, side.shapes, side.starts)
     widths = np.repeat([inputs, outputs], len(side.gains))
     places, begins = _places(runs, widths)
@@ -130,13 +128,18 @@ def decode_entropy(
     units = np.tile(row_units(side.gains, step), 2)
     look_up = kernels.look_up if kernels else None
     weights = torch.from_numpy(row_weights(known, begins, widths, models, units, kind, look_up)).to(dtype)
-    factors = weights.split([len(side.gains) * inputs, len(side.gains) * outputs])
-    return _with_zeros(factors[0].view(-1, inputs), rank), _with_zeros(factors[1].view(-1, outputs), rank)
+    edge = len(side.gains) * inputs
+    return weights[:edge].view(-1, inputs), weights[edge:].view(-1, outputs)
 
 
-def _with_zeros(rows: Tensor, rank: int) -> Tensor:
-    """Rows (p, n), and rank - p rows of zeros below."""
-    return rows if len(rows) == rank else torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
+def components_told(chunks: Sequence[bytes], rank: int, layering: Layering) -> int:
+    """Rows that `decode_entropy` makes of each factor.
+
+    Raises:
+        FormatError: as there.
+    """
+    _check_declared(chunks, rank, 0, 0, 1.0, layering)
+    return len(read_side([_reader(chunk, None) for chunk in chunks], rank, layering).gains)
 
 
 def _places(runs: Sequence[Run], widths: np.ndarray) -> tuple[list[slice], np.ndarray]:
@@ -226,13 +229,13 @@ def _turns(runs: Sequence[Run], layering: Layering, layer: int) -> Iterator[tupl
 
 
 def _check_layering(layering: Layering) -> None:
-    if not all(1 <= number <= MAX_LAYERS for number in layering):
-        raise SettingsError([f"{layering}: 1 to {MAX_LAYERS} layers are possible, and for each plane"])
+    if not all(1 <= number <= _MOST_LAYERS for number in layering):
+        raise SettingsError([f"{layering}: 1 to {_MOST_LAYERS} layers are possible, and for each plane"])
 
 
 def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layering: Layering) -> None:
-    if not all(1 <= number <= MAX_LAYERS for number in layering) or len(chunks) > layering.layers:
-        raise FormatError(f"an entropy-coded module has {len(chunks)} chunks for {layering}: 1 to {MAX_LAYERS} are possible")
+    if not all(1 <= number <= _MOST_LAYERS for number in layering) or len(chunks) > layering.layers:
+        raise FormatError(f"an entropy-coded module has {len(chunks)} chunks for {layering}: 1 to {_MOST_LAYERS} are possible")
     if not (step > 0 and np.isfinite(step)):
         raise FormatError(f"an entropy-coded module has step {step}: a positive number is needed")
     if min(rank, inputs, outputs) < 0:

@@ -188,7 +188,9 @@ for values in forms:
 os.unlink(target)
 once = (time.monotonic() - begun) / len(forms)
 roll, seen = random.Random(0), set()
-for attempt in range(8):
+for attempt in range(50):  # on a busy machine a child may not come far
+    if attempt >= 8 and len(seen) >= 2:
+        break
     if (child := os.fork()) == 0:
         while True:
             for values in forms:
@@ -283,6 +285,7 @@ def test_a_truncated_file_can_be_truncated_and_expanded(network: Path, tmp_path:
     expand_file(twice, tmp_path / "plain.safetensors", save_dtype=torch.float32)
     plain = load_lora(tmp_path / "plain.safetensors").updates
     for name, update in load_lora(twice).updates.items():
+        assert plain[name].rank == max(update.rank, 2), "what the cut file does not tell of is no zeros in the plain one"
         assert float((dense(plain[name]) - dense(update)).norm()) <= 1e-6 * float(dense(update).norm())
 
 
