@@ -19,6 +19,7 @@ from .tables import MAX_SCALE, SHAPES
 
 __all__ = ["Side", "read_side", "write_side"]
 
+_COUNTS = symbol_table(33, 0)  # of components that start: half of the time 0, 1 or 2
 _MODELS = 256  # numbers of (scale, shape) pairs
 _MAX_EXPONENT = 4000  # eighths of an octave; sqrt of what float32 holds, twice over
 
@@ -53,7 +54,7 @@ def write_side(writers: Sequence[AnsWriter], module: QuantizedModule, starts: np
     edges = np.searchsorted(starts, np.arange(len(writers) + 1))
     for writer, (begin, end) in zip(writers, pairwise(edges.tolist()), strict=True):
         if writer is not writers[-1] and begin < module.rank:
-            _write_count(writer, end - begin, module.rank - begin)
+            write_symbols(writer, np.array([end - begin]), _COUNTS)
         if begin == end:
             continue
         first = begin == 0
@@ -75,7 +76,9 @@ def read_side(readers: Sequence[AnsReader], rank: int, layering: Layering) -> Si
     starts: list[int] = []
     for layer, reader in enumerate(readers):
         left = rank - len(starts)
-        count = left if layer == layering.layers - 1 else _read_count(reader, left)
+        count = left if layer == layering.layers - 1 or not left else int(read_symbols(reader, 1, _COUNTS)[0])
+        if count > left:
+            raise FormatError("an entropy-coded payload tells of more components than there are: get the file again")
         if not count:
             continue
         for number, (rows, width) in enumerate(((gains, count), (offsets, count + (not starts)), (shapes, count))):
@@ -89,20 +92,6 @@ def read_side(readers: Sequence[AnsReader], rank: int, layering: Layering) -> Si
     side = Side(exponents, told[:, :1] + told[:, 1:] + 2 * exponents, as_symbols(kinds), np.array(starts, dtype=np.int64))
     _check(side, layering)
     return side
-
-
-def _write_count(writer: AnsWriter, count: int, most: int) -> None:
-    """A number from 0 to `most`, in as many bits as that takes: tables of `most` kinds would be as many as there are modules."""
-    places = np.arange(most.bit_length())[::-1]
-    writer.write(count >> places & 1, uniform, 2)
-
-
-def _read_count(reader: AnsReader, most: int) -> int:
-    bits = reader.read(most.bit_length(), uniform, 2)
-    count = int((bits << np.arange(len(bits))[::-1]).sum())
-    if count > most:
-        raise FormatError("an entropy-coded payload tells of more components than there are: get the file again")
-    return count
 
 
 def _read_model(reader: AnsReader) -> tuple[int, int]:

@@ -29,7 +29,21 @@ VALUES: list[Any] = [
     [0],
     [[1, 2]],
 ]
-VALUES += ["entropy", "mixed", "nf4", "int2", "int8", "fp8", "bf16", "fp32", {"": 0}, {"step": 0.1, "layers": 64}, "ff", "\ud800"]
+VALUES += [
+    "entropy",
+    "mixed",
+    "nf4",
+    "int2",
+    "int8",
+    "fp8",
+    "bf16",
+    "fp32",
+    {"": 0},
+    {"step": 0.1, "layers": 64},
+    {"step": 0.1, "layers": 64, "per_plane": 1},
+    "ff",
+    "\ud800",
+]
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -154,7 +168,9 @@ def bend(tree: Any, roll: chance.Random) -> None:
         if not isinstance(other, list) or name < len(other):
             container[key], other[name] = other[name], container[key]
     elif kind == 4 and isinstance(container, dict):
-        container[roll.choice(["", "x", "layers", "step", "bits", "block", "lora_unet_m.lora_down.weight", PAYLOAD])] = value
+        container[
+            roll.choice(["", "x", "layers", "per_plane", "step", "bits", "block", "lora_unet_m.lora_down.weight", PAYLOAD])
+        ] = value
     else:
         container[key] = roll.choice(VALUES)
 

@@ -98,8 +98,8 @@ class Side:
         begin, first = len(self.gain), not self.gain
         count = self.rank - begin
         if count and not last:
-            most, count = count, int("".join(str(stack.read(uniform(2))) for _ in f"{count:b}"), 2)
-            assert count <= most
+            (count,) = read_symbols(stack, 1, 33, 0, 0)
+            assert count <= self.rank - begin
         if not count:
             return []
         gains, offsets, shapes = (self._integers(stack, i, size) for i, size in enumerate((count, 2 * (count + first), 2 * count)))
