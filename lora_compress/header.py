@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import FormatError
 
-__all__ = ["read_header"]
+__all__ = ["parse_json", "read_header"]
 
 # A LoRA of SDXL has 1,014 modules: its header takes 0.4 MB and 45,000 values. Captions of a whole data set in the metadata can
 # take some MB more, as one text. Python needs up to 9 bytes for a byte of text and 80 for a value: 190 MB with both at their most.
@@ -35,7 +35,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             text = file.read(length)
         if (values := _count_values(text)) > _MOST_VALUES:
             raise _too_large(path, f"{values} values", _MOST_VALUES)
-        header = json.loads(text)
+        header = parse_json(text)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
     except FormatError:
@@ -48,6 +48,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
     return header, 8 + length, size - 8 - length
+
+
+def parse_json(text: bytes) -> Any:
+    """A tree of JSON.
+
+    Raises:
+        ValueError: it is none, or holds half of a surrogate pair, which is no text and could not be written again.
+    """
+    tree = json.loads(text)
+    if b"\\u" in text:
+        json.dumps(tree, ensure_ascii=False).encode()
+    return tree
 
 
 def _count_values(text: bytes) -> int:

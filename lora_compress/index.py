@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .chunks import Chunk
 from .errors import FormatError
+from .header import parse_json
 from .plain import KOHYA_KEYS, PlainKeys
 
 __all__ = ["Entry", "PackedIndex", "read_index"]
@@ -156,7 +157,7 @@ def read_index(data: bytes, where: str) -> PackedIndex:
         text = unpacked.decompress(data, _LARGEST_INDEX)
         if unpacked.unconsumed_tail or not unpacked.eof:
             raise ValueError(f"it is cut, or longer than {_LARGEST_INDEX} bytes")
-        content = json.loads(text)
+        content = parse_json(text)
         columns = content["modules"]
         styles = [_keys(style) for style in content["keys"]]
         rows = enumerate(_rows(columns, list(_COLUMNS)))

@@ -123,7 +123,7 @@ def decode_entropy(
             _read_layer(reader, known, ((places[number], passes) for number, passes in _turns(runs, layering, layer)))
     _check_ends(readers, chunks, layering)
     stage = layering.stage(len(chunks) - 1)
-    models = [Model(scale, shape, stage) for scale, shape in zip(side.scales.flat, side.shapes.flat, strict=True)]
+    models = [Model(*row, stage) for row in zip(side.scales.ravel().tolist(), side.shapes.ravel().tolist(), strict=True)]
     kind = np.float16 if dtype == torch.float16 else np.float32  # of numpy, which has no other
     units = np.tile(row_units(side.gains, step), 2)
     look_up = kernels.look_up if kernels else None

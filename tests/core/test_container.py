@@ -299,6 +299,7 @@ def test_a_changed_byte_of_the_payload_is_noticed(codec: str, tmp_path: Path) ->
 
 HEADERS: dict[str, Callable[[dict[str, Any]], None]] = {
     "metadata of numbers": lambda header: header.update(__metadata__={"a": 1}),
+    "metadata that are no text": lambda header: header.update(__metadata__={"a": "\ud800"}),
     "metadata as a list": lambda header: header.update(__metadata__=["a"]),
     "a payload of floats": lambda header: header[PAYLOAD_KEY].update(dtype="F64"),
     "an unknown dtype": lambda header: header[INDEX_KEY].update(dtype="Q2"),

@@ -91,6 +91,7 @@ def test_the_good_index_of_these_tests_is_read() -> None:
 
 
 LIES: dict[str, dict[str, Any]] = {
+    "a name that is no text": {"name": "\ud800"},
     "rank above the layer's": {"rank": 7},
     "rank above the kept channels": {"kept": {"0": ["80", None]}},
     "rank 0": {"rank": 0},
