@@ -105,10 +105,9 @@ def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> 
     """
     index = _index(tensors, where)
     cut, used = index.cut(size)
-    missing = len(index.entries) - len({module for module, _, _ in cut.chunks if used})
-    if missing:
+    if cut.missing:
         raise FormatError(
-            f"{where}: the first {size} bytes of its payload lack {missing} of {len(index.entries)} modules: take a larger size"
+            f"{where}: the first {size} bytes of its payload lack {cut.missing} of {len(index.entries)} modules: take a larger size"
             ", or compress with strategy=entropy progressive=true"
         )
     return {**tensors, INDEX_KEY: cut.encode(), PAYLOAD_KEY: tensors[PAYLOAD_KEY][:used]}

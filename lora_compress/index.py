@@ -99,6 +99,11 @@ class PackedIndex:
         """Bytes of the payload."""
         return sum(length for _, length, _ in self.chunks)
 
+    @property
+    def missing(self) -> int:
+        """Modules of which there is nothing: those without a chunk, and all where no chunk has bytes."""
+        return len(self.entries) - len({module for module, _, _ in self.chunks} if self.payload else ())
+
     def cut(self, size: int) -> tuple[PackedIndex, int]:
         """The index of the first `size` bytes of the payload at most, cut between chunks, and the bytes that it covers."""
         end, count = 0, 0

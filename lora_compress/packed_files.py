@@ -77,7 +77,7 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
         if whole <= size:
             break
         room = min(room, payload) - max(whole - size, 1)
-    if whole > size or not payload or len({module for module, _, _ in index.chunks}) < len(lora.index.entries):
+    if whole > size or index.missing:
         raise FormatError(f"{source}: {size} bytes have no room for the first layer of every module: take a larger --truncate")
     with atomic_path(target) as temporary:
         with TensorWriter(temporary, specs, metadata) as writer:

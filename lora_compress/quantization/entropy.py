@@ -79,7 +79,7 @@ def encode_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering 
 
 def encode_integers(module: QuantizedModule, step: float) -> EncodedModule:
     """Code integers as they are, with the models that they come with, in one layer: those that a training ended with."""
-    return _encoded(module, step, _chunks(module, np.zeros(module.rank, dtype=np.int64), SINGLE))
+    return _encoded(module, step, _chunks(*_by_start(module, SINGLE), SINGLE))
 
 
 def predict_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE) -> EncodedModule:
@@ -197,8 +197,10 @@ def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> Encod
 def _by_start(module: QuantizedModule, layering: Layering) -> tuple[QuantizedModule, np.ndarray]:
     """A module with its components sorted by the layers in which they start, and these, (rank,)."""
     starts = start_layers(module, layering)
+    if not starts.any():
+        return module, starts
     order = np.argsort(starts, kind="stable")
-    return module.taken(order) if layering.layers > 1 else module, starts[order]
+    return module.taken(order), starts[order]
 
 
 def _chunks(module: QuantizedModule, starts: np.ndarray, layering: Layering) -> list[bytes]:
@@ -228,13 +230,17 @@ def _turns(runs: Sequence[Run], layering: Layering, layer: int) -> Iterator[tupl
             yield number, Passes(run.scale, run.shape, before, after)
 
 
+def _is_possible(layering: Layering) -> bool:
+    return all(1 <= number <= _MOST_LAYERS for number in layering)
+
+
 def _check_layering(layering: Layering) -> None:
-    if not all(1 <= number <= _MOST_LAYERS for number in layering):
+    if not _is_possible(layering):
         raise SettingsError([f"{layering}: 1 to {_MOST_LAYERS} layers are possible, and for each plane"])
 
 
 def _check_declared(chunks: Sequence[bytes], rank: int, inputs: int, outputs: int, step: float, layering: Layering) -> None:
-    if not all(1 <= number <= _MOST_LAYERS for number in layering) or len(chunks) > layering.layers:
+    if not _is_possible(layering) or len(chunks) > layering.layers:
         raise FormatError(f"an entropy-coded module has {len(chunks)} chunks for {layering}: 1 to {_MOST_LAYERS} are possible")
     if not (step > 0 and np.isfinite(step)):
         raise FormatError(f"an entropy-coded module has step {step}: a positive number is needed")

@@ -21,6 +21,11 @@ class Stage(NamedTuple):
     plane: int
     halved: bool = False
 
+    @property
+    def left(self) -> int:
+        """Passes that are still to come: next bits at plane 0 are the last, before them zeros are split there, and so on up."""
+        return 2 * self.plane + self.halved
+
 
 class Layering(NamedTuple):
     """The layers of a payload.

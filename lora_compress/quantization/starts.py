@@ -23,9 +23,9 @@ def start_layers(module: QuantizedModule, layering: Layering) -> np.ndarray:
     By as much as its energy times the shares of it that its two rows then have: half of each is a quarter. So components start
     late, and at once in some detail.
     """
-    layers = range(layering.layers)
     if layering.layers == 1 or not module.rank:
         return np.zeros(module.rank, dtype=np.int64)
+    layers = range(layering.layers)
     stages = tuple(map(layering.stage, layers))
     bits = np.full((module.rank, 1), _SIDE_BITS)
     shares, energies = [], []
@@ -50,17 +50,19 @@ def _prefixes(scale: int, shape: int, stages: tuple[Stage, ...]) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _prefix(scale: int, shape: int, stage: Stage) -> tuple[float, float]:
+    """Bits per weight, and the mean square of the weights, at one stage; nothing where a row cannot start."""
     if scale < least_scale(stage):
         return 0.0, 0.0
     plane = max(stage.plane, lowest_symbol_plane(scale))
+    pending = stage.halved and plane == stage.plane  # the last bit of magnitudes above 1
     counts_of, *key = symbol_table(scale - 8 * plane, shape, plane)
     share = counts_of(*key) / (1 << PRECISION)
     symbols = np.arange(len(share))
-    if stage.halved and plane == stage.plane:  # the last bit of magnitudes above 1 is not told yet
+    if pending:
         magnitudes = symbols + 1 >> 1
         symbols -= 2 * (magnitudes & 1) * (magnitudes > 1)
         share = np.bincount(symbols, share)
         symbols = np.flatnonzero(share)
         share = share[symbols]
-    centres = expected_values(symbols, scale, shape, Stage(plane, stage.halved and plane == stage.plane))
+    centres = expected_values(symbols, scale, shape, Stage(plane, pending))
     return float(-(share * np.log2(share)).sum()) + plane - stage.plane, float((share * centres**2).sum())

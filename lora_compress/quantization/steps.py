@@ -65,8 +65,8 @@ def plan_steps(passes: Passes) -> tuple[Step, ...]:
     if before is None:
         before = Stage(after.plane + after.halved)
         steps += _first(scale, shape, before.plane)
-    for position in range(2 * before.plane + before.halved - 1, 2 * after.plane + after.halved - 1, -1):
-        plane, halved = divmod(position, 2)
+    for left in reversed(range(after.left, before.left)):
+        plane, halved = divmod(left, 2)
         here = scale - 8 * plane
         if halved:
             steps.append(Step(Kind.SPLIT, plane, plane + 1, ((split_counts, here, shape, plane),)))
