@@ -210,12 +210,12 @@ def _number(value: Any, kind: type = int) -> float:
 
 
 def spread_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept channels back to their places, zeros between: down (rank, in * kernel), up^T (rank, out)."""
+    """Kept channels back to their places, zeros between: down (..., rank, in * kernel), up^T (..., rank, out)."""
     kept_out, kept_in = entry.kept
     if kept_out is not None:
-        up = _spread(up, kept_out, entry.outputs)
+        up = _spread(up.unsqueeze(-1), kept_out, entry.outputs)
     if kept_in is not None:
-        down = _spread(down.unflatten(1, (len(kept_in), -1)), kept_in, entry.inputs).flatten(1)
+        down = _spread(down.unflatten(-1, (len(kept_in), -1)), kept_in, entry.inputs)
     return down, up
 
 
@@ -223,16 +223,16 @@ def take_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     """What `spread_channels` put there: the kept channels alone."""
     kept_out, kept_in = entry.kept
     if kept_out is not None:
-        up = up[:, list(kept_out)]
+        up = up[..., list(kept_out)]
     if kept_in is not None:
-        down = down.unflatten(1, (entry.inputs, -1))[:, list(kept_in)].flatten(1)
+        down = down.unflatten(-1, (entry.inputs, -1))[..., list(kept_in), :].flatten(-2)
     return down, up
 
 
 def _spread(rows: Tensor, kept: tuple[int, ...], count: int) -> Tensor:
-    whole = rows.new_zeros(len(rows), count, *rows.shape[2:])
-    whole[:, list(kept)] = rows
-    return whole
+    whole = rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1])
+    whole[..., list(kept), :] = rows
+    return whole.flatten(-2)
 
 
 def _runs(bits: Sequence[int]) -> list[list[int]]:

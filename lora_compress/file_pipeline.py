@@ -216,15 +216,21 @@ def _write_plain(
 ) -> dict[str, Stored]:
     """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
 
+    def keys(name: str) -> PlainKeys:
+        return assembly.job.analyses[name].shape.keys
+
     def write(name: str, module: Stored) -> Stored:
         assert module.plain is not None
-        write_tensors(writer, assembly.job.analyses[name].shape.keys.tensors(name, module.plain))
+        write_tensors(writer, keys(name).factors(name, module.plain))
         return module.without_factors()
 
+    alpha = assembly.job.file_alpha(chosen.choices)
     with atomic_path(target) as temporary:
         with TensorWriter(temporary, assembly.specs(outline), assembly.finished_metadata(outline)) as writer:
             _pass_on(writer, lora, outline)
-            stored = dict(assembly.job.run(chosen.choices, sink=write))
+            for name in outline:  # first, as in the file: the hash of its data is taken on the way
+                write_tensors(writer, keys(name).alphas(name, alpha))
+            stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))
             writer.metadata = assembly.finished_metadata(stored)
     return stored
 

@@ -8,10 +8,12 @@ import json
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
@@ -43,7 +45,8 @@ DTYPE_NAMES = {
 }
 _ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
 _NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
-_SYNCED_AT_A_TIME = 1 << 25  # bytes
+_SETTLED_AT_A_TIME = 1 << 25  # bytes
+_HASHED_AT_A_TIME = 1 << 20
 _LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
 
 
@@ -90,13 +93,16 @@ class TensorWriter:
         for key, spec in self._specs.items():
             self._offsets[key] = offset
             offset += spec.nbytes
-        self._file = open(path, "wb+")  # noqa: SIM115 - closed in __exit__
+        self._path = path
+        self._file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
         self._file.write(header)
         self._file.truncate(offset)
         self._lock = threading.Lock()
-        self._unsynced = 0
+        self._unsettled = 0
+        self._unhashed = deque(self._specs)
+        self._digest = hashlib.sha256()
         self._disk = ThreadPoolExecutor(1)
-        self._syncing: Future[None] = self._disk.submit(lambda: None)
+        self._settling: Future[None] = self._disk.submit(lambda: None)
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write one tensor, of the dtype and shape that were announced."""
@@ -107,10 +113,12 @@ class TensorWriter:
             self._waiting.discard(key)
             self._file.seek(self._offsets[key])
             self._file.write(data)
-            self._unsynced += len(data)
-            if self._unsynced > _SYNCED_AT_A_TIME:
-                self._unsynced = 0
-                self._sync()
+            self._unsettled += len(data)
+            if self._unsettled > _SETTLED_AT_A_TIME and self._settling.done():
+                self._unsettled = 0
+                self._settling.result()  # a system tells an error of the disk once: it must not get lost
+                self._file.flush()
+                self._settling = self._disk.submit(self._settle)
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -120,30 +128,40 @@ class TensorWriter:
             if kind is None:
                 if self._waiting:
                     raise ValueError(f"never written: {', '.join(sorted(self._waiting)[:3])}")
+                self._settling.result()
                 self._file.flush()
-                self._sync()
+                self._settling = self._disk.submit(os.fsync, self._file.fileno())
                 self._finish()
-                self._syncing.result()
+                self._settling.result()
         finally:
             self._disk.shutdown()
             self._file.close()
 
-    def _sync(self) -> None:
-        """Bring what is written to the disk in the background, so that at the end nobody waits for it.
+    def _settle(self) -> None:
+        """In the background, so that at the end nobody waits for it: hash what is written, bring it to the disk."""
+        self._hash()
+        os.fsync(self._file.fileno())
 
-        A system tells an error of the disk once: it must not get lost here.
-        """
-        if self._syncing.done():
-            self._syncing.result()
-            self._syncing = self._disk.submit(os.fsync, self._file.fileno())
+    def _hash(self) -> None:
+        """Go on hashing, as far as the data have come without a gap."""
+        with self._lock:
+            ready = list(takewhile(lambda key: key not in self._waiting, self._unhashed))
+        if not ready:
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self._offsets[ready[0]])
+            left = sum(self._specs[key].nbytes for key in ready)
+            while left:
+                block = file.read(min(left, _HASHED_AT_A_TIME))
+                self._digest.update(block)
+                left -= len(block)
+        for _ in ready:
+            self._unhashed.popleft()
 
     def _finish(self) -> None:
-        """Hash the data and mend the header in place."""
-        self._file.seek(self._data)
-        digest = hashlib.sha256()
-        while block := self._file.read(1 << 22):
-            digest.update(block)
-        hashes = dict(zip(_NO_HASHES, (digest.hexdigest(), self._legacy_hash()), strict=True))
+        """Hash the rest of the data and mend the header in place."""
+        self._hash()
+        hashes = dict(zip(_NO_HASHES, (self._digest.hexdigest(), self._legacy_hash()), strict=True))
         header = _header(self._entries, self.metadata | hashes, self._data)
         if len(header) != self._data:
             raise ValueError("the final metadata need more room than those that were announced")
@@ -155,8 +173,10 @@ class TensorWriter:
         header = _header(self._entries, {key: value for key, value in self.metadata.items() if key.startswith("ss_")})
         begin = max(_LEGACY_HASHED.start - len(header), 0)
         end = max(_LEGACY_HASHED.stop - len(header), 0)
-        self._file.seek(self._data + begin)
-        return hashlib.sha256(header[_LEGACY_HASHED.start : _LEGACY_HASHED.stop] + self._file.read(end - begin)).hexdigest()[:8]
+        with open(self._path, "rb") as file:
+            file.seek(self._data + begin)
+            data = file.read(end - begin)
+        return hashlib.sha256(header[_LEGACY_HASHED.start : _LEGACY_HASHED.stop] + data).hexdigest()[:8]
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,17 +14,19 @@ from .chunks import Chunk, Spool
 from .encoding import Choice, encode_module, spread_channels, take_channels
 from .errors import FormatError
 from .index import Entry
-from .parallel import each_batch, each_module, stream_modules
+from .parallel import NEIGHBOURS, each_batch, each_module, stream_batches
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from .pruning import select_channels
 from .quantization import FixedFormat, fixed_size
 from .settings import CompressionSettings
-from .spectrum import NOT_FINITE, Spectrum, quick_svds, thin_svd
-from .update import LowRankUpdate, difference
+from .spectrum import NOT_FINITE, Spectrum, balanced_rows, quick_svds, thin_svd
+from .update import LowRankUpdate, difference, differences
 
 __all__ = ["Analysis", "Components", "Job", "Stored", "by_svd", "pad_to_two"]
 
 Components = tuple[Spectrum, Tensor]  # of a module, best first, and the falling scores by which they are so
+Rows = tuple[Tensor, Tensor]  # down and up^T, of modules of one shape: (b, k, in * kernel) and (b, k, out)
+Item = TypeVar("Item")
 _SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
 _LEAST_SAMPLE = 4
 _GROUP_WEIGHTS = 1 << 20  # of modules of one shape, which are held in float64
@@ -148,25 +151,36 @@ class Job:
         return self.settings.save_format in ("packed", "both")
 
     def run(
-        self, choices: Mapping[str, Choice], *, predict: bool = False, sink: Callable[[str, Stored], Stored] | None = None
+        self,
+        choices: Mapping[str, Choice],
+        *,
+        predict: bool = False,
+        alpha: float | None = None,
+        sink: Callable[[str, Stored], Stored] | None = None,
     ) -> Iterator[tuple[str, Stored]]:
         """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too.
 
         Args:
             choices: by module name.
             predict: zeros stand for what the entropy coder would say, and nothing is refined.
+            alpha: of a plain file, as `file_alpha` says, if that is known.
             sink: gets each module in the thread that made it, to write it away; what it returns takes the module's place.
         """
 
-        def store(name: str, choice: Choice) -> Stored:
-            stored = self._store(name, choice, padded[name], alpha, predict)
-            return sink(name, stored) if sink and stored.rank else stored
+        def store(names: Sequence[str]) -> dict[str, Stored]:
+            if coded:
+                made = {name: self._coded(name, kept[name], padded[name], own_alpha, predict) for name in names}
+            else:
+                made = self._truncated({name: (kept[name].rank, padded[name]) for name in names}, own_alpha)
+            return {name: sink(name, stored) if sink and stored.rank else stored for name, stored in made.items()}
 
+        coded = self.settings.quantization.enabled
         kept = {name: choice for name, choice in choices.items() if choice.rank}
         padded = self.pad({name: choice.stored for name, choice in kept.items()})
-        alpha = self._file_alpha(kept, padded)
+        own_alpha = self.file_alpha(kept) if alpha is None else alpha
         spool = self.spool() if self.spool and self.packed and not predict else None
-        for done, (name, stored) in enumerate(stream_modules(store, kept), 1):
+        made = stream_batches(store, list(kept)) if coded else stream_batches(store, list(kept), NEIGHBOURS)
+        for done, (name, stored) in enumerate(made, 1):
             if stored.rank:
                 yield name, replace(stored, chunks=tuple(map(spool.keep, stored.chunks))) if spool else stored
             if self.progress:
@@ -208,27 +222,22 @@ class Job:
         form = FixedFormat.of_settings(self.settings.quantization) if choice.bits else None
         return fixed_size(choice.rank, *self.analyses[name].shape.stored, form, choice.bits) if form else 0
 
-    def _file_alpha(self, choices: Mapping[str, Choice], padded: Mapping[str, int]) -> float:
+    def file_alpha(self, choices: Mapping[str, Choice]) -> float:
         """The one alpha of a plain file."""
         if self.packed or self.dtype != FP8:
             return 1.0
-        products = each_module(lambda name, choice: padded[name] * self._product(name, choice.rank), choices)
+        kept = {name: choice for name, choice in choices.items() if choice.rank}
+        padded = self.pad({name: choice.stored for name, choice in kept.items()})
+        products = each_module(lambda name, choice: padded[name] * self._product(name, choice.rank), kept)
         return fp8_alpha(list(products.values()))
 
     def _analyse(self, names: Sequence[str]) -> dict[str, Analysis]:
         """Neighbours in the file, those of one shape at once: a module alone costs as much in calls as in arithmetic."""
         found: dict[str, Analysis] = {}
-        alike: dict[tuple[torch.Size, torch.Size], dict[str, LowRankUpdate]] = {}
-        for name in names:
-            update = self.updates[name]
-            group = alike.setdefault((update.down.shape, update.up.shape), {})
-            group[name] = update
-            if update.numel * len(group) > _GROUP_WEIGHTS:
-                found |= self._analyse_alike(group)
-                group.clear()
-        for group in alike.values():
-            found |= self._analyse_alike(group) if group else {}
-        return {name: found[name] for name in names}
+        updates = ((name, self.updates[name]) for name in names)
+        for group in _alike(((name, u), (u.down.shape, u.up.shape), u.numel) for name, u in updates):
+            found |= self._analyse_alike(dict(group))
+        return found
 
     def _analyse_alike(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, Analysis]:
         channels, parts = {}, {}
@@ -278,43 +287,99 @@ class Job:
         device = self.settings.quantization_device
         return LowRankUpdate(down.to(device), up.to(device), update.alpha)
 
-    def _rows(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
-        """The strongest components over the kept channels, on the device that computes."""
-        analysis = self.analyses[name]
-        spectrum = analysis.spectrum.of(self._part(self.updates[name], analysis.shape.kept))
-        return spectrum.to(self.settings.quantization_device).balanced(rank)
+    def _rows(self, names: Sequence[str], rank: int) -> Rows:
+        """The strongest components of modules of one shape over the kept channels, on the device that computes."""
+        analyses = {name: self.analyses[name] for name in names}
+        spectra = [a.spectrum.of(self._part(self.updates[name], a.shape.kept)) for name, a in analyses.items()]
+        return balanced_rows([spectrum.to(self.settings.quantization_device) for spectrum in spectra], rank)
 
     def _product(self, name: str, rank: int) -> float:
         """max|down| max|up|."""
-        down, up = self._rows(name, rank)
+        down, up = self._rows([name], rank)
         return float(down.abs().amax() * up.abs().amax())
 
-    def _store(self, name: str, choice: Choice, padded: int, alpha: float, predict: bool = False) -> Stored:
+    def _coded(self, name: str, choice: Choice, padded: int, alpha: float, predict: bool) -> Stored:
+        """A quantized module, of a packed file or as plain factors."""
         analysis = self.analyses[name]
-        sigma, shape = analysis.spectrum.sigma, analysis.shape
-        quantized = self.settings.quantization.enabled
-        down, up = self._rows(name, len(sigma) if quantized else choice.rank)  # a coarse grid's noise reaches into the tail
-        tail = 0.0 if quantized else float(sigma[choice.rank :].square().sum())
-        chunks: list[bytes] = []
-        found, entry = (down[: choice.rank], up[: choice.rank]), None
-        if quantized:
-            coded = encode_module(shape, *found, choice, self.settings.quantization, predict=predict)
-            entry, chunks, found = coded.entry, coded.chunks, coded.rows
-            if not entry.rank:
-                return Stored(0, analysis.norm)
-        down, up, found = down.cpu(), up.cpu(), (found[0].cpu(), found[1].cpu())
-        if self.packed:
-            lost = analysis.lost + tail + difference(down, up, *found)
-            kept = tuple(Chunk.predicted(len(chunk)) if predict else Chunk.of(chunk) for chunk in chunks)
-            return Stored(len(found[0]), lost, None, entry, kept, payload=sum(map(len, kept)))
+        (down,), (up,) = self._rows([name], len(analysis.spectrum.sigma))  # all: a coarse grid's noise reaches into the tail
+        up = up.contiguous()
+        rows = down[: choice.rank], up[: choice.rank]
+        coded = encode_module(analysis.shape, *rows, choice, self.settings.quantization, predict=predict)
+        if not coded.entry.rank:
+            return Stored(0, analysis.norm)
+        exact, found = _on_cpu(down, up), _on_cpu(*coded.rows)
+        if not self.packed:
+            made = self._plain([name], _batch(exact), _batch(found), padded, alpha)[name]
+            return replace(made, payload=sum(map(len, coded.chunks)))
+        lost = analysis.lost + difference(*exact, *found)
+        chunks = tuple(Chunk.predicted(len(chunk)) if predict else Chunk.of(chunk) for chunk in coded.chunks)
+        return Stored(coded.entry.rank, lost, None, coded.entry, chunks, payload=sum(map(len, chunks)))
+
+    def _truncated(self, ranks: Mapping[str, tuple[int, int]], alpha: float) -> dict[str, Stored]:
+        """Plain modules of the first components as they are; of each how many, and how many rows the file has."""
+
+        def kind(name: str) -> Hashable:
+            analysis = self.analyses[name]
+            shape = analysis.shape
+            own = shape.keys.alpha is None, analysis.spectrum.narrow
+            return ranks[name], shape.outputs, shape.inputs, shape.kernel, shape.rank, shape.kept, own
+
+        found: dict[str, Stored] = {}
+        for names in _alike((name, kind(name), self.analyses[name].shape.weights) for name in ranks):
+            rank, padded = ranks[names[0]]
+            rows = _on_cpu(*self._rows(names, rank))
+            for name, made in self._plain(names, rows, rows, padded, alpha).items():
+                tail = float(self.analyses[name].spectrum.sigma[rank:].square().sum())
+                found[name] = replace(made, squared_error=made.squared_error + tail)
+        return found
+
+    def _plain(self, names: Sequence[str], exact: Rows, found: Rows, padded: int, alpha: float) -> dict[str, Stored]:
+        """Modules of one shape as a plain file gets them, and what that costs them.
+
+        Args:
+            exact: down (b, k, in * kernel) and up^T (b, k, out).
+            found: the same after coding, k' of them.
+            padded: rows in the file.
+            alpha: of the file.
+        """
+        shape = self.analyses[names[0]].shape
         own_alpha = None if shape.keys.alpha is None else alpha
         try:
             plain = plain_rows(*spread_channels(shape, *found), self.dtype, own_alpha, padded)
         except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
-        update = update_of_rows(*plain, shape.kernel, own_alpha)
-        written = take_channels(shape, *plain)
-        rank = len(found[0])  # without the padding
-        rows = (written[0][:rank].float() * update.scale, written[1][:rank].float())
-        lost = analysis.lost + tail + difference(down, up, *rows)
-        return Stored(rank, lost, update, alpha=update.alpha, padded=padded, payload=sum(map(len, chunks)))
+            if len(names) == 1:
+                raise FormatError(f"{names[0]}: {error}") from None
+            for i, name in enumerate(names):  # which of them it is
+                self._plain([name], _of_one(exact, i), _of_one(found, i), padded, alpha)
+            raise
+        updates = [update_of_rows(down, up, shape.kernel, own_alpha) for down, up in zip(*plain, strict=True)]
+        rank = found[0].shape[1]  # without the padding
+        down, up = (rows[:, :rank].float() for rows in take_channels(shape, *plain))
+        lost = differences(*exact, down * updates[0].scale, up)
+        return {
+            name: Stored(rank, self.analyses[name].lost + error, update, alpha=update.alpha, padded=padded)
+            for name, update, error in zip(names, updates, lost.tolist(), strict=True)
+        }
+
+
+def _on_cpu(down: Tensor, up: Tensor) -> Rows:
+    return down.cpu(), up.cpu()
+
+
+def _batch(rows: Rows) -> Rows:
+    return rows[0].unsqueeze(0), rows[1].unsqueeze(0)
+
+
+def _of_one(rows: Rows, index: int) -> Rows:
+    return _batch((rows[0][index], rows[1][index]))
+
+
+def _alike(items: Iterable[tuple[Item, Hashable, int]]) -> Iterator[list[Item]]:
+    """Items of one kind together, as many as their weights allow, given kind and weights of each."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item, kind, weights in items:
+        group = groups.setdefault(kind, [])
+        group.append(item)
+        if weights * len(group) > _GROUP_WEIGHTS:
+            yield groups.pop(kind)
+    yield from groups.values()

@@ -45,10 +45,15 @@ class PlainKeys:
 
     def tensors(self, name: str, update: LowRankUpdate) -> dict[str, Tensor]:
         """The tensors of a plain file; without an alpha of its own the update's must be its rank."""
-        pairs = {self.down: update.down, self.up: update.up}
-        if self.alpha is not None:
-            pairs[self.alpha] = torch.tensor(update.alpha, dtype=torch.float32)
-        return {key.replace("{}", name, 1): tensor for key, tensor in pairs.items()}
+        return self.factors(name, update) | self.alphas(name, update.alpha)
+
+    def factors(self, name: str, update: LowRankUpdate) -> dict[str, Tensor]:
+        """Those of them that are matrices."""
+        return {self.down.replace("{}", name, 1): update.down, self.up.replace("{}", name, 1): update.up}
+
+    def alphas(self, name: str, alpha: float) -> dict[str, Tensor]:
+        """The other one, if there is one."""
+        return {} if self.alpha is None else {self.alpha.replace("{}", name, 1): torch.tensor(alpha, dtype=torch.float32)}
 
     def specs(self, name: str, down: tuple[int, ...], up: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
         """What the header says of them, for factors of these shapes."""
@@ -68,7 +73,8 @@ def plain_update(
     Args:
         kernel: kernel size of a convolution, () for a linear layer.
     """
-    return update_of_rows(*plain_rows(down, up, dtype, alpha, least_rank), kernel, alpha)
+    (down,), (up,) = plain_rows(down.unsqueeze(0), up.unsqueeze(0), dtype, alpha, least_rank)
+    return update_of_rows(down, up, kernel, alpha)
 
 
 def update_of_rows(down: Tensor, up: Tensor, kernel: tuple[int, ...], alpha: float | None) -> LowRankUpdate:
@@ -79,14 +85,14 @@ def update_of_rows(down: Tensor, up: Tensor, kernel: tuple[int, ...], alpha: flo
 def plain_rows(
     down: Tensor, up: Tensor, dtype: torch.dtype, alpha: float | None = 1.0, least_rank: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the factors that a plain file gets, down (rank, in * kernel) and up^T (rank, out).
+    """Rows of the factors that a plain file gets, down (b, rank, in * kernel) and up^T (b, rank, out), of modules of one shape.
 
     The scale of a module goes into its factors, half into each, because diffusers mixes up alphas that differ between
     modules; stable-diffusion.cpp misreads rank 1, so components of zeros fill the rank up to `least_rank`.
 
     Args:
-        down: (k, in * kernel), rows of the balanced basis.
-        up: (k, out).
+        down: (b, k, in * kernel), rows of the balanced basis.
+        up: (b, k, out).
         dtype: of the factors in the file.
         alpha: of the file; None where the layout has none, which means alpha = rank.
         least_rank: to pad to.
@@ -94,17 +100,19 @@ def plain_rows(
     Raises:
         FormatError: weights beyond the range of `dtype`.
     """
-    rank = max(len(down), least_rank)
+    rank = max(down.shape[1], least_rank)
     gain = 1.0 if alpha is None else math.sqrt(rank / alpha)
     largest = [_largest(rows) for rows in (down, up)]
-    balance = _power_of_two_balance(*largest)
+    balances = [_power_of_two_balance(*pair) for pair in zip(*(most.tolist() for most in largest), strict=True)]
+    scales = [gain * balance for balance in balances], [gain / balance for balance in balances]
     rows = []
-    for factor, scale, most in ((down, gain * balance, largest[0]), (up, gain / balance, largest[1])):
-        if not math.isfinite(float((factor.new_tensor(most) * scale).to(dtype))):  # rounding keeps order, and NaN
-            raise FormatError(f"weights up to {most * scale:.3g} do not fit {dtype}: save as float32")
-        scaled = factor * scale
-        scaled = scaled if len(scaled) == rank else torch.nn.functional.pad(scaled, (0, 0, 0, rank - len(scaled)))
-        rows.append(scaled.to(dtype))
+    for factor, most, scale in zip((down, up), largest, map(down.new_tensor, scales), strict=True):
+        top = (most * scale).to(dtype)  # rounding keeps order, and NaN
+        if not bool(torch.isfinite(top.float()).all()):
+            raise FormatError(f"weights up to {float((most * scale).max()):.3g} do not fit {dtype}: save as float32")
+        scaled = factor * scale[:, None, None]
+        missing = rank - scaled.shape[1]
+        rows.append((torch.nn.functional.pad(scaled, (0, 0, 0, missing)) if missing else scaled).to(dtype))
     return rows[0], rows[1]
 
 
@@ -128,10 +136,9 @@ def fp8_alpha(products: list[float]) -> float:
     return 2.0 ** min(max(math.ceil(math.log2(largest / _FP8_AMAX**2)), -126), 127)  # alpha is stored in float32
 
 
-def _largest(rows: Tensor) -> float:
-    """max|rows|, NaN if there is one."""
-    least, most = torch.aminmax(rows) if rows.numel() else (rows.new_zeros(()),) * 2
-    return float(torch.maximum(-least, most))
+def _largest(rows: Tensor) -> Tensor:
+    """max|rows| of each matrix, (b,), NaN if there is one."""
+    return rows.abs().amax(dim=(1, 2)) if rows.numel() else rows.new_zeros(len(rows))
 
 
 def _power_of_two_balance(largest_down: float, largest_up: float) -> float:

@@ -13,7 +13,7 @@ from .errors import FormatError
 from .gram import gram
 from .update import LowRankUpdate
 
-__all__ = ["NOT_FINITE", "Spectrum", "known_svd", "quick_svds", "thin_svd"]
+__all__ = ["NOT_FINITE", "Spectrum", "balanced_rows", "known_svd", "quick_svds", "thin_svd"]
 
 NOT_FINITE = "its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it"
 _LEAST_PIVOT = 1e-5  # of a Cholesky factor of a Gram matrix with unit diagonal; below, its square root has lost too many digits
@@ -75,12 +75,20 @@ class Spectrum:
         Returns:
             down (rank, in * kernel) with rows sqrt(sigma_i) v_i^T, and up^T (rank, out) with rows sqrt(sigma_i) u_i^T.
         """
-        sides = (self.mix_down[:rank], self.update.down_matrix), (self.mix_up[:rank], self.update.up_matrix.T)
-        if self.narrow and all(rows.dtype != torch.float64 for _, rows in sides):
-            down, up = (mix.float() @ rows.float() for mix, rows in sides)
-        else:
-            down, up = (mix @ rows.double() for mix, rows in sides)
-        return down, up
+        down, up = balanced_rows([self], rank)
+        return down[0], up[0].contiguous()
+
+
+def balanced_rows(spectra: Sequence[Spectrum], rank: int) -> tuple[Tensor, Tensor]:
+    """`Spectrum.balanced` over updates of one shape at once: down (b, rank, in * kernel) and up^T (b, rank, out).
+
+    up^T is a view of (b, out, rank), which is how files have it.
+    """
+    downs, ups = [s.update.down_matrix for s in spectra], [s.update.up_matrix for s in spectra]
+    narrow = all(s.narrow for s in spectra) and all(rows.dtype != torch.float64 for rows in (*downs, *ups))
+    dtype = torch.float32 if narrow else torch.float64
+    mix_down, mix_up = (_stacked([getattr(s, side)[:rank] for s in spectra], dtype) for side in ("mix_down", "mix_up"))
+    return mix_down @ _stacked(downs, dtype), (_stacked(ups, dtype) @ mix_up.mT).mT
 
 
 def thin_svd(update: LowRankUpdate) -> Spectrum:
@@ -166,9 +174,9 @@ def _orthogonal(products: Tensor, inverse: Tensor) -> Tensor:
     return (unit - torch.eye(unit.shape[1]).to(unit)).abs().amax(dim=(1, 2)) < _TOLERANCE
 
 
-def _stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """In float64, (b, ...)."""
-    stacked = matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=torch.float64)
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """In float64 or float32, (b, ...)."""
+    stacked = matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=dtype)
     for place, matrix in zip(stacked, matrices, strict=True):
         place.copy_(matrix.float() if matrix.dtype in _HALVES else matrix)
     return stacked

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .gram import gram
 
-__all__ = ["LowRankUpdate", "difference", "relative_error", "squared_error"]
+__all__ = ["LowRankUpdate", "difference", "differences", "relative_error", "squared_error"]
 
 
 @dataclass(frozen=True)
@@ -96,37 +97,41 @@ def squared_error(reference: LowRankUpdate, other: LowRankUpdate | None) -> tupl
 
 
 def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -> float:
-    """||up^T down - up'^T down'||_F^2 of matrices given by matching rows: the first of one stand for the first of the other.
+    """`differences` of one module."""
+    return float(differences(*(rows.unsqueeze(0) for rows in (down, up, other_down, other_up))))
+
+
+def differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -> Tensor:
+    """||up^T down - up'^T down'||_F^2, (b,), of matrices given by matching rows: the first of one stand for the first of the other.
 
     Written as (up - up')^T down + up'^T (down - down') with the two brought to the same balance first, so that nothing large
-    is subtracted; the fast way for a module and what a codec made of it.
+    is subtracted; the norm of a product is in the Gram matrices of its factors. The fast way for modules of one shape and what
+    a codec made of them.
 
     Args:
-        down: (k, in * kernel).
-        up: (k, out).
-        other_down: (k', in * kernel), k' at most k: the components beyond have been dropped.
-        other_up: (k', out).
+        down: (b, k, in * kernel).
+        up: (b, k, out).
+        other_down: (b, k', in * kernel), k' at most k: the components beyond have been dropped.
+        other_up: (b, k', out).
     """
-    kept, other_down, other_up = len(other_down), other_down.to(down), other_up.to(up)
-    square = float(_inner(down[:kept], down[:kept]))
-    gain = float(_inner(down[:kept], other_down)) / square if square > 0.0 else 1.0  # of the other's balance
-    gain = gain if 0.0 < gain < math.inf else 1.0
-    ups = torch.sub(up[:kept], other_up, alpha=gain)
-    downs = torch.sub(down[:kept], other_down, alpha=1.0 / gain)
-    if kept < len(up):
-        ups = torch.cat([ups, up[kept:]])
-    own = _products((ups, ups), (down, down)) + _products((downs, downs), (other_up, other_up)) * gain**2
-    return max(own + 2.0 * gain * _products((ups, other_up), (down, downs)), 0.0)
+    kept, other_down, other_up = other_down.shape[1], other_down.to(down), other_up.to(up)
+    first = down[:, :1], other_down[:, :1]
+    gain = _inner(*first) / _inner(first[0], first[0])  # of the other's balance; any would do but for rounding
+    gain = torch.where((gain > 0.0) & (gain < math.inf), gain, 1.0)[:, None, None]
+    ups = _joined(up, other_up * gain)  # (b, k + k', out)
+    ups[:, :kept] -= ups[:, up.shape[1] :]
+    downs = _joined(down, down[:, :kept] - other_down / gain)
+    return _inner(gram(ups).double(), gram(downs).double()).clamp_min(0.0)
 
 
-def _products(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
-    """Sum over the product of the inner products of rows of one pair and of those of another."""
-    return float(_inner((one[0] @ one[1].T).double(), (other[0] @ other[1].T).double()))
+def _joined(rows: Tensor, more: Tensor) -> Tensor:
+    """Rows of both; of views of transposed matrices such a view, since turning one around takes as long as a product of it."""
+    return torch.cat([rows, more], dim=1) if rows.is_contiguous() else torch.cat([rows.mT, more.mT], dim=2).mT
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """Sum over the product of two matrices."""
-    return torch.dot(one.reshape(-1), other.reshape(-1))
+    """Sums over the products of matrices, (b,)."""
+    return (one * other).sum(dim=(1, 2))
 
 
 def relative_error(squared: float, norm: float) -> float:

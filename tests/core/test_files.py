@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from core.factories import mixed_updates, random_update
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lora_compress import CompressionSettings, SaveError, SettingsError, atomic_path, compress, load_lora, save
+from lora_compress import CompressionSettings, SaveError, SettingsError, atomic_path, compress, files, load_lora, save
 from lora_compress.files import TensorSpec, TensorWriter, safetensors_size, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +163,26 @@ def test_bytes_are_those_of_safetensors_own_writer(values: dict[str, object], me
         assert safetensors_size({key: TensorSpec.of(tensor) for key, tensor in some.items()}, metadata) == ours.stat().st_size
         data = 8 + int.from_bytes(ours.read_bytes()[:8], "little")
         assert ours.read_bytes()[data:] == theirs.read_bytes()[data:]
+
+
+@pytest.mark.parametrize("order", ["as in the file", "backwards", "shuffled"])
+def test_the_hash_taken_on_the_way_is_that_of_the_file(order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_SETTLED_AT_A_TIME", 1 << 16)
+    monkeypatch.setattr(files, "_HASHED_AT_A_TIME", 1 << 12)
+    tensors = {f"t{i:03}": torch.randn(997 + i, generator=torch.Generator().manual_seed(i)) for i in range(200)}
+    keys = list(tensors)
+    if order != "as in the file":
+        keys.sort(reverse=True) if order == "backwards" else random.Random(0).shuffle(keys)
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    path = tmp_path / "x.safetensors"
+    with TensorWriter(path, specs, {}) as writer:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda key: writer.write(key, tensors[key]), keys))
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["sshs_model_hash"] == hashlib.sha256(data[begin:]).hexdigest()
+        assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
 
 
 def test_a_tensor_that_was_not_announced_or_never_comes_is_an_error(tmp_path: Path) -> None:

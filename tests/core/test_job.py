@@ -103,6 +103,23 @@ def test_an_outline_has_the_room_that_the_modules_take(form: str, keys: PlainKey
         assert outline[name].alpha == stored.alpha == (float(stored.padded) if keys else 1.0)
 
 
+@pytest.mark.parametrize("form", ["plain", "plain channels"])
+def test_modules_of_one_shape_come_out_together_as_they_come_out_alone(form: str) -> None:
+    updates = {f"m{i}": random_update(12, 60, 40, seed=i, magnitude=10.0**-i) for i in range(9)}
+    updates |= {f"c{i}": random_update(12, 60, 40, (3, 3), seed=i) for i in range(5)}
+    work = job(form, updates, torch.float16)
+    choices = {name: Choice(3 + (number % 4 == 0)) for number, name in enumerate(updates)}
+    together = dict(work.run(choices))
+    assert list(together) == list(updates)
+    for name, choice in choices.items():
+        ((_, alone),) = work.run({name: choice})
+        both = together[name].plain, alone.plain
+        assert both[0] is not None and both[1] is not None
+        assert together[name].squared_error == pytest.approx(alone.squared_error, rel=1e-6)
+        assert torch.allclose(both[0].down.float(), both[1].down.float(), rtol=2e-3, atol=1e-6)
+        assert torch.allclose(both[0].up.float(), both[1].up.float(), rtol=2e-3, atol=1e-6)
+
+
 def test_padding_is_asked_for_once_and_filled_with_zeros() -> None:
     updates = mixed_updates()
     work = job("plain", updates, pad=lambda ranks: dict.fromkeys(ranks, max(pad_to_two(ranks).values())))

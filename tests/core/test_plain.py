@@ -83,4 +83,4 @@ def test_fp8_alpha_stays_a_float32_number(magnitude: float) -> None:
 
 def test_weights_beyond_the_dtype_are_refused_by_name() -> None:
     with pytest.raises(FormatError, match=r"^m: weights up to .* do not fit torch.float16"):
-        to_kohya({"m": random_update(magnitude=1e9)}, torch.float16)
+        to_kohya({"l": random_update(), "m": random_update(magnitude=1e9), "n": random_update()}, torch.float16)
