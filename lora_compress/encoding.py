@@ -34,7 +34,7 @@ __all__ = [
 
 
 _PLANES = 6  # of a progressive payload, whose first layer tells all that is worth as much as the highest of them
-_LAYERS_PER_PLANE = {0: 2, 8_000: 3, 40_000: 4}  # by weights: a chunk costs some bytes
+_LAYERS_PER_PLANE = {0: 1, 8_000: 2, 40_000: 4}  # by weights: a chunk costs some bytes
 _LARGEST = 1 << 31  # of a whole number among the parameters
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
@@ -48,12 +48,14 @@ class Choice:
         rank: components to keep, 0 to drop the module.
         bits: per component, falling (strategy mixed).
         step: of the quantizer (strategy entropy).
+        phase: of a progressive payload, eighths of octaves by which its step is coarser than that of the file.
         left: components that coding leaves of these, where that is known: a plain file needs room for no more.
     """
 
     rank: int
     bits: tuple[int, ...] | None = None
     step: float | None = None
+    phase: int = 0
     left: int | None = None
 
     @property
@@ -99,7 +101,7 @@ def encode_module(
                 coded = encode_entropy(down, up, choice.step, layering=layering, refine=settings.refine)
         parameters: dict[str, object] = {"step": choice.step, "layers": layering.layers}
         if layering.layers > 1:
-            parameters["per_plane"] = layering.per_plane
+            parameters |= {"per_plane": layering.per_plane, "phase": choice.phase}
         return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows)
     form = FixedFormat.of_settings(settings)
     parameters = {"block": form.block_size or 0, "scales": _SCALES[form.scale_dtype]}
@@ -175,7 +177,9 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
 
 def layer_place(entry: Entry, layer: int) -> float:
     """Where a layer belongs among those of all modules, the steepest fall of the error first."""
-    return -math.inf if layer_count(entry) == 1 else -_layering_of(entry).slope(layer)
+    if layer_count(entry) == 1:
+        return -math.inf
+    return -_layering_of(entry).slope(layer) - int(_number(entry.parameters.get("phase", 0))) / 4
 
 
 def layer_count(entry: Entry) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ _LARGEST_LAYER = 1 << 31  # weights of a layer
 _LARGEST_FACTORS = 1 << 28  # weights of all factors that any file may hold, and for each byte of payload:
 _WEIGHTS_PER_BYTE = 1 << 10  # far above what a useful LoRA has, far below what would exhaust memory
 _COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict, "keys": int}
-_CHUNK_COLUMNS = ("module", "bytes", "crc32")
+_CHECK = "crc32"  # another column of a module
+_CHUNK_COLUMNS = ("module", "bytes")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class PackedIndex:
     Args:
         layout: key layout of the plain file that it stands for.
         entries: of the modules.
-        chunks: per chunk (module, bytes, crc32), in the order of the payload; see `chunks.are_intact`.
+        chunks: per chunk (module, bytes, crc32), in the order of the payload. The last is that of a module's first chunk that has
+            bytes, and 0 of others; see `chunks.are_intact`.
     """
 
     layout: str
@@ -87,12 +90,13 @@ class PackedIndex:
     @classmethod
     def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[tuple[int, Chunk]]) -> PackedIndex:
         """The index of chunks, each with the number of its module, in the order in which they stand in the payload."""
-        rows, filled = [], set()
+        rows: list[tuple[int, int]] = []
+        checks: dict[int, int] = {}
         for module, chunk in chunks:
-            rows.append((module, chunk.length, chunk.crc32 if module not in filled else 0))
+            rows.append((module, chunk.length))
             if chunk.length:
-                filled.add(module)
-        return cls(layout, tuple(entries), tuple(rows))
+                checks.setdefault(module, chunk.crc32)
+        return cls(layout, tuple(entries), tuple(_checked(rows, checks)))
 
     @property
     def payload(self) -> int:
@@ -113,6 +117,14 @@ class PackedIndex:
             end, count = end + length, count + 1
         return PackedIndex(self.layout, self.entries, self.chunks[:count]), end
 
+    def told(self, named: Collection[str] = ()) -> PackedIndex:
+        """The index without the modules of which no chunk has bytes, but for those that are named."""
+        filled = {module for module, length, _ in self.chunks if length}
+        kept = [i for i, entry in enumerate(self.entries) if i in filled or entry.name in named]
+        place = {module: number for number, module in enumerate(kept)}
+        chunks = tuple((place[module], length, crc) for module, length, crc in self.chunks if module in place)
+        return PackedIndex(self.layout, tuple(self.entries[i] for i in kept), chunks)
+
     def check_declared(self) -> None:
         """Compare what the modules that have chunks decode to with the bytes of their chunks.
 
@@ -130,7 +142,8 @@ class PackedIndex:
             FormatError: more than a reader accepts.
         """
         styles = list(dict.fromkeys(entry.keys for entry in self.entries))
-        columns = {
+        checks = {module: crc for module, length, crc in reversed(self.chunks) if length}
+        columns: dict[str, list[Any]] = {
             "name": [entry.name for entry in self.entries],
             "out": [entry.outputs for entry in self.entries],
             "in": [entry.inputs for entry in self.entries],
@@ -139,9 +152,12 @@ class PackedIndex:
             "codec": [entry.codec for entry in self.entries],
             "parameters": [entry.parameters for entry in self.entries],
             "keys": [styles.index(entry.keys) for entry in self.entries],
+            _CHECK: [checks.get(i, 0) for i in range(len(self.entries))],
         }
         kept = {str(i): _bitmaps(entry) for i, entry in enumerate(self.entries) if entry.kept != (None, None)}
-        chunks = dict(zip(_CHUNK_COLUMNS, zip(*self.chunks, strict=True) if self.chunks else ((), (), ()), strict=True))
+        modules, lengths = ([row[column] for row in self.chunks] for column in (0, 1))
+        steps = [module - before for before, module in pairwise([0, *modules])]  # mostly 1, which takes no room
+        chunks = dict(zip(_CHUNK_COLUMNS, (steps, lengths), strict=True))
         keys = [[style.down, style.up, style.alpha] for style in styles]
         content = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
         text = json.dumps(content, separators=(",", ":")).encode()
@@ -167,10 +183,7 @@ def read_index(data: bytes, where: str) -> PackedIndex:
         styles = [_keys(style) for style in content["keys"]]
         rows = enumerate(_rows(columns, list(_COLUMNS)))
         entries = tuple(_entry(values, content["kept"].get(str(i)), styles) for i, values in rows)
-        chunks = tuple((m, n, c) for m, n, c in _rows(content["chunks"], list(_CHUNK_COLUMNS)))
-        for chunk in chunks:
-            if not all(type(value) is int and 0 <= value < 1 << 40 for value in chunk) or chunk[0] >= len(entries):
-                raise ValueError(f"chunk {chunk} is none")
+        chunks = tuple(_chunks(content["chunks"], columns[_CHECK], len(entries)))
         if len({entry.name for entry in entries}) != len(entries):
             raise ValueError("a module is named twice")
         keys = [key for entry in entries for key in entry.keys.of_module(entry.name)]
@@ -188,6 +201,28 @@ def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[
     if names[0] == "name" and len(lists[0]) > _MOST_MODULES:
         raise ValueError(f"it has {len(lists[0])} modules, allowed: {_MOST_MODULES}")
     return zip(*lists, strict=True)
+
+
+def _chunks(columns: Mapping[str, list[Any]], checks: list[Any], modules: int) -> Iterable[tuple[int, int, int]]:
+    if len(checks) != modules or not all(type(check) is int and 0 <= check < 1 << 32 for check in checks):
+        raise ValueError(f"its checks are not those of {modules} modules")
+    rows: list[tuple[int, int]] = []
+    module = 0
+    for step, length in _rows(columns, list(_CHUNK_COLUMNS)):
+        if not (type(step) is int and type(length) is int and 0 <= module + step < modules and 0 <= length < 1 << 40):
+            raise ValueError(f"chunk {len(rows)} is none, with {length!r} bytes and {step!r} modules after the one before")
+        module += step
+        rows.append((module, length))
+    return _checked(rows, dict(enumerate(checks)))
+
+
+def _checked(rows: Iterable[tuple[int, int]], checks: Mapping[int, int]) -> Iterable[tuple[int, int, int]]:
+    """Chunks (module, bytes) with the check of each module beside the first that has bytes."""
+    filled: set[int] = set()
+    for module, length in rows:
+        yield module, length, checks[module] if length and module not in filled else 0
+        if length:
+            filled.add(module)
 
 
 def _keys(style: Any) -> PlainKeys:

@@ -14,7 +14,9 @@ from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
+from .index import PackedIndex
 from .pipeline import partner_metadata, plain_partner
+from .pruning import consumer_minimum
 from .report.file_report import FileReport, ModuleReport
 from .update import LowRankUpdate, squared_error
 
@@ -71,7 +73,7 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     carried, room = tensor_specs(lora.others), size
     for _ in range(8):  # a shorter payload has a shorter index
         index, payload = lora.index.cut(max(room, 0))
-        encoded = index.encode()
+        encoded = index.told(consumer_minimum(_bytes_by_name(index))).encode()
         specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
         whole = safetensors_size(specs, metadata)
         if whole <= size:
@@ -88,14 +90,22 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     return _report((source, target), before, lora, modules, begun)
 
 
+def _bytes_by_name(index: PackedIndex) -> dict[str, int]:
+    found = dict.fromkeys((entry.name for entry in index.entries), 0)
+    for module, length, _ in index.chunks:
+        found[index.entries[module].name] += length
+    return found
+
+
 def _truncated(lora: PackedFile, cut: PackedFile) -> list[ModuleReport]:
     """What became of the modules of a file that was cut."""
     modules = []
     for name in lora:
-        whole, less = lora[name], cut[name]
+        whole, less = lora[name], cut.get(name)
         error, norm = squared_error(whole, less)
-        sizes, shape = (lora.factor_bytes(name), cut.factor_bytes(name)), (whole.up.shape[0], *whole.down.shape[1:])
-        modules.append(ModuleReport(name, lora.part(name), shape, (whole.rank, less.rank), sizes, error, norm))
+        left, rank = (0, 0) if less is None else (cut.factor_bytes(name), less.rank)
+        shape = (whole.up.shape[0], *whole.down.shape[1:])
+        modules.append(ModuleReport(name, lora.part(name), shape, (whole.rank, rank), (lora.factor_bytes(name), left), error, norm))
     return modules
 
 

@@ -22,6 +22,7 @@ _NEAR = 0.015  # share of a budget by which a prediction may miss it for the est
 _PREDICTIONS = 3
 _BESIDE = 1.0 + 1e-9  # from one step to the next to look at
 _FARTHEST = 1e4  # squared, of a step that a calibration asks for, from that of all modules
+_PHASES = (0, 4, 2, 6)  # of neighbours in a progressive file: half of the modules are between two layers where the others end one
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
@@ -165,8 +166,13 @@ class _Part:
         return relative_error(lost, self._norm)
 
     def _choices(self, step: float) -> dict[str, Choice]:
-        steps = {name: min(step / self._finer[name], self._largest.get(name, math.inf)) for name in self.names}
-        return {name: Choice(self._ranks[name], step=steps[name]) for name in self.names if self._ranks[name]}
+        choices = {}
+        for number, name in enumerate(self.names):
+            phase = _PHASES[number % len(_PHASES)] if self.job.settings.quantization.progressive else 0
+            own = min(step * 2 ** (phase / 8) / self._finer[name], self._largest.get(name, math.inf))
+            if self._ranks[name]:
+                choices[name] = Choice(self._ranks[name], step=own, phase=phase)
+        return choices
 
     def _trim(self, budget: float, rising: bool) -> None:
         """Leave out components that would cost more than they are worth at the step that the budget comes to."""

@@ -15,7 +15,7 @@ __all__ = ["CHECK_BITS", "AnsReader", "AnsWriter", "coder_model", "joint_counts"
 
 CHECK_BITS = 16
 _INTEGER_BYTES = 4
-_TOGETHER = {2: 8, 3: 5}  # symbols of two or three kinds that are coded as one of at most 256
+_TOGETHER = 8  # bits that are coded as one symbol
 
 
 def _constriction() -> Any:
@@ -40,20 +40,12 @@ def uniform(count: int) -> np.ndarray:
 
 
 def joint_counts(counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
-    """Counts of groups of symbols that counts_of(*key) codes one by one: of 8 bits, or of 5 of three kinds, the first highest."""
+    """Counts of groups of 8 bits, the first highest, that counts_of(*key) codes one by one."""
     counts = counts_of(*key).tolist()
     masses = [1]
-    for _ in range(_TOGETHER[len(counts)]):
+    for _ in range(_TOGETHER):
         masses = [mass * count for mass in masses for count in counts]
     return normalise(masses)
-
-
-@cache
-def _digits(kinds: int) -> np.ndarray:
-    """The symbols of each group, uint8 (groups, symbols of a group)."""
-    width = _TOGETHER[kinds]
-    groups = np.arange(kinds**width)[:, None]
-    return (groups // kinds ** np.arange(width - 1, -1, -1) % kinds).astype(np.uint8)
 
 
 class AnsWriter:
@@ -68,13 +60,8 @@ class AnsWriter:
             self._symbols.append((np.ascontiguousarray(symbols, dtype=np.int32), coder_model(counts_of, *key)))
 
     def write_grouped(self, symbols: np.ndarray, counts_of: Callable[..., np.ndarray], *key: Any) -> None:
-        """Append symbols (n,) of two or three kinds, groups of them as one symbol; zeros fill the last group."""
-        kinds = len(counts_of(*key))
-        width = _TOGETHER[kinds]
-        groups = np.zeros((-(-len(symbols) // width), width), dtype=np.float32)
-        groups.reshape(-1)[: len(symbols)] = symbols
-        powers = (kinds ** np.arange(width - 1, -1, -1)).astype(np.float32)
-        self.write(groups @ powers, joint_counts, counts_of, *key)
+        """Append bits (n,), groups of them as one symbol; zeros fill the last group."""
+        self.write(np.packbits(symbols.astype(np.uint8)), joint_counts, counts_of, *key)
 
     def write_integers(self, values: np.ndarray) -> None:
         """Append integers (n,) from 0 to 2^32 - 1: the number of bytes of each, less one, then all the bytes."""
@@ -120,9 +107,9 @@ class AnsReader:
         return self._coder.decode(coder_model(counts_of, *key), count) if count else np.empty(0, dtype=np.int32)
 
     def read_grouped(self, count: int, counts_of: Callable[..., np.ndarray], *key: Any) -> np.ndarray:
-        """The next `count` symbols of `write_grouped`, uint8."""
-        digits = _digits(len(counts_of(*key)))
-        return digits.take(self.read(-(-count // digits.shape[1]), joint_counts, counts_of, *key), axis=0).reshape(-1)[:count]
+        """The next `count` bits of `write_grouped`, uint8."""
+        groups = self.read(-(-count // _TOGETHER), joint_counts, counts_of, *key)
+        return np.unpackbits(groups.astype(np.uint8), count=count)
 
     def read_integers(self, count: int) -> np.ndarray:
         """The next `count` integers of `write_integers`, int64."""

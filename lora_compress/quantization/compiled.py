@@ -12,7 +12,7 @@ import numpy as np
 
 from .ans import CHECK_BITS, AnsReader, joint_counts, stack_words, uniform
 from .passes import check_escaped
-from .steps import Kind, Passes, plan_steps
+from .steps import CONTEXTS, Kind, Passes, plan_steps
 from .tables import PRECISION
 
 __all__ = ["LOOKUP_BITS", "PLAIN", "CompiledReader", "compiled_kernels"]
@@ -20,7 +20,7 @@ __all__ = ["LOOKUP_BITS", "PLAIN", "CompiledReader", "compiled_kernels"]
 _WORD_BITS = 32
 LOOKUP_BITS = 9  # of a quantile: the tables of a module stay in the cache
 PLAIN = -1  # the kind of a step that reads symbols of which none is an escape
-_MOST_TABLES = 3  # of a step
+_MOST_TABLES = len(CONTEXTS)  # of a step
 
 
 @cache
@@ -74,10 +74,10 @@ _tables = cache(_Tables)
 def _numbered(passes: Passes) -> list[tuple[int, ...]]:
     """Of each step: kind, plane, number of tables, and their numbers."""
     found = []
-    for kind, plane, _, tables in plan_steps(passes):
-        grouped = (joint_counts,) if kind in (Kind.SPLIT, Kind.BITS) else ()
+    for kind, plane, tables, above in plan_steps(passes):
+        grouped = (joint_counts,) if kind == Kind.BITS else ()
         numbers = [_tables().number(*grouped, *table) for table in tables]
-        found.append((int(kind), plane, len(numbers), *numbers, *[0] * (_MOST_TABLES - len(numbers))))
+        found.append((int(kind), above or plane, len(numbers), *numbers, *[0] * (_MOST_TABLES - len(numbers))))
     return found
 
 

@@ -30,6 +30,7 @@ from .weights import Model, row_weights
 __all__ = ["SINGLE", "EncodedModule", "components_told", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
 
 _MOST_LAYERS = 64
+_SMALL = 256  # bytes of a chunk
 SINGLE = Layering()
 _short_calls = Lock()  # threads that fight for the interpreter in hundreds of short calls take longer than one that has it alone
 _SLOWER = 4  # times that of one layer, about, is what many layers take without compiled loops
@@ -122,8 +123,8 @@ def decode_entropy(
         for layer, reader in enumerate(readers):
             _read_layer(reader, known, ((places[number], passes) for number, passes in _turns(runs, layering, layer)))
     _check_ends(readers, chunks, layering)
-    stage = layering.stage(len(chunks) - 1)
-    models = [Model(*row, stage) for row in zip(side.scales.ravel().tolist(), side.shapes.ravel().tolist(), strict=True)]
+    plane = layering.plane(len(chunks) - 1)
+    models = [Model(*row, plane) for row in zip(side.scales.ravel().tolist(), side.shapes.ravel().tolist(), strict=True)]
     kind = np.float16 if dtype == torch.float16 else np.float32  # of numpy, which has no other
     units = np.tile(row_units(side.gains, step), 2)
     look_up = kernels.look_up if kernels else None
@@ -185,8 +186,9 @@ def _check_ends(readers: Sequence[AnsReader], chunks: Sequence[bytes], layering:
 
 
 def _check(chunks: Sequence[bytes]) -> int:
-    """Of the first of some chunks that is not empty; 0 without one."""
-    return zlib.crc32(next(filter(None, chunks), b"")) & (1 << CHECK_BITS) - 1
+    """Of the first of some chunks that is not empty; 0 without one. That of a small one is shorter: it would be a share of it."""
+    chunk = next(filter(None, chunks), b"")
+    return zlib.crc32(chunk) & (1 << (CHECK_BITS if len(chunk) >= _SMALL else CHECK_BITS // 2)) - 1
 
 
 def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EncodedModule:
@@ -222,7 +224,7 @@ def _chunks(module: QuantizedModule, starts: np.ndarray, layering: Layering) -> 
 
 def _turns(runs: Sequence[Run], layering: Layering, layer: int) -> Iterator[tuple[int, Passes]]:
     """Runs that a layer tells of, by number, and the passes that it makes over them."""
-    before, after = layering.stage(layer - 1), layering.stage(layer)
+    before, after = layering.plane(layer - 1), layering.plane(layer)
     for number, run in enumerate(runs):
         if run.start == layer:
             yield number, Passes(run.scale, run.shape, None, after)

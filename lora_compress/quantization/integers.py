@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import FormatError, SettingsError
 from .models import choose_models, row_bits
 from .passes import MAX_VALUE, as_symbols, as_values
-from .schedule import Stage
 from .weights import Model, row_weights
 
 __all__ = [
@@ -160,7 +159,7 @@ def restore_module(module: QuantizedModule, step: float) -> tuple[np.ndarray, np
 
 def restore_rows(values: np.ndarray, scales: np.ndarray, shapes: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Weights (k, n), float32, of integers (k, n) with the models and units of their rows, each (k,)."""
-    models = [Model(scale, shape, Stage(0)) for scale, shape in zip(scales.tolist(), shapes.tolist(), strict=True)]
+    models = [Model(scale, shape, 0) for scale, shape in zip(scales.tolist(), shapes.tolist(), strict=True)]
     begins = np.arange(len(values)) * values.shape[1]
     widths = np.full(len(values), values.shape[1])
     return row_weights(as_symbols(values).ravel(), begins, widths, models, units).reshape(values.shape)

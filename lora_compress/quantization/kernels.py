@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from .compiled import LOOKUP_BITS, PLAIN
-from .steps import Kind
+from .steps import CONTEXTS, Kind
 from .tables import PRECISION
 
 __all__ = ["look_up", "read_steps"]
@@ -26,9 +26,9 @@ _PRECISION = np.uint64(PRECISION)
 _MASK = np.uint64((1 << PRECISION) - 1)
 _SHIFT = np.uint64(PRECISION - LOOKUP_BITS)
 _WORD = np.uint64(32)
-_SYMBOLS, _RAW, _SPLIT = int(Kind.SYMBOLS), int(Kind.RAW), int(Kind.SPLIT)
+_SYMBOLS, _RAW, _SIGNED = int(Kind.SYMBOLS), int(Kind.RAW), int(Kind.SIGNED)
 _LENGTHS, _OCTETS = 0, 1  # the tables of escaped integers
-_THREES = np.array([[group // 3**power % 3 for power in (4, 3, 2, 1, 0)] for group in range(243)], dtype=np.int64)
+_EDGES = np.array(CONTEXTS, dtype=np.int64)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,52 +88,54 @@ def _escaped(
 
 
 @_compiled
-def _raw(words: Array, left: int, head: np.uint64, small: Table, bits: Table, known: Array, plane: int) -> State:
+def _raw(words: Array, left: int, head: np.uint64, small: Table, bits: Table, known: Array, above: int) -> State:
     bounds, first = small
     for i in range(len(known)):
         if not known[i]:
             symbol, left, head = _next(words, left, head, bounds, first)
-            known[i] = -_placed(symbol, plane) - 1  # told from the others until these are read
+            known[i] = -symbol - 1  # told from the others until these are read
     bounds, first = bits
     for i in range(len(known)):
         if known[i] < 0:
             known[i] = -known[i] - 1
         else:
             symbol, left, head = _next(words, left, head, bounds, first)
-            known[i] += symbol << plane + 1
-    return left, head
-
-
-@_compiled
-def _split(words: Array, left: int, head: np.uint64, table: Table, known: Array, plane: int, places: Array) -> State:
-    bounds, first = table
-    count = 0
-    for i in range(len(known)):
-        places[count] = i
-        count += int(known[i] == 0)
-    for begin in range(0, count, 5):
-        group, left, head = _next(words, left, head, bounds, first)
-        for digit in range(min(5, count - begin)):
-            known[places[begin + digit]] = _placed(_THREES[group, digit], plane)
+            known[i] = _placed(known[i], above) + (symbol << 1)
     return left, head
 
 
 @_compiled
 def _bits(
-    words: Array, left: int, head: np.uint64, table: Table, known: Array, plane: int, least: int, most: int, places: Array
+    words: Array,
+    left: int,
+    head: np.uint64,
+    table: Table,
+    known: Array,
+    least: int,
+    most: int,
+    skipped: int,
+    places: Array,
 ) -> State:
-    """Next bits of magnitudes that are `least` to `most` one plane higher."""
+    """Next bits of values whose signed symbols one plane higher are within a range, but for one that is skipped."""
     bounds, first = table
     count = 0
-    span = np.uint64(most - least)
     for i in range(len(known)):
+        before = known[i] >> 2 << 1 | known[i] & 1
         places[count] = i
-        count += int(np.uint64((known[i] + 1 >> plane + 2) - least) <= span)
+        count += int(least <= before <= most and before != skipped)
     for begin in range(0, count, 8):
         group, left, head = _next(words, left, head, bounds, first)
         for digit in range(min(8, count - begin)):
-            known[places[begin + digit]] += (group >> 7 - digit & 1) << plane + 1
+            known[places[begin + digit]] |= (group >> 7 - digit & 1) << 1
     return left, head
+
+
+@_compiled
+def _without_signed_zeros(known: Array) -> None:
+    """Signed symbols at plane 0, where a negative zero of the plane before is still -0, as symbols."""
+    for i in range(len(known)):
+        symbol = known[i]
+        known[i] = 2 if symbol == 1 else max(symbol - 1, 0)
 
 
 @_compiled
@@ -152,7 +154,7 @@ def read_steps(
         bounds: of all tables, one after the other, uint64: cumulative counts, from 0 to 2^24.
         starts: (tables + 1,), int64, where each begins in `bounds`. The first two are those of escaped integers.
         first: (tables, 2^9), uint16: the symbol with which a quantile that begins with these bits may begin.
-        steps: (steps, 8), int64: begin and end of its run in `known`, kind, plane, number of tables, these (up to 3).
+        steps: (steps, 10), int64: begin and end of its run in `known`, kind, plane (of RAW the one above), number of tables, these.
         known: symbols, int32.
 
     Returns:
@@ -165,23 +167,24 @@ def read_steps(
         begin, end, kind, plane, count = step[:5]
         run, numbers = known[begin:end], step[5:]
         table = _table(bounds, starts, first, numbers[0])
-        if kind in (_SYMBOLS, PLAIN):
+        if kind in (_SYMBOLS, _SIGNED, PLAIN):
             left, head = _plain(words, left, head, table, run)
             escape = len(table[0]) - 2
-            if kind == _SYMBOLS and len(run) and run.max() == escape:
+            if kind != PLAIN and len(run) and run.max() == escape:
                 left, head, extra = _escaped(words, left, head, lengths, octets, run, escape)
                 largest = max(largest, extra << plane)
-            for i in range(len(run) if plane else 0):
-                run[i] = _placed(run[i], plane)
         elif kind == _RAW:
             left, head = _raw(words, left, head, table, _table(bounds, starts, first, numbers[1]), run, plane)
-        elif kind == _SPLIT:
-            left, head = _split(words, left, head, table, run, plane, places)
         else:
-            for context in range(count):
-                most = context + 1 if context + 1 < count else 1 << 32
-                table = _table(bounds, starts, first, numbers[context])
-                left, head = _bits(words, left, head, table, run, plane, context + 1, most, places)
+            for i in range(len(run)):
+                run[i] = run[i] >> 1 << 2 | run[i] & 1
+            for number in range(count):
+                context = number + int(number > 0 and count < len(_EDGES))
+                least, most = _EDGES[context, 0], _EDGES[context if count > 1 else -1, 1]
+                table = _table(bounds, starts, first, numbers[number])
+                left, head = _bits(words, left, head, table, run, least, most, -1 if plane else 1, places)
+            if not plane:
+                _without_signed_zeros(run)
     return left, head, largest
 
 
@@ -191,16 +194,12 @@ def look_up(symbols: Array, rows: Array, tables: Array, weights: Array) -> None:
 
     Args:
         symbols: (n,), int32.
-        rows: (r, 4), int64: where a row begins in `symbols` and in `weights`, its width, its plane.
-        tables: (r, k), what each row's symbols 0, 1, ..., k - 1 at its plane stand for; the last stands for all larger ones.
+        rows: (r, 3), int64: where a row begins in `symbols` and in `weights`, its width.
+        tables: (r, k), what each row's symbols 0, 1, ..., k - 1 stand for; the last stands for all larger ones.
         weights: filled in, of the type of `tables`.
     """
     last = np.uint64(tables.shape[1] - 1)
     for row in range(len(rows)):
-        begin, target, width, plane = rows[row]
+        begin, target, width = rows[row]
         for i in range(width):
-            symbol = symbols[begin + i]
-            if plane:
-                positive = symbol & 1
-                symbol = (symbol + positive >> plane) - positive
-            weights[target + i] = tables[row, min(np.uint64(symbol), last)]
+            weights[target + i] = tables[row, min(np.uint64(symbols[begin + i]), last)]

@@ -1,12 +1,12 @@
-"""The passes over a run of integers: whole symbols at a bit plane, then plane by plane what is zero no more, and next bits.
+"""The passes over a run of integers: whole symbols at a bit plane, then next bits, plane by plane.
 
-A value v is written as the symbol 2 |v| - 1 if positive and 2 |v| if negative: 0, +1, -1, +2, -2 are 0, 1, 2, 3, 4.
+A value v is written as the symbol 2 |v| - 1 if positive and 2 |v| if negative: 0, +1, -1, +2, -2 are 0, 1, 2, 3, 4. Above plane 0
+it is written as the signed symbol 2 (|v| >> plane) + (v < 0): +0, -0, +1, -1 are 0, 1, 2, 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from .steps import Kind, Step, Table
 
 __all__ = [
     "MAX_VALUE",
+    "as_signed",
     "as_symbols",
     "as_values",
-    "at_plane",
     "check_escaped",
     "read_steps",
     "read_symbols",
@@ -34,6 +34,11 @@ def as_symbols(values: np.ndarray, plane: int = 0) -> np.ndarray:
     """Symbols, int32, of sign and magnitude >> plane of integers."""
     doubled = (np.abs(values) >> plane) << 1
     return np.maximum(doubled - (values > 0), 0, dtype=np.int32)
+
+
+def as_signed(values: np.ndarray, plane: int) -> np.ndarray:
+    """Signed symbols, int32, of integers."""
+    return (np.abs(values) >> plane << 1) + (values < 0)
 
 
 def as_values(symbols: np.ndarray) -> np.ndarray:
@@ -81,73 +86,52 @@ def _escape(table: Table) -> int:
 def write_steps(writer: AnsWriter, run: np.ndarray, steps: Iterable[Step]) -> None:
     """Code what steps tell of integers (n,)."""
     magnitudes = np.abs(run)
-    for kind, plane, above, tables in steps:
-        if kind == Kind.SYMBOLS:
+    for step in steps:
+        plane, tables = step.plane, step.tables
+        if step.kind == Kind.SYMBOLS:
             write_symbols(writer, as_symbols(run, plane), tables[0])
-        elif kind == Kind.RAW:
-            small, others = magnitudes >> above == 0, (1 << above - plane) - 1
-            writer.write(as_symbols(run[small], plane), *tables[0])
-            writer.write(magnitudes[~small] >> plane & others, *tables[1])
-        elif kind == Kind.SPLIT:
-            writer.write_grouped(as_symbols(run[magnitudes >> above == 0], plane), *tables[0])
+        elif step.kind == Kind.RAW:
+            small, others = magnitudes >> step.above == 0, (1 << step.above) - 1
+            writer.write(as_symbols(run[small]), *tables[0])
+            writer.write(magnitudes[~small] & others, *tables[1])
+        elif step.kind == Kind.SIGNED:
+            write_symbols(writer, as_signed(run, plane), tables[0])
         else:
-            pending = magnitudes[magnitudes >> above > 0] >> plane
-            for table, chosen in _contexts(pending >> 1, tables):
-                writer.write_grouped(pending[chosen] & 1, *table)
+            before = as_signed(run, plane + 1)
+            for table, chosen in _contexts(before, step):
+                writer.write_grouped(magnitudes[chosen] >> plane & 1, *table)
 
 
 def read_steps(reader: AnsReader, known: np.ndarray, steps: Iterable[Step]) -> None:
-    """Fill in what steps tell of a run of integers (n,), in place.
+    """Fill in what steps tell of a run of integers (n,), in place: signed symbols at the last plane, at plane 0 symbols.
 
-    They are symbols, int32, of the values with zeros in place of the bits that are not known. Before the first step they may be
-    anything.
+    Before the first step they may be anything.
     """
-    for kind, plane, above, tables in steps:
-        if kind == Kind.SYMBOLS:
-            known[:] = _placed(read_symbols(reader, len(known), tables[0], plane), plane)
-        elif kind == Kind.RAW:
+    for step in steps:
+        plane, tables = step.plane, step.tables
+        if step.kind in (Kind.SYMBOLS, Kind.SIGNED):
+            known[:] = read_symbols(reader, len(known), tables[0], plane)
+        elif step.kind == Kind.RAW:
             small = known == 0
             fresh = reader.read(int(np.count_nonzero(small)), *tables[0])
-            known[~small] += reader.read(len(known) - len(fresh), *tables[1]) << plane + 1
-            known[small] = _placed(fresh, plane)
-        elif kind == Kind.SPLIT:
-            zeros = (known == 0).nonzero()[0]
-            known[zeros] = _split_symbols(plane).take(reader.read_grouped(len(zeros), *tables[0]))
+            positive = known & 1
+            known[:] = (known + positive << step.above) - positive
+            known[~small] += reader.read(len(known) - len(fresh), *tables[1]) << 1
+            known[small] = fresh
         else:
-            large = (known > (2 << above) - 2).nonzero()[0]
-            pending = known.take(large)
-            bits = np.empty(len(pending), dtype=np.int32)
-            for table, chosen in _contexts(pending + 1 >> above + 1, tables):
-                bits[chosen] = reader.read_grouped(len(bits) if chosen is ... else len(chosen), *table)
-            known[large] = pending + (bits << plane + 1)
+            before = known.copy()
+            known[:] = (before >> 1 << 2) + (before & 1)
+            for table, chosen in _contexts(before, step):
+                known[chosen] += reader.read_grouped(len(known) if chosen is ... else len(chosen), *table).astype(np.int32) << 1
+            if not plane:
+                known[before == 1] = 3
+                np.maximum(known - 1, 0, out=known)
 
 
-def _contexts(higher: np.ndarray, tables: Sequence[Table]) -> Iterator[tuple[Table, Any]]:
-    """Tables of next bits and which values they are for, by their magnitudes one plane higher."""
-    last = len(tables)
-    if last == 1:
-        yield tables[0], ...
-        return
-    for context, table in enumerate(tables, start=1):
-        yield table, (higher == context if context < last else higher >= last).nonzero()[0]
-
-
-def _placed(symbols: np.ndarray, plane: int) -> np.ndarray:
-    """Symbols of values whose symbols at a plane these are, with zeros below it."""
-    if not plane:
-        return symbols
-    positive = symbols & 1
-    return (symbols + positive << plane) - positive
-
-
-def at_plane(symbols: np.ndarray, plane: int) -> np.ndarray:
-    """Undo `_placed`."""
-    if not plane:
-        return symbols
-    positive = symbols & 1
-    return (symbols + positive >> plane) - positive
-
-
-@cache
-def _split_symbols(plane: int) -> np.ndarray:
-    return _placed(np.arange(3, dtype=np.int32), plane)
+def _contexts(before: np.ndarray, step: Step) -> Iterator[tuple[Table, Any]]:
+    """Tables of a BITS step and which values they are for, by their signed symbols one plane higher."""
+    for table, (first, last) in zip(step.tables, step.contexts, strict=True):
+        chosen = (before >= first) & (before <= last)
+        if not step.plane:
+            chosen &= before != 1
+        yield table, chosen.nonzero()[0]

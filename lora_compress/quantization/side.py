@@ -102,7 +102,7 @@ def _read_model(reader: AnsReader) -> tuple[int, int]:
 
 
 def _check(side: Side, layering: Layering) -> None:
-    least = np.array([least_scale(layering.stage(layer)) for layer in side.starts.tolist()])
+    least = np.array([least_scale(layering.plane(layer)) for layer in side.starts.tolist()])
     impossible = np.abs(side.gains) > _MAX_EXPONENT, side.scales < least, side.scales > LARGEST_SCALE, side.shapes >= SHAPES
     if any(each.any() for each in impossible):
         raise FormatError("an entropy-coded payload describes rows that cannot be: get the file again")

@@ -7,14 +7,15 @@ from functools import lru_cache
 import numpy as np
 
 from .integers import QuantizedModule
-from .schedule import Layering, Stage, least_scale, lowest_symbol_plane
+from .schedule import Layering, least_scale, lowest_symbol_plane
 from .steps import symbol_table
-from .tables import PRECISION
+from .tables import PRECISION, signed_counts
 from .weights import expected_values
 
 __all__ = ["start_layers"]
 
 _SIDE_BITS = 8.0  # of a component, about: what is told before its values
+_STEEPNESS = 0.5  # of halving cells, at which a component starts: cuts of files cost least around it
 
 
 def start_layers(module: QuantizedModule, layering: Layering) -> np.ndarray:
@@ -26,43 +27,35 @@ def start_layers(module: QuantizedModule, layering: Layering) -> np.ndarray:
     if layering.layers == 1 or not module.rank:
         return np.zeros(module.rank, dtype=np.int64)
     layers = range(layering.layers)
-    stages = tuple(map(layering.stage, layers))
+    planes = tuple(map(layering.plane, layers))
     bits = np.full((module.rank, 1), _SIDE_BITS)
     shares, energies = [], []
     for values, scales, shapes in zip(module.values, module.scales, module.shapes, strict=True):
-        table = np.array([_prefixes(*model, stages) for model in zip(scales.tolist(), shapes.tolist(), strict=True)])
+        table = np.array([_prefixes(*model, planes) for model in zip(scales.tolist(), shapes.tolist(), strict=True)])
         width = values.shape[1]
         energy = np.einsum("ij,ij->i", values, values, dtype=np.float64)[:, None]
         bits = bits + width * table[:, 0]
         shares.append(np.minimum(width * table[:, 1] / energy, 1))
         energies.append(energy)
     fall = np.sqrt(energies[0] * energies[1]) * shares[0] * shares[1]
-    worth = fall >= bits * np.exp2([layering.slope(layer) for layer in layers])
+    worth = fall >= bits * _STEEPNESS * np.exp2([layering.slope(layer) for layer in layers])
     worth[:, -1] = True
     return worth.argmax(axis=1)
 
 
 @lru_cache(maxsize=4096)
-def _prefixes(scale: int, shape: int, stages: tuple[Stage, ...]) -> np.ndarray:
-    """Of a row that starts at each stage: bits per weight, and the mean square of the weights then, in steps, (2, stages)."""
-    return np.array([_prefix(scale, shape, stage) for stage in stages]).T
+def _prefixes(scale: int, shape: int, planes: tuple[int, ...]) -> np.ndarray:
+    """Of a row that starts at each plane: bits per weight, and the mean square of the weights then, in steps, (2, planes)."""
+    return np.array([_prefix(scale, shape, plane) for plane in planes]).T
 
 
 @lru_cache(maxsize=4096)
-def _prefix(scale: int, shape: int, stage: Stage) -> tuple[float, float]:
-    """Bits per weight, and the mean square of the weights, at one stage; nothing where a row cannot start."""
-    if scale < least_scale(stage):
+def _prefix(scale: int, shape: int, plane: int) -> tuple[float, float]:
+    """Bits per weight, and the mean square of the weights, at one plane; nothing where a row cannot start."""
+    if scale < least_scale(plane):
         return 0.0, 0.0
-    plane = max(stage.plane, lowest_symbol_plane(scale))
-    pending = stage.halved and plane == stage.plane  # the last bit of magnitudes above 1
-    counts_of, *key = symbol_table(scale - 8 * plane, shape, plane)
+    told = max(plane, lowest_symbol_plane(scale))
+    counts_of, *key = (signed_counts, scale - 8 * told, shape, told) if told else symbol_table(scale, shape)
     share = counts_of(*key) / (1 << PRECISION)
-    symbols = np.arange(len(share))
-    if pending:
-        magnitudes = symbols + 1 >> 1
-        symbols -= 2 * (magnitudes & 1) * (magnitudes > 1)
-        share = np.bincount(symbols, share)
-        symbols = np.flatnonzero(share)
-        share = share[symbols]
-    centres = expected_values(symbols, scale, shape, Stage(plane, pending))
-    return float(-(share * np.log2(share)).sum()) + plane - stage.plane, float((share * centres**2).sum())
+    centres = expected_values(np.arange(len(share)), scale, shape, told)
+    return float(-(share * np.log2(share)).sum()) + told - plane, float((share * centres**2).sum())

@@ -8,39 +8,55 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .ans import uniform
-from .schedule import Stage, lowest_symbol_plane
-from .tables import base_counts, bit_contexts, bit_counts, fine_planes, split_counts
+from .schedule import lowest_symbol_plane
+from .tables import base_counts, bit_contexts, bit_counts, fine_planes, signed_counts
 
-__all__ = ["Kind", "Passes", "Step", "Table", "plan_steps", "symbol_table"]
+__all__ = ["CONTEXTS", "Kind", "Passes", "Step", "Table", "plan_steps", "symbol_table"]
 
 Table = tuple[Any, ...]  # a function that makes counts, and what to call it with
+CONTEXTS = ((0, 0), (1, 1), (2, 3), (4, 5), (6, 1 << 31))  # of next bits: the first and last signed symbol of each
 
 
 class Kind(IntEnum):
     """What a step tells.
 
     Args:
-        SYMBOLS: all values at a plane.
-        RAW: of all values the bits from a plane above down to it, as good as uniform: of values that are zero there by the first
+        SYMBOLS: all values at a plane, zero without a sign.
+        RAW: of all values the bits from a plane above down to 0, as good as uniform: of values that are zero there by the first
             table, of others by the second.
-        SPLIT: what values that were zero one plane higher are.
-        BITS: the next bit of the others: of magnitude 1 there by the first table, of magnitude 2 by the second, of all beyond the
-            last table by the last.
+        SIGNED: all values at a plane, zero with a sign.
+        BITS: the next bit of all values that are known with the sign of zero: by one table, or each context by its own. At plane 0
+            a negative zero can only be -1, and nothing is told of it.
     """
 
     SYMBOLS = 0
     RAW = 1
-    SPLIT = 2
+    SIGNED = 2
     BITS = 3
 
 
 class Step(NamedTuple):
-    """A step that leads to values at `plane`, from `above`, where that matters."""
+    """A step that leads to values at `plane`.
+
+    Args:
+        kind: what it tells.
+        plane: down to which values are known after it.
+        tables: that code it.
+        above: the plane before a RAW step.
+    """
 
     kind: Kind
     plane: int
-    above: int
     tables: tuple[Table, ...]
+    above: int = 0
+
+    @property
+    def contexts(self) -> tuple[tuple[int, int], ...]:
+        """First and last signed symbol before a BITS step of the values that each table is for."""
+        count = len(self.tables)
+        if count == 1:
+            return ((0, CONTEXTS[-1][1]),)
+        return CONTEXTS if count == len(CONTEXTS) else (CONTEXTS[0], *CONTEXTS[2:])
 
 
 def symbol_table(scale: int, shape: int, plane: int = 0) -> Table:
@@ -49,12 +65,12 @@ def symbol_table(scale: int, shape: int, plane: int = 0) -> Table:
 
 
 class Passes(NamedTuple):
-    """What leads a run with a model from one stage, or from nothing, to a further one."""
+    """What leads a run with a model from one plane, or from nothing, to a lower one."""
 
     scale: int
     shape: int
-    before: Stage | None
-    after: Stage
+    before: int | None
+    after: int
 
 
 @lru_cache(maxsize=4096)
@@ -63,23 +79,19 @@ def plan_steps(passes: Passes) -> tuple[Step, ...]:
     scale, shape, before, after = passes
     steps: list[Step] = []
     if before is None:
-        before = Stage(after.plane + after.halved)
-        steps += _first(scale, shape, before.plane)
-    for left in reversed(range(after.left, before.left)):
-        plane, halved = divmod(left, 2)
+        before = max(after, lowest_symbol_plane(scale))
+        if not after:
+            return tuple(_whole(scale, shape, before))
+        steps.append(Step(Kind.SIGNED, before, ((signed_counts, scale - 8 * before, shape, before),)))
+    for plane in reversed(range(after, before)):
         here = scale - 8 * plane
-        if halved:
-            steps.append(Step(Kind.SPLIT, plane, plane + 1, ((split_counts, here, shape, plane),)))
-        else:
-            tables = tuple((bit_counts, here, shape, plane, context) for context in range(1, bit_contexts(here) + 1))
-            steps.append(Step(Kind.BITS, plane, plane + 1, tables))
+        contexts = bit_contexts(here, plane)
+        steps.append(Step(Kind.BITS, plane, tuple((bit_counts, here, shape, plane, context) for context in contexts)))
     return tuple(steps)
 
 
-def _first(scale: int, shape: int, target: int) -> Iterator[Step]:
-    """From nothing to all values at a plane."""
-    plane = max(target, lowest_symbol_plane(scale))
-    yield Step(Kind.SYMBOLS, plane, plane, (symbol_table(scale - 8 * plane, shape, plane),))
-    if plane > target:
-        width = plane - target
-        yield Step(Kind.RAW, target, plane, ((uniform, (2 << width) - 1), (uniform, 1 << width)))
+def _whole(scale: int, shape: int, plane: int) -> Iterator[Step]:
+    """From nothing to all values, told at a plane first."""
+    yield Step(Kind.SYMBOLS, plane, (symbol_table(scale - 8 * plane, shape, plane),))
+    if plane:
+        yield Step(Kind.RAW, 0, ((uniform, (2 << plane) - 1), (uniform, 1 << plane)), plane)

@@ -17,7 +17,7 @@ __all__ = [
     "cell_centres",
     "fine_planes",
     "normalise",
-    "split_counts",
+    "signed_counts",
 ]
 
 PRECISION = 24  # counts of a table sum to 2^24
@@ -26,6 +26,7 @@ _FINEST = 64  # scale up to which cells are split in finer ones to describe a bi
 _LARGEST_SYMBOL = 255
 _CELLS = 1024
 _STEEP = 40  # scale up to which the density falls much within a cell of two steps
+_CONTEXTS = 5
 _ONE = 1 << 96  # fixed point of the recurrences
 _MASS = 48  # bits of a distribution's whole mass
 _LEAST_MASS = 1 << 24  # of a cell whose centre is taken from its table: below, what was rounded off is felt
@@ -53,63 +54,79 @@ def base_counts(scale: int, shape: int, fine: int) -> np.ndarray:
 
     A symbol stands for the values of its sign with that magnitude >> fine, of a distribution of `scale` + 8 `fine`.
     """
-    mass, _ = _fine(scale + 8 * fine, shape)
-    cells = mass[: len(mass) >> fine << fine].reshape(-1, 1 << fine).sum(axis=1)
-    cells[0] = 2 * cells[0] - mass[0]  # cell 0 reaches to both sides of zero, its middle is there once
-    tails = (1 << _MASS) - cells[0] - 2 * np.cumsum(cells[1:])  # of both sides, beyond 1, 2, ...
-    small = np.flatnonzero(tails <= 1 << (_MASS - 16))
-    last = min(int(small[0]) + 1 if len(small) else len(cells) - 1, _LARGEST_SYMBOL, len(cells) - 1)
-    return normalise([int(cells[0]), *np.repeat(cells[1 : last + 1], 2).tolist(), max(int(tails[last - 1]), 0)])
+    (plus, minus), cells = _cells(scale, shape, fine, fine)
+    return _counts([plus + minus], cells)
 
 
 @cache
-def split_counts(scale: int, shape: int, plane: int) -> np.ndarray:
-    """Counts of 0, plus and minus, (3,): what a value that was zero one plane higher is at `plane`, where its scale is `scale`."""
-    half = 1 << plane
-    if scale > MAX_SCALE:  # as good as uniform
-        return normalise([2 * half - 1, half, half])
-    fine = fine_planes(scale, plane)
+def signed_counts(scale: int, shape: int, plane: int) -> np.ndarray:
+    """Counts of +0, -0, +1, -1, ... +K, -K and of the escape after them, (2 K + 3,), of values at a `plane` above 0.
+
+    +0 stands for 0 ... 2^plane - 1, -0 for the same without 0 and negative.
+    """
+    zeros, cells = _cells(scale, shape, fine_planes(scale, plane), plane)
+    return _counts(list(zeros), cells)
+
+
+def _counts(zeros: list[int], cells: np.ndarray) -> np.ndarray:
+    tails = (1 << _MASS) - sum(zeros) - 2 * np.cumsum(cells[1:])  # of both sides, beyond 1, 2, ...
+    small = np.flatnonzero(tails <= 1 << (_MASS - 16))
+    last = min(int(small[0]) + 1 if len(small) else len(cells) - 1, _LARGEST_SYMBOL, len(cells) - 1)
+    return normalise([*zeros, *np.repeat(cells[1 : last + 1], 2).tolist(), max(int(tails[last - 1]), 0)])
+
+
+def _cells(scale: int, shape: int, fine: int, plane: int) -> tuple[tuple[int, int], np.ndarray]:
+    """Masses of +0 and of -0 at a plane, and of the magnitudes 0, 1, ... on one side.
+
+    The value 0 itself counts as positive. Where cells are described in fewer planes than there are, it is too little to count.
+    """
     mass, _ = _fine(scale + 8 * fine, shape)
-    side = int(mass[1 << fine : 2 << fine].sum())
-    return normalise([2 * int(mass[: 1 << fine].sum()) - int(mass[0]), side, side])
+    cells = mass[: len(mass) >> fine << fine].reshape(-1, 1 << fine).sum(axis=1)
+    plus, middle = int(cells[0]), int(mass[0])  # which reaches to both sides of zero
+    return (plus, plus - middle) if fine == plane else (plus - middle // 2, plus - middle + middle // 2), cells
 
 
-def bit_contexts(scale: int) -> int:
-    """Number of tables for next bits: by magnitude where it matters."""
-    return 3 if scale <= _STEEP else 1
+def bit_contexts(scale: int, plane: int) -> range | tuple[int, ...]:
+    """Of next bits, by what is known: +0, -0, 1, 2, more; all as one where it does not matter. At plane 0, -0 can only be -1."""
+    if scale > _STEEP:
+        return range(1)
+    return range(_CONTEXTS) if plane else (0, *range(2, _CONTEXTS))
 
 
 @cache
 def bit_counts(scale: int, shape: int, plane: int, context: int) -> np.ndarray:
-    """Counts of a magnitude's next bit, (2,), at `plane`: `context` is the magnitude one plane higher, the last stands for more."""
+    """Counts of a magnitude's next bit, (2,), at `plane`, of a context of `bit_contexts`."""
     if scale > MAX_SCALE:
         return normalise([1, 1])
-    fine = fine_planes(scale, plane)
-    mass, _ = _fine(scale + 8 * fine, shape)
-    pairs = mass[: len(mass) >> (fine + 1) << (fine + 1)].reshape(-1, 2, 1 << fine).sum(axis=2)
-    chosen = pairs[context] if context < bit_contexts(scale) else pairs[context:].sum(axis=0)
-    return normalise([int(chosen[0]) + 1, int(chosen[1]) + 1])
+    (plus, minus), cells = _cells(scale, shape, fine_planes(scale, plane), plane)
+    if scale > _STEEP:
+        pairs = cells[: len(cells) // 2 * 2].reshape(-1, 2).sum(axis=0).tolist()
+        return normalise([2 * pairs[0] - 2 * int(cells[0]) + plus + minus + 1, 2 * pairs[1] + 1])
+    if context < 2:
+        return normalise([(plus, minus)[context] + 1, int(cells[1]) + 1])
+    pairs = cells[: len(cells) // 2 * 2].reshape(-1, 2)
+    lower, upper = (pairs[context - 1] if context < _CONTEXTS - 1 else pairs[context - 1 :].sum(axis=0)).tolist()
+    return normalise([lower + 1, upper + 1])
 
 
 @cache
-def cell_centres(scale: int, shape: int, plane: int, width: int) -> np.ndarray:
-    """Centres of mass of the cells `width` planes above `plane` wide, in 2^-12 steps of `plane`; cell 0 has centre 0.
+def cell_centres(scale: int, shape: int, plane: int) -> tuple[np.ndarray, int]:
+    """Centres of mass of magnitudes 0, 1, ... at `plane` on the positive side, and of -0, in 2^-12 steps of `plane`.
 
-    Cells without a known distribution, beyond the table or at a scale where it is as good as uniform, have their middle.
+    At plane 0, zero has centre 0. Cells without a known distribution, beyond the table or at a scale where it is as good as
+    uniform, have their middle: no centre is given.
     """
-    fine = fine_planes(scale, plane)
-    wide = fine + width
     if scale > MAX_SCALE:
-        return np.zeros(1, dtype=np.int64)
-    mass, moment = _fine(scale + 8 * fine, shape)
-    count = min(len(mass) >> wide, 2 * _LARGEST_SYMBOL)
-    masses = mass[: count << wide].reshape(count, -1).sum(axis=1)
-    moments = moment[: count << wide].reshape(count, -1).sum(axis=1)
+        return np.zeros(0, dtype=np.int64), 0
+    fine = fine_planes(scale, plane)
+    zeros, masses = _cells(scale, shape, fine, plane)
+    _, moment = _fine(scale + 8 * fine, shape)
+    count = min(len(masses), 2 * _LARGEST_SYMBOL)
+    moments = moment[: count << fine].reshape(count, -1).sum(axis=1)
+    masses = np.array([zeros[0], *masses[1:count].tolist()], dtype=np.int64)
     rare = np.flatnonzero(masses < _LEAST_MASS)
     known = int(rare[0]) if len(rare) else count
-    centres = (moments[:known] // masses[:known]) >> fine
-    centres[0] = 0
-    return centres
+    return (moments[:known] // masses[:known]) >> fine, int(moments[0]) // max(zeros[1], 1) >> fine
 
 
 def normalise(masses: list[int]) -> np.ndarray:

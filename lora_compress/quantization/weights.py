@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .passes import at_plane
-from .schedule import Stage
 from .tables import cell_centres
 
 __all__ = ["Model", "expected_values", "row_weights"]
@@ -20,11 +18,11 @@ _BITS = {np.float16: np.uint16, np.float32: np.uint32}
 
 
 class Model(NamedTuple):
-    """The distribution of a row's values, and what is known of them."""
+    """The distribution of a row's values, and the plane down to which they are known."""
 
     scale: int
     shape: int
-    stage: Stage
+    plane: int
 
 
 def row_weights(
@@ -51,14 +49,13 @@ def row_weights(
     targets = np.cumsum(widths) - widths
     largest = int(symbols.max(initial=0))
     size = min(largest, _TABLED - 1) + 1
-    planes = np.array([model.stage.plane for model in models])
     centres = np.array([_tabled(*model)[:size] for model in models]).reshape(-1, size)
     tables = (centres * units[:, None]).astype(np.float32).astype(dtype, copy=False)
-    rows = np.stack([begins, targets, widths, planes], axis=1)
+    rows = np.stack([begins, targets, widths], axis=1)
     (look_up or _look_up)(symbols, rows, tables.view(_BITS[dtype]), weights.view(_BITS[dtype]))
     if largest >= _TABLED:
-        for (begin, target, width, plane), model, unit in zip(rows.tolist(), models, units.tolist(), strict=True):
-            row = at_plane(symbols[begin : begin + width], plane)
+        for (begin, target, width), model, unit in zip(rows.tolist(), models, units.tolist(), strict=True):
+            row = symbols[begin : begin + width]
             if (beyond := (row >= _TABLED).nonzero()[0]).size:
                 weights[target + beyond] = (expected_values(row[beyond], *model) * unit).astype(np.float32)
     return weights
@@ -66,27 +63,25 @@ def row_weights(
 
 def _look_up(symbols: np.ndarray, rows: np.ndarray, tables: np.ndarray, weights: np.ndarray) -> None:
     """As `kernels.look_up`."""
-    for (begin, target, width, plane), table in zip(rows.tolist(), tables, strict=True):
-        table.take(at_plane(symbols[begin : begin + width], plane), mode="clip", out=weights[target : target + width])
+    for (begin, target, width), table in zip(rows.tolist(), tables, strict=True):
+        table.take(symbols[begin : begin + width], mode="clip", out=weights[target : target + width])
 
 
 @lru_cache(maxsize=1024)
-def _tabled(scale: int, shape: int, stage: Stage) -> np.ndarray:
-    return expected_values(np.arange(_TABLED), scale, shape, stage)
+def _tabled(scale: int, shape: int, plane: int) -> np.ndarray:
+    return expected_values(np.arange(_TABLED), scale, shape, plane)
 
 
-def expected_values(symbols: np.ndarray, scale: int, shape: int, stage: Stage) -> np.ndarray:
-    """Centres in steps, float64, of symbols (n,) at a stage."""
-    magnitudes = symbols + 1 >> 1
-    here = scale - 8 * stage.plane
-    centres = _centres(magnitudes, here, shape, stage.plane, 0)
-    if stage.halved:
-        centres = np.where(magnitudes > 1, _centres(magnitudes >> 1, here, shape, stage.plane, 1), centres)
-    return np.where(symbols & 1, centres, -centres) * float(1 << stage.plane)
-
-
-def _centres(cells: np.ndarray, scale: int, shape: int, plane: int, width: int) -> np.ndarray:
-    """Centres of cells (n,) that are 2^width steps of `plane` wide, in these steps: tabled, or the middle of the integers."""
-    table = cell_centres(scale, shape, plane, width)
-    middle = (cells + 0.5) * (1 << width) - 0.5 / (1 << plane)
-    return np.where(cells < len(table), table[np.minimum(cells, len(table) - 1)] * _CENTRE, middle)
+def expected_values(symbols: np.ndarray, scale: int, shape: int, plane: int) -> np.ndarray:
+    """Centres in steps, float64, of symbols (n,) at a plane; above plane 0, zero has a sign."""
+    signed = symbols if plane else symbols + (symbols > 0)
+    magnitudes, negative = signed >> 1, signed & 1
+    table, below = cell_centres(scale - 8 * plane, shape, plane)
+    if len(table):
+        known = table.take(np.minimum(magnitudes, len(table) - 1))
+        known = np.where(signed == 1, below, known) * _CENTRE
+    else:
+        known = np.zeros(len(symbols))
+    middle = magnitudes + 0.5 * (1 - 0.5**plane) + np.where(signed == 1, 0.5 ** (plane + 1), 0.0)
+    centres = np.where(magnitudes < len(table), known, middle)
+    return np.where(negative, -centres, centres) * float(1 << plane)

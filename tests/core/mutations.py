@@ -202,7 +202,7 @@ def bend_module(index: dict[str, Any], roll: chance.Random) -> None:
 def bend_chunks(index: dict[str, Any], roll: chance.Random) -> None:
     """Bytes moved from one chunk to another, a chunk given to another module, chunks left out or said twice."""
     chunks = index.get("chunks")
-    if not isinstance(chunks, dict) or not all(isinstance(chunks.get(k), list) and chunks[k] for k in ("module", "bytes", "crc32")):
+    if not isinstance(chunks, dict) or not all(isinstance(chunks.get(k), list) and chunks[k] for k in ("module", "bytes")):
         return
     lengths, modules = chunks["bytes"], chunks["module"]
     kind, row, other = roll.randrange(4), roll.randrange(len(lengths)), roll.randrange(len(lengths))
@@ -210,7 +210,7 @@ def bend_chunks(index: dict[str, Any], roll: chance.Random) -> None:
         moved = roll.choice([1, 4, lengths[row], lengths[row] // 2])
         lengths[row], lengths[other] = lengths[row] - moved, lengths[other] + moved
     elif kind == 1 and row < len(modules):
-        modules[row] = roll.choice([0, 1, 2, 3, 2**31])
+        modules[row] = roll.choice([0, 1, 2, -1, 2**31])
     elif kind == 2:
         for column in chunks.values():
             if isinstance(column, list):
@@ -224,13 +224,16 @@ def bend_chunks(index: dict[str, Any], roll: chance.Random) -> None:
 def mend(index: Any, payload: bytes) -> bytes:
     """Bring the checksums in line with the payload and its length in line with the index, where the index allows it."""
     try:
-        chunks = index["chunks"]
+        chunks, checks, module, filled = index["chunks"], index["modules"]["crc32"], 0, set()
         if not all(0 <= length <= 2**20 for length in chunks["bytes"]):
             return payload
         payload = payload[: sum(chunks["bytes"])].ljust(min(sum(chunks["bytes"]), 2**22), b"\x5a")
         begin = 0
-        for row, length in enumerate(chunks["bytes"]):
-            chunks["crc32"][row] = zlib.crc32(payload[begin : begin + length])
+        for step, length in zip(chunks["module"], chunks["bytes"], strict=False):
+            module += step
+            if length and module not in filled and module >= 0:
+                checks[module] = zlib.crc32(payload[begin : begin + length])
+                filled.add(module)
             begin += length
     except (AttributeError, IndexError, KeyError, TypeError):
         pass

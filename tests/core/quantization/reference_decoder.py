@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from tests.core.quantization.reference_tables import base, bit, centre, normalise, split, uniform
+from tests.core.quantization.reference_tables import base, bit, centre, normalise, signed, uniform
 
 _MAX = 56
 
@@ -36,9 +36,7 @@ class Stack:
         return not self.words and self.state == 0
 
 
-def read_symbols(stack: Stack, count: int, scale: int, shape: int, plane: int) -> list[int]:
-    fine = min(plane, (64 - scale) // 8)
-    counts = base(scale, shape, fine)
+def read_symbols(stack: Stack, count: int, counts: list[int]) -> list[int]:
     escape = len(counts) - 1
     symbols = [stack.read(counts) for _ in range(count)]
     places = [place for place, symbol in enumerate(symbols) if symbol == escape]
@@ -52,12 +50,6 @@ def value(symbol: int) -> int:
     return (symbol + 1) // 2 if symbol % 2 else -(symbol // 2)
 
 
-def stage_after(layer: int, layers: int, per_plane: int) -> tuple[int, bool]:
-    """Plane, and whether the last bits of magnitudes above 1 are pending."""
-    left = layers - 1 - layer
-    return left // per_plane, left % per_plane > 0
-
-
 def decode(
     chunks: list[bytes], rank: int, inputs: int, outputs: int, step: float, layers: int, per_plane: int
 ) -> list[list[list[float]]]:
@@ -65,18 +57,20 @@ def decode(
     rows: dict[int, list[float]] = {i: [0.0] * (inputs if i < rank else outputs) for i in range(2 * rank)}
     side, runs = Side(rank), []
     for layer, stack in enumerate(stacks):
-        stage = stage_after(layer, layers, per_plane)
+        plane = (layers - 1 - layer) // per_plane
         fresh: dict[tuple[int, int], list[int]] = {}
         for i in side.read(stack, layer == layers - 1):
-            assert 8 * sum(stage) < side.scale[i] <= 168 and side.shape[i] < 4
+            assert 8 * plane < side.scale[i] <= 168 and side.shape[i] < 4
             fresh.setdefault((side.scale[i], side.shape[i]), []).append(i)
         for (scale, shape), members in fresh.items():
             runs.append(Run(scale, shape, layer, sorted(members), [len(rows[i]) for i in sorted(members)]))
         runs.sort(key=lambda run: (run.scale, run.shape, run.start))
         for run in runs:
-            run.read(stack, *stage)
+            run.read(stack, plane)
         assert not stack.words
-        following = [zlib.crc32(chunk) & 0xFFFF for chunk in chunks[layer + 1 :] if chunk and chunks[layer]]
+        following = [
+            zlib.crc32(chunk) & (0xFFFF if len(chunk) >= 256 else 0xFF) for chunk in chunks[layer + 1 :] if chunk and chunks[layer]
+        ]
         unknown = chunks[layer] and not following and len(chunks) < layers
         assert stack.state < 1 << 16 if unknown else stack.state == (following or [0])[0]
     for run in runs:
@@ -98,7 +92,7 @@ class Side:
         begin, first = len(self.gain), not self.gain
         count = self.rank - begin
         if count and not last:
-            (count,) = read_symbols(stack, 1, 33, 0, 0)
+            (count,) = read_symbols(stack, 1, base(33, 0, 0))
             assert count <= self.rank - begin
         if not count:
             return []
@@ -116,88 +110,76 @@ class Side:
     def _integers(self, stack: Stack, row: int, count: int) -> list[int]:
         if row == len(self.tables):
             self.tables.append(divmod(stack.read(uniform(256)), 4))
-        return [value(symbol) for symbol in read_symbols(stack, count, *self.tables[row], 0)]
+        return [value(symbol) for symbol in read_symbols(stack, count, base(*self.tables[row], 0))]
 
 
 def read_grouped(stack: Stack, count: int, counts: list[int]) -> list[int]:
     """Section 2, groups."""
-    kinds = len(counts)
-    width = {2: 8, 3: 5}[kinds]
     masses = []
-    for group in range(kinds**width):
+    for group in range(256):
         mass = 1
-        for digit in range(width):
-            mass *= counts[group // kinds**digit % kinds]
+        for digit in range(8):
+            mass *= counts[group >> digit & 1]
         masses.append(mass)
     table = normalise(masses)
-    symbols = []
-    for _ in range((count + width - 1) // width):
+    bits: list[int] = []
+    for _ in range((count + 7) // 8):
         group = stack.read(table)
-        symbols += [group // kinds ** (width - 1 - place) % kinds for place in range(width)]
-    return symbols[:count]
+        bits += [group >> 7 - place & 1 for place in range(8)]
+    return bits[:count]
 
 
 class Run:
-    """Rows that share tables, one after the other: their values in units of 2^plane; `pending`: magnitudes above 1 lack a bit."""
+    """Rows that share tables, one after the other: their signed symbols at `plane`, at plane 0 as values."""
 
     def __init__(self, scale: int, shape: int, start: int, members: list[int], widths: list[int]) -> None:
         self.scale, self.shape, self.start, self.members, self.widths = scale, shape, start, members, widths
-        self.plane, self.pending = -1, False
+        self.plane = -1
         self.width = sum(widths)
-        self.values: list[int] = []
+        self.symbols: list[int] = []
 
-    def read(self, stack: Stack, plane: int, halved: bool) -> None:
-        if not self.values:
-            self._first(stack, plane + halved)
-        while (self.plane, self.pending) != (plane, halved):
-            if self.pending:
-                self._bits(stack)
+    def read(self, stack: Stack, plane: int) -> None:
+        if self.plane < 0:
+            highest = 0 if self.scale <= _MAX else -(-(self.scale - _MAX) // 8)
+            if plane:
+                self.plane = max(plane, highest)
+                self.symbols = read_symbols(stack, self.width, signed(self.scale - 8 * self.plane, self.shape, self.plane))
             else:
-                self._split(stack)
+                self.plane = 0
+                self.symbols = self._whole(stack, highest)
+        while self.plane > plane:
+            self._bits(stack)
 
-    def _first(self, stack: Stack, target: int) -> None:
-        plane = max(target, 0 if self.scale <= _MAX else -(-(self.scale - _MAX) // 8))
-        symbols = read_symbols(stack, self.width, self.scale - 8 * plane, self.shape, plane)
-        self.values = [value(symbol) for symbol in symbols]
-        bits = plane - target
-        if bits:
-            zeros = [i for i, v in enumerate(self.values) if v == 0]
-            others = [i for i, v in enumerate(self.values) if v]
-            self.values = [v << bits for v in self.values]
+    def _whole(self, stack: Stack, plane: int) -> list[int]:
+        scale = self.scale - 8 * plane
+        table = base(scale, self.shape, min(plane, (64 - scale) // 8))
+        values = [value(symbol) for symbol in read_symbols(stack, self.width, table)]
+        if plane:
+            zeros = [i for i, v in enumerate(values) if v == 0]
+            others = [i for i, v in enumerate(values) if v]
+            values = [v << plane for v in values]
             for i in zeros:
-                self.values[i] = value(stack.read(uniform((2 << bits) - 1)))
+                values[i] = value(stack.read(uniform((2 << plane) - 1)))
             for i in others:
-                low = stack.read(uniform(1 << bits))
-                self.values[i] += low if self.values[i] > 0 else -low
-        self.plane = target
-
-    def _split(self, stack: Stack) -> None:
-        self.plane, self.pending = self.plane - 1, True
-        counts = split(self.scale - 8 * self.plane, self.shape, self.plane)
-        fresh = iter(read_grouped(stack, self.values.count(0), counts))
-        self.values = [2 * v if v else value(next(fresh)) for v in self.values]
+                low = stack.read(uniform(1 << plane))
+                values[i] += low if values[i] > 0 else -low
+        return [2 * abs(v) + (v < 0) for v in values]
 
     def _bits(self, stack: Stack) -> None:
+        self.plane -= 1
         scale = self.scale - 8 * self.plane
-        contexts = 3 if scale <= 40 else 1
-        for context in range(1, contexts + 1):
-            places = [i for i, v in enumerate(self.values) if abs(v) > 1 and min(abs(v) // 2, contexts) == context]
-            lows = read_grouped(stack, len(places), bit(scale, self.shape, self.plane, context))
-            for i, low in zip(places, lows, strict=True):
-                self.values[i] += low if self.values[i] > 0 else -low
-        self.pending = False
+        before, told = self.symbols, list(range(len(self.symbols)))
+        if self.plane == 0:
+            told = [i for i in told if before[i] != 1]
+        bits = {i: 1 for i, symbol in enumerate(before) if symbol == 1}  # at plane 0, where nothing tells it
+        context = [symbol if symbol < 2 else min(symbol // 2 + 1, 4) for symbol in before]
+        groups = [told] if scale > 40 else [[i for i in told if context[i] == k] for k in range(5)]
+        for k, places in enumerate(groups):
+            bits |= dict(zip(places, read_grouped(stack, len(places), bit(scale, self.shape, self.plane, k)), strict=True))
+        self.symbols = [2 * (2 * (symbol // 2) + bits[i]) + symbol % 2 for i, symbol in enumerate(before)]
 
     def expected(self) -> list[tuple[int, list[float]]]:
         """Rows by their numbers."""
-        found = self._expected()
+        found = [centre(self.scale - 8 * self.plane, self.shape, self.plane, symbol) * 2**self.plane for symbol in self.symbols]
         ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths))]
         return [(i, found[end - width : end]) for i, end, width in zip(self.members, ends, self.widths, strict=True)]
-
-    def _expected(self) -> list[float]:
-        result = []
-        for v in self.values:
-            wide = int(self.pending and abs(v) > 1)
-            cell = abs(v) >> wide
-            distance = centre(self.scale - 8 * self.plane, self.shape, self.plane, wide, cell) * 2**self.plane
-            result.append(distance if v > 0 else -distance if v else 0.0)
-        return result

@@ -65,49 +65,62 @@ def mixture(a: int, shape: int) -> tuple[list[int], list[int]]:
 
 
 @cache
-def cells(scale: int, shape: int, plane: int) -> list[int]:
-    v = min(plane, (64 - scale) // 8)
+def cells(scale: int, shape: int, plane: int, v: int) -> tuple[int, int, list[int]]:
+    """+0, -0, and all cells on one side."""
     mass, _ = mixture(scale + 8 * v, shape)
     sums = [sum(mass[c << v : (c + 1) << v]) for c in range(1024 >> v)]
-    return [2 * sums[0] - mass[0], *sums[1:]]
+    middle = mass[0]
+    if v < plane:
+        return sums[0] - middle // 2, sums[0] - middle + middle // 2, sums
+    return sums[0], sums[0] - middle, sums
+
+
+def symbols(zeros: list[int], cell: list[int], v: int) -> list[int]:
+    last, tail = 1, 2**48 - sum(zeros) - 2 * cell[1]
+    while tail > 2**32 and last < min(255, (1024 >> v) - 1):
+        last += 1
+        tail -= 2 * cell[last]
+    return normalise([*zeros, *(cell[c] for c in range(1, last + 1) for _ in (0, 1)), max(tail, 0)])
 
 
 @cache
 def base(scale: int, shape: int, v: int) -> list[int]:
-    cell = cells(scale, shape, v)
-    last, tail = 1, 2**48 - cell[0] - 2 * cell[1]
-    while tail > 2**32 and last < min(255, (1024 >> v) - 1):
-        last += 1
-        tail -= 2 * cell[last]
-    return normalise([cell[0], *(cell[c] for c in range(1, last + 1) for _ in (0, 1)), max(tail, 0)])
+    plus, minus, cell = cells(scale, shape, v, v)
+    return symbols([plus + minus], cell, v)
 
 
 @cache
-def split(scale: int, shape: int, plane: int) -> list[int]:
-    if scale > 56:
-        return normalise([2 ** (plane + 1) - 1, 2**plane, 2**plane])
-    cell = cells(scale, shape, plane)
-    return normalise([cell[0], cell[1], cell[1]])
+def signed(scale: int, shape: int, plane: int) -> list[int]:
+    v = min(plane, (64 - scale) // 8)
+    plus, minus, cell = cells(scale, shape, plane, v)
+    return symbols([plus, minus], cell, v)
 
 
 @cache
 def bit(scale: int, shape: int, plane: int, k: int) -> list[int]:
     if scale > 56:
         return normalise([1, 1])
-    cell = cells(scale, shape, plane)
-    last = k == (3 if scale <= 40 else 1)
-    ks = [each for each in range(k, len(cell) // 2) if last or each == k]
-    return normalise([sum(cell[2 * each] for each in ks) + 1, sum(cell[2 * each + 1] for each in ks) + 1])
+    plus, minus, cell = cells(scale, shape, plane, min(plane, (64 - scale) // 8))
+    low = [[plus], [minus], [cell[2]], [cell[4]], cell[6::2]]
+    high = [[cell[1]], [cell[1]], [cell[3]], [cell[5]], cell[7::2]]
+    if scale > 40:
+        return normalise([plus + minus + 2 * sum(cell[2::2]) + 1, 2 * sum(cell[1::2]) + 1])
+    return normalise([sum(low[k]) + 1, sum(high[k]) + 1])
 
 
 @cache
-def centre(scale: int, shape: int, plane: int, u: int, k: int) -> float:
-    middle = (k + 0.5) * 2**u - 0.5 / 2**plane
-    if scale > 56:
-        return middle
-    v = min(plane, (64 - scale) // 8)
-    mass, moment = mixture(scale + 8 * v, shape)
-    spans = [slice(c << (v + u), (c + 1) << (v + u)) for c in range(k + 1)]
-    if k >= min(1024 >> (v + u), 510) or any(sum(mass[span]) < 2**24 for span in spans):
-        return middle
-    return (sum(moment[spans[k]]) // sum(mass[spans[k]]) >> v) / 4096
+def centre(scale: int, shape: int, plane: int, symbol: int) -> float:
+    """Of a signed symbol, in steps of the plane; of plane 0 without -0."""
+    k, negative = divmod(symbol, 2)
+    middle = k + 0.5 - 0.5 / 2**plane
+    if symbol == 1:
+        middle = 0.5
+    if scale <= 56:
+        v = min(plane, (64 - scale) // 8)
+        plus, minus, cell = cells(scale, shape, plane, v)
+        masses = [plus, *cell[1:]]
+        _, moment = mixture(scale + 8 * v, shape)
+        if k < min(1024 >> v, 510) and all(mass >= 2**24 for mass in masses[: k + 1]):
+            mass = minus if symbol == 1 else masses[k]
+            middle = (sum(moment[k << v : (k + 1) << v]) // mass >> v) / 4096
+    return -middle if negative else middle

@@ -19,7 +19,7 @@ from lora_compress.quantization.compiled import CompiledReader, compiled_kernels
 from lora_compress.quantization.entropy import decode_entropy, encode_entropy
 from lora_compress.quantization.models import LARGEST_SCALE
 from lora_compress.quantization.passes import as_symbols, read_steps, write_steps
-from lora_compress.quantization.schedule import Layering, Stage
+from lora_compress.quantization.schedule import Layering
 from lora_compress.quantization.steps import Passes, plan_steps
 from lora_compress.quantization.tables import SHAPES, base_counts
 from lora_compress.quantization.weights import Model, row_weights
@@ -31,9 +31,9 @@ _TABLES = [(uniform, 2), (uniform, 256), (base_counts, 3, 0, 0), (base_counts, 3
 
 @st.composite
 def models(draw: st.DrawFn) -> tuple[int, int, list[int]]:
-    """A scale, a shape, and what is known after each layer: planes and halves of them still to come."""
+    """A scale, a shape, and the planes down to which values are known after each layer."""
     scale = draw(st.integers(1, LARGEST_SCALE))
-    most = 2 * ((scale - 1) // 8)
+    most = (scale - 1) // 8
     return scale, draw(st.integers(0, SHAPES - 1)), sorted(draw(st.sets(st.integers(0, most), min_size=1)), reverse=True)
 
 
@@ -42,16 +42,11 @@ def places(drawn: list) -> list[slice]:
     return [slice(*pair) for pair in pairwise(np.cumsum([0, *(count for _, count in drawn)]).tolist())]
 
 
-def stage(position: int) -> Stage:
-    """The one with so many halves of planes to come."""
-    return Stage(position // 2, position % 2 > 0)
-
-
 def turns(drawn: list) -> Iterator[list[tuple[slice, Passes]]]:
     """Layer by layer, where each run is and the passes over it."""
     for layer in range(max(len(stops) for (_, _, stops), _ in drawn)):
         yield [
-            (place, Passes(scale, shape, stage(stops[layer - 1]) if layer else None, stage(stops[layer])))
+            (place, Passes(scale, shape, stops[layer - 1] if layer else None, stops[layer]))
             for ((scale, shape, stops), _), place in zip(drawn, places(drawn), strict=True)
             if layer < len(stops)
         ]
@@ -139,13 +134,10 @@ def test_both_look_the_same_weights_up(seed: int, dtype: type, largest: int) -> 
     random = np.random.default_rng(seed)
     widths = random.integers(0, 50, 6)
     begins = widths.sum() - np.cumsum(widths)  # rows stand in the opposite order of their symbols
-    stages = [Stage(0), Stage(1), Stage(0, True), Stage(2, True), Stage(3), Stage(1, True)]
-    rows = [
-        as_symbols(random.integers(-largest, largest + 1, width) << stage.plane)
-        for width, stage in zip(widths, stages, strict=True)
-    ]
+    planes = [0, 1, 2, 3, 4, 0]
+    rows = [random.integers(0, 2 * largest + 1, width).astype(np.int32) for width in widths]
     symbols = np.concatenate(rows[::-1])
-    described = [Model(int(random.integers(25, 60)), int(random.integers(SHAPES)), stage) for stage in stages]
+    described = [Model(int(random.integers(25, 60)), int(random.integers(SHAPES)), plane) for plane in planes]
     units = random.uniform(1e-5, 1e-2, 6)
     arguments = (symbols, begins, widths, described, units, dtype)
     found = row_weights(*arguments, kernels().look_up)

@@ -12,8 +12,8 @@ from lora_compress.quantization.schedule import Layering
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module
 
 SPECTRA = {"root": lambda i: i**-0.5, "inverse": lambda i: 1 / i, "exponential": lambda i: 0.85**i}
-LAYERING, STEP = Layering(18, 3), 0.004
-
+LAYERING, STEP = Layering(12, 2), 0.004
+PHASES = (0, 4, 2, 6)  # eighths of octaves, of the steps of neighbours, as in files
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 
@@ -44,41 +44,46 @@ def fresh_curve(files: list[Rows], least: float) -> tuple[np.ndarray, np.ndarray
 
 
 def cut_costs(files: list[Rows]) -> list[tuple[float, int, int]]:
-    """Bytes over those of coding afresh at the same error, at every cut that leaves an error of at most 0.3."""
+    """Bytes over those of coding afresh at the same error, module and layer of every cut that leaves an error of at most 0.3."""
     curves = [fresh_curve(files, least) for least in (0.0, 0.5, 0.7, 0.9, 1.1)]
-    encoded = [encode_entropy(*strong(rows, STEP, 0.8), STEP, layering=LAYERING, refine=False) for rows in files]
+    phases = [PHASES[number % len(PHASES)] for number in range(len(files))]
+    steps = [STEP * 2 ** (phase / 8) for phase in phases]
+    encoded = [
+        encode_entropy(*strong(rows, STEP, 0.8), step, layering=LAYERING, refine=False)
+        for rows, step in zip(files, steps, strict=True)
+    ]
     largest = 0.09 * sum(dense_error(rows, (rows[0] * 0, rows[1] * 0)) for rows in files)
-    cuts = []
-    for layer in range(LAYERING.layers):
-        for finer in range(1, len(files) + 1):  # modules that have this layer; all but the last are cuts within a layer
-            counts = [layer + (number < finer) for number in range(len(files))]
-            size = sum(map(coded_bits, encoded, counts))
-            decoded = [
-                decode_entropy(each.chunks[:count], each.rank, 320, 320, STEP, LAYERING)
-                for each, count in zip(encoded, counts, strict=True)
-            ]
-            error = sum(map(dense_error, files, decoded))
-            fresh = [np.exp(np.interp(np.log(error), np.log(e), np.log(b))) for e, b in curves if e[0] < error < e[-1]]
-            if error < largest and fresh:
-                cuts.append((float(size / min(fresh)), layer, finer))
+    layers = [(number, layer) for layer in range(LAYERING.layers) for number in range(len(files))]
+    counts, cuts = [0] * len(files), []
+    for number, layer in sorted(layers, key=lambda each: -LAYERING.slope(each[1]) - phases[each[0]] / 4):
+        counts[number] += 1
+        size = sum(map(coded_bits, encoded, counts))
+        decoded = [
+            decode_entropy(each.chunks[:count], each.rank, 320, 320, step, LAYERING)
+            for each, count, step in zip(encoded, counts, steps, strict=True)
+        ]
+        error = sum(map(dense_error, files, decoded))
+        fresh = [np.exp(np.interp(np.log(error), np.log(e), np.log(b))) for e, b in curves if e[0] < error < e[-1]]
+        if error < largest and fresh:
+            cuts.append((float(size / min(fresh)), number, layer))
     return cuts
 
 
 @pytest.mark.parametrize("spectrum", list(SPECTRA))
-def test_any_cut_costs_at_most_a_tenth_over_coding_afresh(spectrum: str) -> None:
+def test_any_cut_costs_less_than_a_tenth_over_coding_afresh(spectrum: str) -> None:
     cuts = cut_costs(modules(spectrum))
     assert len(cuts) > 20
-    assert max(cuts)[0] < 1.11, max(cuts)
-    assert np.mean([cost for cost, _, _ in cuts]) < 1.08
+    assert max(cuts)[0] < 1.09, max(cuts)
+    assert np.mean([cost for cost, _, _ in cuts]) < 1.06
 
 
 @pytest.mark.parametrize("power", [0.0, 0.25])
 def test_where_all_components_are_alike_a_cut_costs_little_more(power: float) -> None:
-    """All rows then have the same pass in the same layer; halfway through it, half of them lack a bit per weight."""
+    """All rows of a module then have the same pass in the same layer; modules have theirs at different places."""
     cuts = cut_costs([module(16, 320, 320, lambda i: 0.3 * i**-power, seed) for seed in range(4)])
-    assert len(cuts) >= 10
-    assert max(cuts)[0] < 1.10, max(cuts)
-    assert np.mean([cost for cost, _, _ in cuts]) < 1.06
+    assert len(cuts) >= 6
+    assert max(cuts)[0] < 1.06, max(cuts)
+    assert np.mean([cost for cost, _, _ in cuts]) < 1.04
 
 
 def test_all_layers_together_are_the_payload_of_one_layer_but_for_its_size() -> None:
@@ -88,7 +93,8 @@ def test_all_layers_together_are_the_payload_of_one_layer_but_for_its_size() -> 
         layered = encode_entropy(*rows, step, layering=LAYERING, refine=True)
         found = decode_entropy(layered.chunks, layered.rank, 320, 200, step, LAYERING)
         wanted = decode_entropy(single.chunks, single.rank, 320, 200, step)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        order = np.argsort(layered.kept)
+        assert all(torch.equal(a[order], b) for a, b in zip(found, wanted, strict=True))
         assert coded_bits(layered) < 1.02 * coded_bits(single) + 64 * LAYERING.layers
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lora_compress.quantization.ans import AnsReader, AnsWriter, joint_counts, uniform
-from lora_compress.quantization.tables import MAX_SCALE, SHAPES, base_counts, bit_contexts, bit_counts, cell_centres, split_counts
+from lora_compress.quantization.tables import MAX_SCALE, SHAPES, base_counts, bit_contexts, bit_counts, cell_centres, signed_counts
 from tests.core.quantization import reference_tables
 from tests.core.quantization.reference_decoder import Stack, read_grouped
 
@@ -26,10 +26,11 @@ def test_all_tables_are_the_ones_of_the_format() -> None:
             for plane in (0, 1, 2):
                 if scale + 8 * plane <= 64:
                     digest.update(base_counts(scale, shape, plane).astype("<u4").tobytes())
-                digest.update(split_counts(scale, shape, plane).astype("<u4").tobytes())
-                digest.update(bit_counts(scale, shape, plane, 1).astype("<u4").tobytes())
-                digest.update(cell_centres(scale, shape, plane, 0).astype("<u4").tobytes())
-    assert digest.hexdigest() == "8de6ed29a4250d9e83ed06558349d791975894f8e0adaf18c66d9b705d743a95"
+                if plane:
+                    digest.update(signed_counts(scale, shape, plane).astype("<u4").tobytes())
+                digest.update(bit_counts(scale, shape, plane, 0).astype("<u4").tobytes())
+                digest.update(cell_centres(scale, shape, plane)[0].astype("<u4").tobytes())
+    assert digest.hexdigest() == "557ac0bf908ac50ed05b8a7b6c596c4be29bf6364bd264d674f92e46e1bcca5e"
 
 
 @pytest.mark.parametrize("shape", range(SHAPES))
@@ -39,8 +40,9 @@ def test_tables_are_made_as_the_specification_says(scale: int, shape: int) -> No
         fine = min(plane, (64 - scale) // 8)
         if scale <= MAX_SCALE:
             assert base_counts(scale, shape, fine).tolist() == reference_tables.base(scale, shape, fine)
-        assert split_counts(scale, shape, plane).tolist() == reference_tables.split(scale, shape, plane)
-        for context in range(1, bit_contexts(scale) + 1):
+            if plane:
+                assert signed_counts(scale, shape, plane).tolist() == reference_tables.signed(scale, shape, plane)
+        for context in bit_contexts(scale, plane):
             assert bit_counts(scale, shape, plane, context).tolist() == reference_tables.bit(scale, shape, plane, context)
 
 
@@ -68,9 +70,14 @@ def test_counts_are_positive_and_sum_to_the_precision(shape: int) -> None:
 @pytest.mark.parametrize("shape", range(SHAPES))
 def test_centres_lie_inside_their_cells_and_towards_zero(shape: int) -> None:
     for scale in (1, 9, 20, 33, 50):
-        centres = cell_centres(scale, shape, 0, 0) / 4096
+        centres = cell_centres(scale, shape, 0)[0] / 4096
         cells = np.arange(len(centres))
+        assert centres[0] == 0
         assert (centres[1:] > cells[1:] - 0.5).all() and (centres[1:] <= cells[1:] + 0.01).all()
+        centres, negative_zero = (part / 4096 for part in cell_centres(scale, shape, 2))
+        cells = np.arange(len(centres))
+        assert (centres > cells - 0.125).all() and (centres <= cells + 0.39).all()
+        assert centres[0] <= negative_zero <= 0.51
 
 
 def test_shapes_differ_in_their_tails() -> None:
@@ -91,7 +98,9 @@ def test_constriction_uses_exactly_the_integer_tables(shape: int) -> None:
         assert stack.empty
 
 
-@pytest.mark.parametrize(("counts_of", "key"), [(split_counts, (1, 3, 0)), (bit_counts, (1, 0, 0, 3)), (bit_counts, (20, 0, 0, 1))])
+@pytest.mark.parametrize(
+    ("counts_of", "key"), [(bit_counts, (1, 3, 0, 0)), (bit_counts, (1, 0, 0, 4)), (bit_counts, (20, 0, 2, 1))]
+)
 def test_constriction_uses_exactly_the_joint_tables(counts_of, key) -> None:  # type: ignore[no-untyped-def]
     counts = joint_counts(counts_of, *key)
     assert counts.sum() == 1 << 24 and counts.min() > 0
@@ -116,7 +125,7 @@ def test_uniform_tables_round_trip(count: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 4, 7, 8, 39, 500])
 @pytest.mark.parametrize(
-    ("counts_of", "key"), [(split_counts, (20, 1, 0)), (split_counts, (1, 0, 0)), (bit_counts, (30, 2, 1, 1)), (uniform, (2,))]
+    ("counts_of", "key"), [(bit_counts, (20, 1, 0, 2)), (bit_counts, (1, 0, 0, 0)), (bit_counts, (30, 2, 1, 1)), (uniform, (2,))]
 )
 def test_grouped_symbols_are_read_as_the_specification_says(counts_of, key, count: int) -> None:  # type: ignore[no-untyped-def]
     counts = counts_of(*key)
