@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from core.factories import random_update
 from core.layouts.files import dense, save
 from core.mutations import pack, unpack
 from core.samples import dense_file, kohya_file, packed_file, relative_error, sample, sample_file
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lora_compress import CompressionSettings, FormatError, SaveError, SettingsError, load_lora
+from lora_compress import CompressionSettings, FormatError, SaveError, SettingsError, as_kohya, load_lora
 from lora_compress.container import PackedFile
 from lora_compress.file_pipeline import compress_file
 from lora_compress.packed_files import expand_file, truncate_file
@@ -287,6 +288,23 @@ def test_a_truncated_file_can_be_truncated_and_expanded(network: Path, tmp_path:
     for name, update in load_lora(twice).updates.items():
         assert plain[name].rank == max(update.rank, 2), "what the cut file does not tell of is no zeros in the plain one"
         assert float((dense(plain[name]) - dense(update)).norm()) <= 1e-6 * float(dense(update).norm())
+
+
+def test_a_truncated_file_lists_what_it_tells_of_and_what_programs_know_it_by(tmp_path: Path) -> None:
+    names = [f"lora_unet_down_blocks_{i}_attentions_0_transformer_blocks_0_attn1_to_q" for i in range(6)]
+    known_by = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    updates = {name: random_update(8, 96, 96, seed=i, magnitude=1.0 if i < 3 else 0.1) for i, name in enumerate(names)}
+    updates[known_by] = random_update(8, 768, 96, seed=9, magnitude=0.05)
+    source, whole, cut = (tmp_path / f"{name}.safetensors" for name in ("source", "whole", "cut"))
+    save_file(as_kohya(updates), source)
+    compress_file(source, whole, settings(strategy="entropy", progressive=True, target_error=0.003))
+    assert list(load_lora(whole).updates) == sorted(updates)
+    report = truncate_file(whole, cut, whole.stat().st_size * 45 // 100)
+    assert set(load_lora(cut).updates) == {*names[:3], known_by}
+    assert {module.name: module.rank[1] for module in report.modules if module.name in names[3:]} == dict.fromkeys(names[3:], 0)
+    assert report.relative_error == pytest.approx(relative_error(load_lora(cut).updates, dense_file(whole)), rel=1e-3)
+    expand_file(cut, tmp_path / "plain.safetensors")
+    assert set(load_lora(tmp_path / "plain.safetensors").updates) == {*names[:3], known_by}
 
 
 def test_the_raw_beginning_of_a_file_can_be_truncated(network: Path, tmp_path: Path) -> None:

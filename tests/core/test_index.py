@@ -66,6 +66,19 @@ def test_a_cut_index_covers_what_fits_and_no_more(index: PackedIndex, size: int)
     assert len(cut.chunks) == len(lengths) or covered + lengths[len(cut.chunks)] > size
 
 
+@settings(max_examples=60, deadline=None)
+@given(index=indexes(), data=st.data())
+def test_what_nothing_is_told_of_can_be_left_out(index: PackedIndex, data: st.DataObject) -> None:
+    named = data.draw(st.sets(st.sampled_from([entry.name for entry in index.entries]))) if index.entries else set()
+    filled = {index.entries[module].name for module, length, _ in index.chunks if length}
+    told = index.told(named)
+    assert [entry.name for entry in told.entries] == [e.name for e in index.entries if e.name in filled | named]
+    whole, less = ([(each.entries[m].name, n, crc) for m, n, crc in each.chunks] for each in (index, told))
+    assert less == [chunk for chunk in whole if chunk[0] in filled | named]
+    assert told.payload == index.payload
+    assert read_index(told.encode().numpy().tobytes(), "here") == told
+
+
 def content(**change: Any) -> dict[str, Any]:
     """A good index of one module of 8 x 6 weights, rank 2, and one chunk of 12 bytes; columns of modules and chunks replaced."""
     modules = {"name": "m", "out": 8, "in": 6, "kernel": [], "rank": 2, "codec": "int4", "parameters": {}, "keys": 0}
@@ -112,7 +125,10 @@ LIES: dict[str, dict[str, Any]] = {
     "no codec": {"codec": None},
     "parameters as a list": {"parameters": []},
     "a chunk of no module": {"module": 1},
+    "a chunk of a module before the first": {"module": -1},
     "a chunk of a negative length": {"bytes": -12},
+    "a check of 33 bits": {"crc32": 2**32},
+    "a check of text": {"crc32": "5"},
     "a chunk of 2^40 bytes": {"bytes": 2**40},
     "a bitmap too long": {"kept": {"0": ["ffff", None]}},
     "a bitmap too short": {"kept": {"0": [None, ""]}},
