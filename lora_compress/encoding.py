@@ -20,6 +20,8 @@ from .settings import QuantizationSettings
 from .update import LowRankUpdate
 
 __all__ = [
+    "LEAST_PLANES",
+    "MOST_PLANES",
     "Choice",
     "Coded",
     "decode_module",
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 
-_PLANES = 6  # of a progressive payload, whose first layer tells all that is worth as much as the highest of them
+LEAST_PLANES, MOST_PLANES = 6, 16  # of a progressive payload, whose first layer tells all that is worth as much as the highest
 _LAYERS_PER_PLANE = {0: 1, 8_000: 2, 40_000: 4}  # by weights: a chunk costs some bytes
 _LARGEST = 1 << 31  # of a whole number among the parameters
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -49,6 +51,7 @@ class Choice:
         bits: per component, falling (strategy mixed).
         step: of the quantizer (strategy entropy).
         phase: of a progressive payload, eighths of octaves by which its step is coarser than that of the file.
+        planes: of a progressive payload; layers beyond would make the smallest cuts smaller and all others larger.
         left: components that coding leaves of these, where that is known: a plain file needs room for no more.
     """
 
@@ -56,6 +59,7 @@ class Choice:
     bits: tuple[int, ...] | None = None
     step: float | None = None
     phase: int = 0
+    planes: int = LEAST_PLANES
     left: int | None = None
 
     @property
@@ -93,7 +97,7 @@ def encode_module(
         predict: whether zeros will do for what the entropy coder would say, refinement left out.
     """
     if choice.step is not None:
-        layering = _layering(down.numel() + up.numel()) if settings.progressive else SINGLE
+        layering = _layering(down.numel() + up.numel(), choice.planes) if settings.progressive else SINGLE
         with np.errstate(over="ignore"):  # what is too large for the step is refused
             if predict:
                 coded = predict_entropy(down, up, choice.step, layering=layering)
@@ -112,9 +116,9 @@ def encode_module(
     return Coded(entry, chunks, decode_rows(entry, chunks))
 
 
-def _layering(weights: int) -> Layering:
+def _layering(weights: int, planes: int) -> Layering:
     per_plane = next(number for least, number in reversed(_LAYERS_PER_PLANE.items()) if weights >= least)
-    return Layering(_PLANES * per_plane, per_plane)
+    return Layering(planes * per_plane, per_plane)
 
 
 def decode_module(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:

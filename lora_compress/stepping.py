@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .allocation import fit_step
-from .encoding import Choice
+from .encoding import LEAST_PLANES, MOST_PLANES, Choice
 from .errors import SettingsError
 from .frame import Frame, Plan, error_targets, payload_size
 from .job import Job, Stored
@@ -23,6 +23,7 @@ _PREDICTIONS = 3
 _BESIDE = 1.0 + 1e-9  # from one step to the next to look at
 _FARTHEST = 1e4  # squared, of a step that a calibration asks for, from that of all modules
 _PHASES = (0, 4, 2, 6)  # of neighbours in a progressive file: half of the modules are between two layers where the others end one
+_ABOVE = 1.5  # octaves from the cells of a file's highest plane to the values of its strongest row: its first cut leaves some 40 %
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
@@ -97,6 +98,8 @@ class _Part:
         modules = given * _ratios(*(np.bincount(self._owner, each, len(names)) for each in (scores, self._squares)))
         self._finer = dict(zip(names, np.sqrt(modules).tolist(), strict=True))
         self._weights = modules[self._owner]
+        strengths = self._squares * self._weights / np.sqrt(self._widths.prod(axis=1))
+        self._strongest = math.sqrt(float(strengths.max(initial=0.0)))
         self._worths = given[self._owner] * _ratios(scores, self._squares)
         self._gone = max(self._norm - float(self._squares.sum()), 0.0)
         least = job.settings.pruning.min_rank or 0
@@ -165,13 +168,19 @@ class _Part:
         lost = sum(stored[n].squared_error if n in stored else self.job.analyses[n].norm for n in self.names)
         return relative_error(lost, self._norm)
 
+    def _planes(self, step: float) -> int:
+        """Of all modules, by the root mean square of the strongest row, in steps."""
+        spread = self._strongest / step
+        planes = math.ceil(math.log2(spread) - _ABOVE) if 0.0 < spread < math.inf else 0
+        return min(max(planes, LEAST_PLANES), MOST_PLANES)
+
     def _choices(self, step: float) -> dict[str, Choice]:
-        choices = {}
+        choices, planes = {}, self._planes(step)
         for number, name in enumerate(self.names):
             phase = _PHASES[number % len(_PHASES)] if self.job.settings.quantization.progressive else 0
             own = min(step * 2 ** (phase / 8) / self._finer[name], self._largest.get(name, math.inf))
             if self._ranks[name]:
-                choices[name] = Choice(self._ranks[name], step=own, phase=phase)
+                choices[name] = Choice(self._ranks[name], step=own, phase=phase, planes=planes)
         return choices
 
     def _trim(self, budget: float, rising: bool) -> None:
