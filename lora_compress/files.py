@@ -117,7 +117,6 @@ class TensorWriter:
             if self._unsettled > _SETTLED_AT_A_TIME and self._settling.done():
                 self._unsettled = 0
                 self._settling.result()  # a system tells an error of the disk once: it must not get lost
-                self._file.flush()
                 self._settling = self._disk.submit(self._settle)
 
     def __enter__(self) -> TensorWriter:
@@ -146,6 +145,7 @@ class TensorWriter:
         """Go on hashing, as far as the data have come without a gap."""
         with self._lock:
             ready = list(takewhile(lambda key: key not in self._waiting, self._unhashed))
+            self._file.flush()
         if not ready:
             return
         with open(self._path, "rb") as file:
@@ -153,6 +153,8 @@ class TensorWriter:
             left = sum(self._specs[key].nbytes for key in ready)
             while left:
                 block = file.read(min(left, _HASHED_AT_A_TIME))
+                if not block:
+                    raise OSError(errno.EIO, "another program has cut it short while it was written")
                 self._digest.update(block)
                 left -= len(block)
         for _ in ready:

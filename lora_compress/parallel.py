@@ -37,7 +37,7 @@ def each_batch(function: Callable[[Sequence[str]], Mapping[str, Result]], names:
 def stream_batches(
     function: Callable[[Sequence[str]], Mapping[str, Result]], names: Sequence[str], most: int = _FEW
 ) -> Iterator[tuple[str, Result]]:
-    """(name, result) in the order of `names`, of a function of `most` neighbours, a few calls ahead on all of torch's threads.
+    """(name, result) in the order of `names`, of a function of at most `most` neighbours; some calls run ahead on torch's threads.
 
     Each worker runs torch on one thread of its own and without gradients: a LoRA has hundreds of matrices too small to share,
     and threads that wait for each other over them cost up to twenty times the work. The same holds for numpy's BLAS.

@@ -12,8 +12,8 @@ import numpy as np
 
 from .ans import CHECK_BITS, AnsReader, joint_counts, stack_words, uniform
 from .passes import check_escaped
-from .steps import CONTEXTS, Kind, Passes, plan_steps
-from .tables import PRECISION
+from .steps import Kind, Passes, plan_steps
+from .tables import CONTEXTS, PRECISION
 
 __all__ = ["LOOKUP_BITS", "PLAIN", "CompiledReader", "compiled_kernels"]
 

@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 
 from .compiled import LOOKUP_BITS, PLAIN
-from .steps import CONTEXTS, Kind
-from .tables import PRECISION
+from .steps import Kind
+from .tables import CONTEXTS, PRECISION
 
 __all__ = ["look_up", "read_steps"]
 

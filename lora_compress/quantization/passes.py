@@ -7,7 +7,6 @@ it is written as the signed symbol 2 (|v| >> plane) + (v < 0): +0, -0, +1, -1 ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -122,13 +121,13 @@ def read_steps(reader: AnsReader, known: np.ndarray, steps: Iterable[Step]) -> N
             before = known.copy()
             known[:] = (before >> 1 << 2) + (before & 1)
             for table, chosen in _contexts(before, step):
-                known[chosen] += reader.read_grouped(len(known) if chosen is ... else len(chosen), *table).astype(np.int32) << 1
+                known[chosen] += reader.read_grouped(len(chosen), *table).astype(np.int32) << 1
             if not plane:
                 known[before == 1] = 3
                 np.maximum(known - 1, 0, out=known)
 
 
-def _contexts(before: np.ndarray, step: Step) -> Iterator[tuple[Table, Any]]:
+def _contexts(before: np.ndarray, step: Step) -> Iterator[tuple[Table, np.ndarray]]:
     """Tables of a BITS step and which values they are for, by their signed symbols one plane higher."""
     for table, (first, last) in zip(step.tables, step.contexts, strict=True):
         chosen = (before >= first) & (before <= last)

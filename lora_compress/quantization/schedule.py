@@ -16,7 +16,7 @@ class Layering(NamedTuple):
     """The layers of a payload.
 
     After each of them all rows that have started are known down to one bit plane: sign and magnitude >> plane. Zero has a sign too
-    above plane 0, so that all cells are equally wide: a zero as wide as two cells would cost a twentieth of the bytes. Each plane's
+    above plane 0, so that all cells are equally wide, which costs fewer bytes than a zero as wide as two cells. Each plane's
     first layer halves all cells; the others only hold components that start there.
 
     Args:

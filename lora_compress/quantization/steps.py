@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 from .ans import uniform
 from .schedule import lowest_symbol_plane
-from .tables import base_counts, bit_contexts, bit_counts, fine_planes, signed_counts
+from .tables import CONTEXTS, base_counts, bit_contexts, bit_counts, fine_planes, signed_counts
 
-__all__ = ["CONTEXTS", "Kind", "Passes", "Step", "Table", "plan_steps", "symbol_table"]
+__all__ = ["Kind", "Passes", "Step", "Table", "plan_steps", "symbol_table"]
 
 Table = tuple[Any, ...]  # a function that makes counts, and what to call it with
-CONTEXTS = ((0, 0), (1, 1), (2, 3), (4, 5), (6, 1 << 31))  # of next bits: the first and last signed symbol of each
 
 
 class Kind(IntEnum):

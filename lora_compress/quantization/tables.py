@@ -8,6 +8,7 @@ from math import isqrt
 import numpy as np
 
 __all__ = [
+    "CONTEXTS",
     "MAX_SCALE",
     "PRECISION",
     "SHAPES",
@@ -26,7 +27,7 @@ _FINEST = 64  # scale up to which cells are split in finer ones to describe a bi
 _LARGEST_SYMBOL = 255
 _CELLS = 1024
 _STEEP = 40  # scale up to which the density falls much within a cell of two steps
-_CONTEXTS = 5
+CONTEXTS = ((0, 0), (1, 1), (2, 3), (4, 5), (6, 1 << 31))  # of next bits: the first and last signed symbol of each
 _ONE = 1 << 96  # fixed point of the recurrences
 _MASS = 48  # bits of a distribution's whole mass
 _LEAST_MASS = 1 << 24  # of a cell whose centre is taken from its table: below, what was rounded off is felt
@@ -90,7 +91,7 @@ def bit_contexts(scale: int, plane: int) -> range | tuple[int, ...]:
     """Of next bits, by what is known: +0, -0, 1, 2, more; all as one where it does not matter. At plane 0, -0 can only be -1."""
     if scale > _STEEP:
         return range(1)
-    return range(_CONTEXTS) if plane else (0, *range(2, _CONTEXTS))
+    return range(len(CONTEXTS)) if plane else (0, *range(2, len(CONTEXTS)))
 
 
 @cache
@@ -105,7 +106,7 @@ def bit_counts(scale: int, shape: int, plane: int, context: int) -> np.ndarray:
     if context < 2:
         return normalise([(plus, minus)[context] + 1, int(cells[1]) + 1])
     pairs = cells[: len(cells) // 2 * 2].reshape(-1, 2)
-    lower, upper = (pairs[context - 1] if context < _CONTEXTS - 1 else pairs[context - 1 :].sum(axis=0)).tolist()
+    lower, upper = (pairs[context - 1] if context < len(CONTEXTS) - 1 else pairs[context - 1 :].sum(axis=0)).tolist()
     return normalise([lower + 1, upper + 1])
 
 

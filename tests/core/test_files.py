@@ -185,6 +185,26 @@ def test_the_hash_taken_on_the_way_is_that_of_the_file(order: str, tmp_path: Pat
         assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
 
 
+def test_what_waits_in_a_buffer_is_hashed_as_it_was_written(tmp_path: Path) -> None:
+    tensors = {key: torch.full((2,), float(number + 1)) for number, key in enumerate("abc")}
+    path = tmp_path / "x.safetensors"
+    with TensorWriter(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, {}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+            writer._hash()
+    data = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["sshs_model_hash"] == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def test_a_file_that_is_cut_short_while_it_is_written_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(OSError, match="cut it short"), TensorWriter(path, {"a": TensorSpec(torch.float32, (9,))}, {}) as writer:
+        writer.write("a", torch.ones(9))
+        writer._file.flush()
+        os.truncate(path, 20)
+
+
 def test_a_tensor_that_was_not_announced_or_never_comes_is_an_error(tmp_path: Path) -> None:
     specs = {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.float32, (2,))}
     with pytest.raises(ValueError, match="a: announced as"), TensorWriter(tmp_path / "x", specs, {}) as writer:
