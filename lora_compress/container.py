@@ -15,11 +15,12 @@ from .chunks import Chunk, are_intact
 from .encoding import decode_module, decoded_rank, layer_count, layer_place
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
-from .header import read_header
+from .header import header_has, read_header
 from .index import Entry, PackedIndex, read_index
 from .layouts.families import family_of, part_of
 from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
+from .plain import PlainKeys
 from .update import LowRankUpdate
 
 __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
@@ -131,9 +132,9 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """Bytes of a module's chunks."""
         return sum(length for _, length, _ in self._chunks[self._entries[name][0]])
 
-    def plain(self, name: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
-        """Tensors of a plain file in the layout that the module came in."""
-        return self._entries[name][1].keys.tensors(name, LowRankUpdate(down, up, alpha))
+    def plain_keys(self, name: str) -> PlainKeys:
+        """Keys of a plain file in the layout that the module came in."""
+        return self._entries[name][1].keys
 
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """The metadata for a plain file that holds these modules at these ranks."""
@@ -218,7 +219,7 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
         FormatError: there is no such file.
     """
     try:
-        return INDEX_KEY in read_header(Path(path))[0]
+        return header_has(Path(path), INDEX_KEY)
     except FormatError:
         if not Path(path).exists():
             raise

@@ -157,23 +157,16 @@ def _prepare(
     progress: Progress | None,
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
-
-    def keys(name: str) -> PlainKeys:
-        shape = lora.shapes[name]
-        down = torch.zeros(1, shape.inputs, *shape.kernel)
-        up = torch.zeros(shape.outputs, 1, *(1,) * len(shape.kernel))
-        return PlainKeys.of(name, list(lora.plain(name, down, up, 1.0)))
-
     dtype = save_dtype or (lora.dtype if lora.dtype in _STORABLE else torch.float16)
     if settings.save_format == "fp8":
         dtype = FP8
-        if any(keys(name).alpha is None for name in lora):
+        if any(lora.plain_keys(name).alpha is None for name in lora):
             raise SettingsError([f"save_format=fp8 needs an alpha beside its factors, {lora.layout} files have none: use packed"])
 
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
         return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
 
-    job = Job(lora, settings, dtype, decompose, keys, pad, spool, progress)
+    job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
     extras = {name: tensor_specs(lora.extras(name)) for name in lora}
     return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details)
 

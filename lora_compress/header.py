@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import FormatError
 
-__all__ = ["parse_json", "read_header"]
+__all__ = ["header_has", "parse_json", "read_header"]
 
 # A LoRA of SDXL has 1,014 modules: its header takes 0.4 MB and 45,000 values. Captions of a whole data set in the metadata can
 # take some MB more, as one text. Python needs up to 9 bytes for a byte of text and 80 for a value: 190 MB with both at their most.
@@ -23,6 +23,32 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     Raises:
         FormatError: no such file, no header of a safetensors file, or one far larger than that of any LoRA.
     """
+    text, size = _read_text(path)
+    try:
+        if (values := _count_values(text)) > _MOST_VALUES:
+            raise _too_large(path, f"{values} values", _MOST_VALUES)
+        header = parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: no safetensors file, or cut short")
+    metadata = header.get("__metadata__") or {}
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
+    return header, 8 + len(text), size - 8 - len(text)
+
+
+def header_has(path: Path, key: str) -> bool:
+    """Whether the header of a safetensors file has a key; of most files without it, told without parsing the header.
+
+    Raises: as `read_header`.
+    """
+    text, _ = _read_text(path)
+    return (json.dumps(key).encode() in text or b"\\u" in text) and key in read_header(path)[0]
+
+
+def _read_text(path: Path) -> tuple[bytes, int]:
+    """The header as it stands in the file, and the size of the file."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -32,22 +58,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 raise FormatError(f"{path}: no safetensors file, or cut short")
             if length > _LARGEST_HEADER:
                 raise _too_large(path, f"{length} bytes", _LARGEST_HEADER)
-            text = file.read(length)
-        if (values := _count_values(text)) > _MOST_VALUES:
-            raise _too_large(path, f"{values} values", _MOST_VALUES)
-        header = parse_json(text)
+            return file.read(length), size
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
-    except FormatError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
-    if not isinstance(header, dict):
-        raise FormatError(f"{path}: no safetensors file, or cut short")
-    metadata = header.get("__metadata__") or {}
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
-    return header, 8 + length, size - 8 - length
 
 
 def parse_json(text: bytes) -> Any:

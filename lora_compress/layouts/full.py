@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
-from .pairs import factor, kohya_writer
+from .pairs import factor
 from .reduce import balanced, svd_of_matrix
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -31,7 +31,7 @@ def _find(survey: Survey) -> None:
         load = _loader(survey.file, key, inputs, kernel)
         survey.tell("a full difference was converted to plain LoRA, unchanged to 1e-6", name)
         module = ModuleShape(outputs, inputs, kernel, min(outputs, columns))
-        survey.add(Module(name, "full", module, (key,), load, kohya_writer(name), balanced=True))
+        survey.add(Module(name, "full", module, (key,), load, balanced=True))
 
 
 def _loader(file: TensorFile, key: str, inputs: int, kernel: tuple[int, ...]) -> Callable[[], LowRankUpdate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..update import LowRankUpdate
-from .pairs import factor, kohya_writer
+from .pairs import factor
 from .survey import Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
@@ -56,7 +56,7 @@ def _add(survey: Survey, name: str, keys: list[str], up: str, down: str) -> None
     shape = ModuleShape(outputs, inputs, tuple(kernel), rank)
     load = _loader(survey.file, up, down, shape, float(rank) if alpha is None else alpha)
     survey.tell("GLoRA was read as plain LoRA: its part on the base weights is zero", name)
-    survey.add(Module(name, "glora", shape, (*keys, *used), load, kohya_writer(name)))
+    survey.add(Module(name, "glora", shape, (*keys, *used), load))
 
 
 def _loader(file: TensorFile, up: str, down: str, shape: ModuleShape, alpha: float) -> Callable[[], LowRankUpdate]:

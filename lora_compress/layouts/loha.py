@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
-from .pairs import factor, kohya_writer
+from .pairs import factor
 from .reduce import balanced, svd_of_pair_product
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -42,7 +42,7 @@ def _find(survey: Survey) -> None:
         load = _loader(survey.file, keys, 1.0 if alpha is None else alpha / ranks[0], inputs, kernel)
         shape = ModuleShape(outputs, inputs, kernel, rank)
         survey.tell("LoHa was converted to plain LoRA, its update unchanged to 1e-6", name)
-        survey.add(Module(name, "loha", shape, (*keys, *used), load, kohya_writer(name), balanced=True))
+        survey.add(Module(name, "loha", shape, (*keys, *used), load, balanced=True))
 
 
 def _sizes(file: TensorFile, keys: list[str]) -> tuple[int, int, tuple[int, int], tuple[int, ...]] | None:

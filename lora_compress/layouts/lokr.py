@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..update import LowRankUpdate
 from .kernels import unflatten
 from .loha import cp_pair
-from .pairs import factor, kohya_writer
+from .pairs import factor
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -89,7 +89,7 @@ def _add(survey: Survey, name: str, first: _Half, second: _Half, parts: list[str
     shape = ModuleShape(outputs, inputs, kernel, first.rank * second.rank)
     survey.tell("LoKr was converted to plain LoRA, its update unchanged to 1e-6", name)
     load = _loader(survey.file, first, second, scale, inputs, kernel)
-    survey.add(Module(name, "lokr", shape, (*parts, *used), load, kohya_writer(name), balanced=True))
+    survey.add(Module(name, "lokr", shape, (*parts, *used), load, balanced=True))
 
 
 def _loader(

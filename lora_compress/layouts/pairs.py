@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
 from .survey import LARGEST_CONVERSION, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
-__all__ = ["PairStyle", "factor", "find_pairs", "fold", "folded_writer", "kohya_writer"]
+__all__ = ["PairStyle", "factor", "find_pairs"]
 
-Writer = Callable[[Tensor, Tensor, float], dict[str, Tensor]]
 Scale = Callable[[str, int], float | None]
 
 
@@ -84,10 +83,10 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
         survey.tell("lora_mid was merged into lora_down, which changes nothing in the update", name)
     shape = ModuleShape(plan.outputs, plan.inputs, plan.kernel, plan.rank)
     load = _loader(survey.file, down, up, mid, plan, alpha)
-    writer = kohya_writer(name) if style.keeps_alpha else folded_writer(name + style.down, name + style.up)
+    plain = KOHYA_KEYS if style.keeps_alpha else PlainKeys.of(name + style.own, keys[:2])
     used = (*keys, *survey.taken(*alphas, name + ".scale"))
     gain = 1.0 if style.keeps_alpha else alpha / plan.rank
-    survey.add(Module(name + style.own, style.layout, shape, used, load, writer, bias_gain=gain))
+    survey.add(Module(name + style.own, style.layout, shape, used, load, plain, bias_gain=gain))
 
 
 def _unscaled(survey: Survey, keys: list[str]) -> bool:
@@ -125,8 +124,9 @@ def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Pla
 
 def _loader(file: TensorFile, down_key: str, up_key: str, mid_key: str, plan: _Plan, alpha: float) -> Callable[[], LowRankUpdate]:
     def load() -> LowRankUpdate:
-        down = factor(file, down_key)[: plan.inner]
-        up = factor(file, up_key)[:, : plan.rank]
+        down, up = factor(file, down_key), factor(file, up_key)
+        if (len(down), up.shape[1]) != (plan.inner, plan.rank):
+            down, up = down[: plan.inner], up[:, : plan.rank]
         if mid_key:
             mid = factor(file, mid_key)[: plan.rank, : plan.inner].reshape(plan.rank, plan.inner, -1)
             # down'[m, i, k] = sum_n mid[m, n, k] down[n, i]; float32 at least, since the product of two fp16 numbers is none
@@ -142,39 +142,6 @@ def factor(file: TensorFile, key: str) -> Tensor:
     """A factor as it is stored; int8 as float16, which holds every one of its values."""
     tensor = file.read(key)
     return tensor.half() if tensor.dtype == torch.int8 else tensor
-
-
-def kohya_writer(name: str) -> Writer:
-    """Writes `<name>.lora_down.weight`, `<name>.lora_up.weight` and `<name>.alpha`."""
-
-    def write(down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
-        tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        return {**tensors, f"{name}.alpha": torch.tensor(alpha, dtype=torch.float32)}
-
-    return write
-
-
-def folded_writer(down_key: str, up_key: str) -> Writer:
-    """Writes two factors without alpha, its scale half in each of them."""
-
-    def write(down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
-        down, up = fold(down, up, alpha)
-        for key, tensor in ((down_key, down), (up_key, up)):
-            if not bool(torch.isfinite(tensor.float()).all()):
-                raise FormatError(f"{key}: its weights do not fit {tensor.dtype} with alpha in them: save as float32")
-        return {down_key: down, up_key: up}
-
-    return write
-
-
-def fold(down: Tensor, up: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Factors whose plain product is the update: times sqrt(|alpha / r|) each, the sign in up. alpha = r changes nothing."""
-    gain = alpha / len(down) if len(down) else 1.0
-    if gain == 1.0:
-        return down, up
-    root = math.sqrt(abs(gain))
-    wide = _wide(down, up)
-    return (down.to(wide) * root).to(down.dtype), (up.to(wide) * math.copysign(root, gain)).to(up.dtype)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

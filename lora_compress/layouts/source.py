@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..plain import PlainKeys
 from ..update import LowRankUpdate
 from .families import family_of, part_of
 from .peft_config import PeftConfig
@@ -132,25 +133,18 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         """Bytes of the tensors that make the update, alpha included and extras not."""
         return sum(self._file[key].nbytes for key in self._modules[name].keys)
 
-    def plain(self, name: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
-        """Tensors of a plain file in the layout the module came in; what was converted becomes kohya's.
+    def plain_keys(self, name: str) -> PlainKeys:
+        """Keys of a plain file in the layout the module came in; what was converted becomes kohya's.
 
-        Layouts without alpha get the scale alpha / r in their factors, half in each: pass alpha = r and factors that hold it
-        already to have them written as they are.
-
-        Args:
-            name: of the module.
-            down: (r, in, *kernel), the type it is to be stored in.
-            up: (out, r, 1, ...).
-            alpha: the scale numerator.
+        Layouts without alpha mean alpha = rank: the scale goes into the factors.
         """
-        return self._modules[name].plain(down, up, alpha)
+        return self._modules[name].plain
 
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """The metadata for a plain file that holds these modules at these ranks.
 
         The configuration that PEFT and diffusers keep there is rewritten: its ranks are true and its scales are 1, because
-        `plain` has put them into the factors.
+        they have gone into the factors.
         """
         return PeftConfig.rewritten(self.metadata, ranks, self.path)
 

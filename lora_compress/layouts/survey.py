@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..errors import FormatError
+from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
 from .tensors import TensorFile, TensorInfo
 
@@ -51,7 +51,7 @@ class Module:
         shape: from the header.
         keys: of the tensors that make the update, alpha among them; the first says where in the file the module stands.
         load: reads them.
-        plain: down, up and alpha as tensors of a file, under keys of the module's layout.
+        plain: its keys in a plain file; what was converted gets kohya's.
         balanced: `load` gives the singular value decomposition: rows sqrt(sigma_i) v_i, columns sqrt(sigma_i) u_i, falling.
         bias_gain: what a bias of the up factor has to be multiplied by when the scale moves into the factors.
     """
@@ -61,7 +61,7 @@ class Module:
     shape: ModuleShape
     keys: tuple[str, ...]
     load: Callable[[], LowRankUpdate]
-    plain: Callable[[Tensor, Tensor, float], dict[str, Tensor]]
+    plain: PlainKeys = KOHYA_KEYS
     balanced: bool = False
     bias_gain: float = 1.0
 
@@ -75,22 +75,23 @@ class Survey:
         self.modules: dict[str, Module] = {}
         self.problems: list[str] = []
         self.repairs: list[str] = []
-        self._claimed: set[str] = set()
+        self._free = dict(file)
         self._told: dict[str, list[str]] = {}
 
     def names(self, suffix: str) -> Iterator[str]:
         """Prefixes of the free keys that end in `suffix`."""
-        for key in self.file:
-            if key.endswith(suffix) and len(key) > len(suffix) and key not in self._claimed:
+        for key in [key for key in self._free if key.endswith(suffix) and len(key) > len(suffix)]:
+            if key in self._free:  # still
                 yield key[: -len(suffix)]
 
     def find(self, key: str) -> TensorInfo | None:
         """The tensor under a free key."""
-        return self.file[key] if key in self.file and key not in self._claimed else None
+        return self._free.get(key)
 
     def claim(self, keys: Iterable[str]) -> None:
         """Take keys: no other layout sees them, and they are not among the others."""
-        self._claimed.update(keys)
+        for key in keys:
+            self._free.pop(key, None)
 
     def drop(self, name: str, keys: Iterable[str]) -> None:
         """Leave a module out: take its keys and those that mean nothing without it."""
@@ -98,11 +99,11 @@ class Survey:
 
     def taken(self, *keys: str) -> tuple[str, ...]:
         """Those of the keys that are in the file and were taken."""
-        return tuple(key for key in keys if key in self.file and key in self._claimed)
+        return tuple(key for key in keys if key in self.file and key not in self._free)
 
     def free(self) -> list[str]:
         """Keys that no module has taken."""
-        return [key for key in self.file if key not in self._claimed]
+        return list(self._free)
 
     def add(self, module: Module) -> None:
         """Take a module and its keys."""
@@ -147,13 +148,14 @@ class Survey:
         if info.dtype.is_complex or info.numel == 0:
             value = math.nan
         else:
-            values = self.file.read(key).flatten().to(torch.float64) if info.numel <= 2**16 else torch.full((2,), math.nan)
-            if len(values) > 1:
+            values = self.file.read(key) if info.numel <= 2**16 else torch.full((2,), math.nan)
+            if values.numel() > 1:
+                values = values.flatten().to(torch.float64)
                 same = bool((values == values[0]).all())
                 fix = f"read as {float(values[0]):g}" if same else "read as missing"
                 self.refuse(key, f"has the shape {info.shape}", "a single number", fix)
                 return float(values[0]) if same and math.isfinite(float(values[0])) else None
-            value = float(values[0])
+            value = float(values)
         if not math.isfinite(value):
             self.refuse(key, f"{value} in the shape {info.shape}", "a finite number", "read as missing")
             return None

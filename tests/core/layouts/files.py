@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_compress import LowRankUpdate
+from lora_compress.layouts import LoraSource
+from lora_compress.plain import plain_update
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 PAIRS = {  # layout, ending of down, ending of up
@@ -46,6 +48,13 @@ def product(up: Tensor, down: Tensor) -> Tensor:
 def dense(update: LowRankUpdate) -> Tensor:
     """alpha / r * up @ down, (out, in * kernel), float64."""
     return update.alpha / len(update.down) * product(update.up, update.down)
+
+
+def written_back(source: LoraSource, name: str, update: LowRankUpdate, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors of an update in a plain file of the layout it came in: alpha 1, or rank where the layout has none."""
+    keys, root = source.plain_keys(name), abs(update.scale) ** 0.5
+    down, up = update.down_matrix.double() * root, update.up_matrix.double().T * math.copysign(root, update.scale)
+    return keys.tensors(name, plain_update(down, up, update.kernel, dtype, None if keys.alpha is None else 1.0, least_rank=1))
 
 
 def assert_close(result: Tensor, expected: Tensor, relative: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.layouts.files import assert_close, cp, dense, random, save, scaled
+from core.layouts.files import assert_close, cp, dense, random, save, scaled, written_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,7 +43,7 @@ def check(tensors: dict[str, Tensor], alpha: float | None, expected: Tensor, ker
         assert list(source.others) == []
         assert source.factor_bytes("lora_unet_m") == sum(t.nbytes for k, t in tensors.items() if "dora" not in k)
         assert "converted to plain LoRA" in " ".join(source.notes)
-        plain = source.plain("lora_unet_m", update.down, update.up, update.alpha)
+        plain = written_back(source, "lora_unet_m", update)
     with tempfile.TemporaryDirectory() as folder, open_lora(save(plain, Path(folder))) as source:
         assert source.layout == "kohya"
         assert_close(dense(source["lora_unet_m"]), matrix, CONVERTED)

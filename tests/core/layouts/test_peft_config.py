@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.layouts.files import dense, product, random, save
+from core.layouts.files import dense, product, random, save, written_back
 
-from lora_compress import FormatError
+from lora_compress import FormatError, LowRankUpdate
 from lora_compress.layouts import open_lora
 
 KEY = "lora_adapter_metadata"
@@ -89,7 +89,7 @@ def test_a_written_file_is_read_back_with_a_scale_of_one(tmp_path: Path, rslora:
     ranks = {"transformer.a": 4, "transformer.b": 2, "transformer.c": 4, "text_encoder.d": 3}
     for name, rank in ranks.items():
         update = source[name]
-        written |= source.plain(name, update.down[:rank], update.up[:, :rank], update.alpha / update.rank * rank)
+        written |= written_back(source, name, LowRankUpdate(update.down[:rank], update.up[:, :rank], update.scale * rank))
     metadata = source.plain_metadata(ranks)
     assert metadata["format"] == "pt"
     new = json.loads(metadata[KEY])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from core.layouts.files import assert_close, dense, random, save
+from core.layouts.files import assert_close, dense, random, save, written_back
 from torch import Tensor, nn
 
 from lora_compress.layouts import open_lora
@@ -78,8 +78,8 @@ def test_a_lora_network_of_sd_scripts_merges_what_is_read(
         tensors[f"{NAME}.alpha"] = torch.tensor(alpha)
     source = open_lora(save(tensors, tmp_path))
     update = source[NAME]
-    plain = source.plain(NAME, update.down, update.up, update.alpha)
-    for written in (tensors, plain):
+    for written in (tensors, written_back(source, NAME, update)):
+        module.scale = float(written.get(f"{NAME}.alpha", 0.0)) / 4 or 1.0
         layer.weight.data.zero_()
         module.merge_to({key.removeprefix(f"{NAME}."): t for key, t in written.items()}, torch.float32, "cpu")
         assert_close(dense(update), layer.weight.detach().double().flatten(1), 1e-6)
@@ -101,7 +101,7 @@ def test_flux_files_of_ai_toolkit_convert_to_the_same_update(layout: str, sd_scr
         other, keys = convert_flux_lora.convert_ai_toolkit_to_sd_scripts, ("lora_down", "lora_up")
     source = open_lora(save(tensors, tmp_path))
     update = source[name]
-    converted = other(source.plain(name, update.down, update.up, update.alpha))
+    converted = other(written_back(source, name, update))
     (a,) = (tensor for key, tensor in converted.items() if keys[0] in key)
     (b,) = (tensor for key, tensor in converted.items() if keys[1] in key)
     alpha = next((float(tensor) for key, tensor in converted.items() if key.endswith("alpha")), float(len(a)))

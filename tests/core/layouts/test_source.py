@@ -120,7 +120,7 @@ def test_layouts_may_be_mixed_and_each_module_keeps_its_own(layouts: tuple[str, 
     source = open_lora(save({key: random(*size) for layout in layouts for key, size in parts[layout].items()}, tmp_path))
     assert source.layout == layouts[0]
     assert len(source) == 3
-    ends = {key.rsplit(".lora", 1)[-1] for name, u in source.items() for key in source.plain(name, u.down, u.up, u.alpha)}
+    ends = {key.rsplit(".lora", 1)[-1] for name in source for key in source.plain_keys(name).of_module(name)}
     kohya = {"_down.weight", "_up.weight"}
     expected = {"kohya": kohya, "loha": kohya, "peft": {"_A.weight", "_B.weight"}, "diffusers": {".down.weight", ".up.weight"}}
     assert expected[layouts[0]] | expected[layouts[1]] <= ends
