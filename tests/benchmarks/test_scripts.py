@@ -9,12 +9,15 @@ from pathlib import Path
 import cascade
 import curves
 import cuts
+import gaussian_rate
 import lora_files
 import measure
 import pytest
 import resize
 import torch
 from safetensors import safe_open
+
+from lora_compress.quantization.schedule import Layering
 
 
 @pytest.fixture
@@ -73,6 +76,15 @@ def test_anonymous_memory_is_seen(tmp_path: Path) -> None:
     run = measure.fresh(script, "any")
     assert 200e6 < run.peak < 260e6
     assert run.seconds > 0.2
+
+
+def test_rates_on_gaussian_factors_are_close_to_their_bound() -> None:
+    rows = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) / 512**0.5
+    entropy, progressive = (gaussian_rate.entropy_line(rows, 3, layering) for layering in (gaussian_rate.SINGLE, Layering(12, 2)))
+    fixed = gaussian_rate.fixed_line(rows, "int4")
+    assert 0.25 < float(entropy["gap_bits"]) < 0.35
+    assert float(entropy["gap_bits"]) < float(progressive["gap_bits"]) < float(fixed["gap_bits"])
+    assert float(entropy["refined_gain_bits"]) > -0.01
 
 
 def test_goals_know_which_way_is_better() -> None:
