@@ -143,11 +143,13 @@ def random_weights(model: Any) -> None:
             parameter.data.zero_()
 
 
-def settled(task: Callable[[], Run], repeats: int) -> Run:
-    """The fastest of several runs, with the largest memory of them."""
-    runs = [task() for _ in range(repeats)]
-    best = min(runs, key=lambda run: float(run.said["seconds"]))
-    return Run(best.said, best.seconds, max(run.peak for run in runs))
+def settled(repeats: int, *tasks: Callable[[], Run]) -> list[Run]:
+    """The fastest of several runs of each task, with the largest memory of them; tasks take turns."""
+    found = []
+    for runs in zip(*([task() for task in tasks] for _ in range(repeats)), strict=True):
+        best = min(runs, key=lambda run: float(run.said["seconds"]))
+        found.append(Run(best.said, best.seconds, max(run.peak for run in runs)))
+    return found
 
 
 def goal_table(goals: Sequence[Goal]) -> str:

@@ -6,13 +6,15 @@ Files of real shapes are made first (see lora_files.py). Each measured side work
 either side. sd-scripts' side takes minutes, so one module of each shape stands for all of that shape, and what it spends on
 reading and writing files is left out; --all runs its script over the whole file instead. What is compared with reading and
 writing is the whole of compress_file, fsync included, against safetensors loading every tensor of the input into memory and
-saving the tensors of the output, fsync included. Seconds are those of the clock; beside them stand seconds of processor time,
-which other work on the machine moves less. --every N takes every N-th module, for a quick look.
+saving the tensors of the output, fsync included; both write a new file, and take turns. Seconds are those of the clock; beside
+them stand seconds of processor time, which other work on the machine moves less. --every N takes every N-th module, for a quick
+look.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -52,6 +54,7 @@ def ours(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any
     from lora_compress.file_pipeline import compress_file
 
     parsed = CompressionSettings.parse(settings)
+    _start_afresh(target)
     started, used = time.monotonic(), time.process_time()
     report = compress_file(source, target, parsed)
     told = {"seconds": time.monotonic() - started, "cpu": time.process_time() - used}
@@ -62,12 +65,19 @@ def plain_io(source: str, result: str, target: str) -> dict[str, Any]:
     """Read every tensor of `source` into memory and write the tensors of `result`, with safetensors alone."""
     torch.set_num_threads(1)  # a copy gains nothing by more, and on a busy machine they wait for each other
     output = {key: tensor.clone() for key, tensor in load_file(result).items()}
+    _start_afresh(target)
     started, used = time.monotonic(), time.process_time()
     tensors = {key: tensor.clone() for key, tensor in load_file(source).items()}  # cloned: it maps the file and reads nothing
     save_file(output, target)
     with open(target, "rb+") as file:
         os.fsync(file.fileno())
     return {"seconds": time.monotonic() - started, "cpu": time.process_time() - used, "tensors": len(tensors)}
+
+
+def _start_afresh(target: str) -> None:
+    """What importing and an earlier run have left to be cleared away is none of what is measured."""
+    Path(target).unlink(missing_ok=True)
+    gc.collect()
 
 
 def sd_modules(source: str, names: list[str], rank: int, target: str) -> dict[str, Any]:
@@ -149,9 +159,11 @@ def resize_line(model: str, folder: Path, every: int, whole: bool, repeats: int)
     source, target = folder / f"{model}.safetensors", folder / f"{model}-ours.safetensors"
     modules = write_lora(source, model, rank, every)
     settings = {"new_rank": rank // 2}
-    us = settled(lambda: fresh(_SCRIPT, "ours", source=source, target=target, settings=settings), repeats)
-    other = folder / "io.safetensors"
-    io = settled(lambda: fresh(_SCRIPT, "plain_io", source=source, result=target, target=other), repeats)
+    us, io = settled(
+        repeats,
+        lambda: fresh(_SCRIPT, "ours", source=source, target=target, settings=settings),
+        lambda: fresh(_SCRIPT, "plain_io", source=source, result=target, target=folder / "io.safetensors"),
+    )
     line: dict[str, Any] = {
         "model": model,
         "modules": modules,
@@ -221,7 +233,8 @@ def decode_lines(folder: Path, every: int, repeats: int, only: list[str]) -> lis
 
 
 def _decoded(path: Path, threads: int, times: int, repeats: int) -> Run:
-    return settled(lambda: fresh(_SCRIPT, "decode", path=path, threads=threads, times=times), repeats)
+    (run,) = settled(repeats, lambda: fresh(_SCRIPT, "decode", path=path, threads=threads, times=times))
+    return run
 
 
 def decode_goals(lines: list[dict[str, Any]], every: int) -> list[Goal]:

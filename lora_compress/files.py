@@ -45,7 +45,7 @@ DTYPE_NAMES = {
 }
 _ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
 _NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
-_SETTLED_AT_A_TIME = 1 << 25  # bytes
+_SETTLED_AT_A_TIME = 1 << 24  # bytes
 _HASHED_AT_A_TIME = 1 << 20
 _LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
 
@@ -97,6 +97,7 @@ class TensorWriter:
         self._file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
         self._file.write(header)
         self._file.truncate(offset)
+        self._position = self._data
         self._lock = threading.Lock()
         self._unsettled = 0
         self._unhashed = deque(self._specs)
@@ -108,11 +109,14 @@ class TensorWriter:
         """Write one tensor, of the dtype and shape that were announced."""
         if TensorSpec.of(tensor) != self._specs[key]:
             raise ValueError(f"{key}: announced as {self._specs[key]}, given as {TensorSpec.of(tensor)}")
-        data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+        tensor = tensor.detach().cpu() if tensor.requires_grad or tensor.device.type != "cpu" else tensor
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
         with self._lock:
             self._waiting.discard(key)
-            self._file.seek(self._offsets[key])
+            if self._position != self._offsets[key]:  # a seek empties the buffer: small neighbours wait in it together
+                self._file.seek(self._offsets[key])
             self._file.write(data)
+            self._position = self._offsets[key] + len(data)
             self._unsettled += len(data)
             if self._unsettled > _SETTLED_AT_A_TIME and self._settling.done():
                 self._unsettled = 0

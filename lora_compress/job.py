@@ -29,7 +29,7 @@ Rows = tuple[Tensor, Tensor]  # down and up^T, of modules of one shape: (b, k, i
 Item = TypeVar("Item")
 _SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
 _LEAST_SAMPLE = 4
-_GROUP_WEIGHTS = 1 << 20  # of modules of one shape, which are held in float64
+_GROUP_WEIGHTS = 1 << 21  # of modules of one shape, which are held in float64
 _GOLDEN = 0.6180339887498949
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 
@@ -282,6 +282,8 @@ class Job:
     def _part(self, update: LowRankUpdate, kept: Channels) -> LowRankUpdate:
         """The kept channels of an update, on the device that computes."""
         outputs, inputs = kept
+        if outputs is None and inputs is None and update.up.device == torch.device(self.settings.quantization_device):
+            return update
         up = update.up if outputs is None else update.up[list(outputs)]
         down = update.down if inputs is None else update.down[:, list(inputs)]
         device = self.settings.quantization_device

@@ -138,7 +138,7 @@ def fp8_alpha(products: list[float]) -> float:
 
 def _largest(rows: Tensor) -> Tensor:
     """max|rows| of each matrix, (b,), NaN if there is one."""
-    return rows.abs().amax(dim=(1, 2)) if rows.numel() else rows.new_zeros(len(rows))
+    return torch.maximum(rows.amax(dim=(1, 2)), -rows.amin(dim=(1, 2))) if rows.numel() else rows.new_zeros(len(rows))
 
 
 def _power_of_two_balance(largest_down: float, largest_up: float) -> float:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import FormatError
-from .gram import gram
 from .update import LowRankUpdate
 
 __all__ = ["NOT_FINITE", "Spectrum", "balanced_rows", "known_svd", "quick_svds", "thin_svd"]
@@ -32,8 +32,8 @@ class Spectrum:
 
     Args:
         sigma: (k,), float64, ||dW_i||_F of the components: effective singular values.
-        mix_down: (k, r), float64.
-        mix_up: (k, r), float64.
+        mix_down: (k, r), float64, or float32 where they are applied in it.
+        mix_up: (k, r), likewise.
         update: the update itself.
         narrow: whether the mixtures can be applied in float32, without overflow or loss of digits; found out where not given.
     """
@@ -87,7 +87,8 @@ def balanced_rows(spectra: Sequence[Spectrum], rank: int) -> tuple[Tensor, Tenso
     downs, ups = [s.update.down_matrix for s in spectra], [s.update.up_matrix for s in spectra]
     narrow = all(s.narrow for s in spectra) and all(rows.dtype != torch.float64 for rows in (*downs, *ups))
     dtype = torch.float32 if narrow else torch.float64
-    mix_down, mix_up = (_stacked([getattr(s, side)[:rank] for s in spectra], dtype) for side in ("mix_down", "mix_up"))
+    mix_down = torch.stack([s.mix_down[:rank] for s in spectra]).to(dtype)
+    mix_up = torch.stack([s.mix_up[:rank] for s in spectra]).to(dtype)
     return mix_down @ _stacked(downs, dtype), (_stacked(ups, dtype) @ mix_up.mT).mT
 
 
@@ -104,7 +105,7 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
         FormatError: a factor or alpha holds NaN or infinity, or the decomposition failed.
     """
     up, down = _double(update.up_matrix.T), _double(update.down_matrix)  # (r, out), (r, in * kernel)
-    gram_up, gram_down = gram(up), gram(down)
+    gram_up, gram_down = _gram(up), _gram(down)
     norm = float((gram_up * gram_down).sum()) * update.scale**2  # ||dW||_F^2
     bound = math.sqrt(float(gram_up.trace() * gram_down.trace())) * abs(update.scale)
     if not math.isfinite(norm):
@@ -145,16 +146,16 @@ def quick_svds(updates: Sequence[LowRankUpdate]) -> list[Spectrum | None]:
     none: list[Spectrum | None] = [None] * len(updates)
     if not 0 < rank <= width:
         return none
-    up, down = _stacked([update.up_matrix for update in updates]), _stacked([update.down_matrix for update in updates])
-    scale = up.new_tensor([update.scale for update in updates])[:, None, None]
-    gram_up, gram_down = gram(up.mT), gram(down)  # (b, r, r)
+    gram_up = torch.stack([_gram(update.up_matrix.T) for update in updates])  # (b, r, r); one by one, as caches are small
+    gram_down = torch.stack([_gram(update.down_matrix) for update in updates])
+    scale = gram_up.new_tensor([update.scale for update in updates])[:, None, None]
     norms = gram_down.diagonal(dim1=1, dim2=2).sqrt()
     factor, _ = torch.linalg.cholesky_ex(gram_down / norms.unsqueeze(1) / norms.unsqueeze(2))
     root = factor.mT * norms.unsqueeze(1)
     core = root @ gram_up @ root.mT * scale.square()
-    finite = torch.isfinite(core).all(dim=2, keepdim=True).all(dim=1, keepdim=True)
+    finite = torch.isfinite(core.sum(dim=(1, 2), keepdim=True))
     try:
-        values, vectors = torch.linalg.eigh(torch.where(finite, core, 0.0))  # rising
+        values, vectors = torch.linalg.eigh(core if bool(finite.all()) else torch.where(finite, core, 0.0))  # rising
     except torch.linalg.LinAlgError:
         return none
     sigma = values.flip(1).clamp_min(0.0).sqrt()
@@ -164,21 +165,25 @@ def quick_svds(updates: Sequence[LowRankUpdate]) -> list[Spectrum | None]:
     mix_down = product * (inverse * scale)
     good = _orthogonal(product @ mix_up.mT, inverse) & _orthogonal(mix_down @ gram_down @ mix_down.mT, inverse)
     narrow = _are_narrow(mix_down) & _are_narrow(mix_up)
+    if bool(narrow.all()) and all(rows.dtype != torch.float64 for update in updates for rows in (update.down, update.up)):
+        mix_down, mix_up = mix_down.float(), mix_up.float()  # as they will be applied: half the memory
     found = zip(sigma, mix_down, mix_up, updates, narrow.tolist(), strict=True)
     return [Spectrum(*parts) if fine else None for parts, fine in zip(found, good.tolist(), strict=True)]
 
 
 def _orthogonal(products: Tensor, inverse: Tensor) -> Tensor:
     """Whether rows sqrt(sigma_i) u_i have the Gram matrix diag(sigma), (b,); False for NaN."""
-    unit = products * (inverse * inverse.mT).sqrt()
-    return (unit - torch.eye(unit.shape[1]).to(unit)).abs().amax(dim=(1, 2)) < _TOLERANCE
+    root = inverse.sqrt()
+    unit = products * root * root.mT
+    unit.diagonal(dim1=1, dim2=2).sub_(1.0)
+    return unit.abs_().amax(dim=(1, 2)) < _TOLERANCE
 
 
-def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """In float64 or float32, (b, ...)."""
     stacked = matrices[0].new_empty(len(matrices), *matrices[0].shape, dtype=dtype)
     for place, matrix in zip(stacked, matrices, strict=True):
-        place.copy_(matrix.float() if matrix.dtype in _HALVES else matrix)
+        place.copy_(_double(matrix) if dtype == torch.float64 else matrix)
     return stacked
 
 
@@ -195,6 +200,16 @@ def known_svd(update: LowRankUpdate) -> Spectrum:
 def _double(rows: Tensor) -> Tensor:
     """In float64; half the time of one conversion for float16, which torch does not vectorize."""
     return rows.float().double() if rows.dtype in _HALVES else rows.double()
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows @ rows^T, (r, r), float64. On the CPU by numpy, whose BLAS (syrk) computes one half and mirrors it."""
+    rows = _double(rows)
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    matrix = rows.detach().numpy()
+    with np.errstate(all="ignore"):  # of factors that are infinite or NaN, which whoever asked finds out
+        return torch.from_numpy(matrix @ matrix.T)
 
 
 def _triangle(products: Tensor, rows: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
-from .gram import gram
 
 __all__ = ["LowRankUpdate", "difference", "differences", "relative_error", "squared_error"]
 
@@ -102,15 +101,15 @@ def difference(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -
 
 
 def differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) -> Tensor:
-    """||up^T down - up'^T down'||_F^2, (b,), of matrices given by matching rows: the first of one stand for the first of the other.
+    """||up^T down - up'^T down'||_F^2, (b,), where up has orthogonal rows, as those of balanced components are.
 
-    Written as (up - up')^T down + up'^T (down - down') with the two brought to the same balance first, so that nothing large
-    is subtracted; the norm of a product is in the Gram matrices of its factors. The fast way for modules of one shape and what
-    a codec made of them.
+    Written as up^T (down - down') + (up - up')^T down' with the two brought to the same balance first, so that nothing large
+    is subtracted; the norm is in inner products of the rows. The fast way for modules of one shape and what a codec made of
+    them: matching rows, the first of one stand for the first of the other.
 
     Args:
         down: (b, k, in * kernel).
-        up: (b, k, out).
+        up: (b, k, out), orthogonal rows.
         other_down: (b, k', in * kernel), k' at most k: the components beyond have been dropped.
         other_up: (b, k', out).
     """
@@ -118,15 +117,19 @@ def differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) 
     first = down[:, :1], other_down[:, :1]
     gain = _inner(*first) / _inner(first[0], first[0])  # of the other's balance; any would do but for rounding
     gain = torch.where((gain > 0.0) & (gain < math.inf), gain, 1.0)[:, None, None]
-    ups = _joined(up, other_up * gain)  # (b, k + k', out)
-    ups[:, :kept] -= ups[:, up.shape[1] :]
-    downs = _joined(down, down[:, :kept] - other_down / gain)
-    return _inner(gram(ups).double(), gram(downs).double()).clamp_min(0.0)
+    less_up = torch.addcmul(up[:, :kept], other_up, gain, value=-1.0)
+    less_down = torch.addcmul(down[:, :kept], other_down, gain.reciprocal(), value=-1.0)
+    if kept < down.shape[1]:
+        less_down = torch.cat([less_down, down[:, kept:]], dim=1)
+    apart = _inner(_squares(up), _squares(less_down))
+    crossed = _inner((up @ less_up.mT).double(), (less_down @ other_down.mT).double() / gain)
+    beside = _inner((less_up @ less_up.mT).double(), (other_down @ other_down.mT).double() / gain.square())
+    return (apart + 2.0 * crossed + beside).clamp_min(0.0)
 
 
-def _joined(rows: Tensor, more: Tensor) -> Tensor:
-    """Rows of both; of views of transposed matrices such a view, since turning one around takes as long as a product of it."""
-    return torch.cat([rows, more], dim=1) if rows.is_contiguous() else torch.cat([rows.mT, more.mT], dim=2).mT
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norms of rows, (b, k, 1), float64."""
+    return rows.square().sum(dim=2, keepdim=True).double()
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .ladders import Ladder, climb_to_error, climb_to_size
@@ -94,9 +95,10 @@ def truncation_points(
         errors: relative, in (0, 1).
         min_rank: components that every module keeps, or all it has.
     """
-    squares = np.concatenate([np.zeros(0), *(sigma.double().square().cpu().numpy() for sigma in sigmas)])
-    costs = np.repeat(np.asarray(bytes_per_component, dtype=np.int64), [len(sigma) for sigma in sigmas])
-    free = np.concatenate([np.zeros(0, dtype=bool), *(np.arange(len(sigma)) >= min_rank for sigma in sigmas)])
+    squares = torch.cat([torch.zeros(0), *sigmas]).double().square().cpu().numpy()
+    counts = [len(sigma) for sigma in sigmas]
+    costs = np.repeat(np.asarray(bytes_per_component, dtype=np.int64), counts)
+    free = np.concatenate([np.zeros(0, dtype=np.int64), *map(np.arange, counts)]) >= min_rank
     total = float(squares.sum())
     if not total > 0.0:
         return []
@@ -104,8 +106,8 @@ def truncation_points(
     bytes_taken = np.concatenate([[0], np.cumsum(costs[order])])
     lost = np.concatenate([np.cumsum(squares[order][::-1])[::-1], [0.0]])  # with the first i taken
     least = int((~free).sum())
-    counts = (max(int(np.argmax(lost <= error**2 * total)), least) for error in errors)
-    return [(int(bytes_taken[count]), float((lost[count] / total) ** 0.5)) for count in counts]
+    taken = (max(int(np.argmax(lost <= error**2 * total)), least) for error in errors)
+    return [(int(bytes_taken[count]), float((lost[count] / total) ** 0.5)) for count in taken]
 
 
 def groups_of(

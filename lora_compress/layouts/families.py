@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from .survey import ModuleShape
 
@@ -20,6 +21,7 @@ _UNET = re.compile(r"(^|_)(down_blocks|up_blocks|mid_block|input_blocks|output_b
 Shapes = Mapping[str, ModuleShape]  # of the denoiser, names with underscores and without prefixes
 
 
+@lru_cache(1 << 13)
 def part_of(name: str, family: str) -> str:
     """The part of a model: "U-Net" or "DiT", "text encoder", or "text encoder N" where the file numbers them."""
     text = _TEXT.search(name)

@@ -37,10 +37,7 @@ def select_ranks(
         kernels: kernel size per module, for new_conv_rank; () where a name is absent.
         protected: modules that keep their strongest component at least; see `consumer_minimum`.
     """
-    norms = {name: float(score.double().norm()) for name, score in scores.items()}
-    dropped = drop_layers({name: norm**2 for name, norm in norms.items()}, settings.layer_threshold, protected)
-    staying = [name for name in scores if name not in dropped and norms[name] >= settings.norm_threshold]
-
+    staying = _staying(scores, settings, protected)
     caps = {name: _cap(score, settings.rank_cap((kernels or {}).get(name, ()))) for name, score in scores.items()}
     ranks = {name: min(_own_rank(scores[name], settings), caps[name]) for name in staying}
     total = sum(len(score) for score in scores.values())
@@ -52,8 +49,17 @@ def select_ranks(
     return {name: max(rank, min(1, len(scores[name]))) if name in protected else rank for name, rank in chosen.items()}
 
 
+def _staying(scores: Mapping[str, Tensor], settings: PruningSettings, protected: Collection[str]) -> list[str]:
+    """Steps 1 and 2."""
+    if not (settings.layer_threshold or settings.norm_threshold):
+        return list(scores)
+    norms = {name: float(score.double().norm()) for name, score in scores.items()}
+    dropped = drop_layers({name: norm**2 for name, norm in norms.items()}, settings.layer_threshold, protected)
+    return [name for name in scores if name not in dropped and norms[name] >= settings.norm_threshold]
+
+
 def _own_rank(score: Tensor, settings: PruningSettings) -> int:
-    above = int((score >= settings.norm_threshold).sum())
+    above = int((score >= settings.norm_threshold).sum()) if settings.norm_threshold else len(score)
     if settings.dynamic_method is None:
         return above
     return min(above, dynamic_rank(score.cpu(), settings.dynamic_method, settings.dynamic_param))

@@ -9,7 +9,8 @@ import torch
 from core.factories import dense, random_update
 
 from lora_compress import FormatError, LowRankUpdate
-from lora_compress.update import relative_error, squared_error
+from lora_compress.spectrum import balanced_rows, thin_svd
+from lora_compress.update import differences, relative_error, squared_error
 
 PAIRS = {
     "other rank": (random_update(rank=4), random_update(rank=7, seed=1)),
@@ -45,6 +46,21 @@ def test_squared_error_of_the_same_update_in_other_factors_vanishes() -> None:
     turned = LowRankUpdate(turn @ reference.down.double(), reference.up.double() @ turn.T, reference.alpha)
     error, norm = squared_error(reference, turned)
     assert relative_error(error, norm) < 1e-7
+
+
+@pytest.mark.parametrize("noise", [2.0**-12, 1e-3, 0.3, 1.0])
+@pytest.mark.parametrize("balance", [1.0, 8.0, 0.03, 1e3])
+@pytest.mark.parametrize("kept", [6, 4, 1])
+def test_differences_of_several_modules_match_dense(noise: float, balance: float, kept: int) -> None:
+    spectra = [thin_svd(random_update(rank=6, inputs=60, outputs=50, seed=seed)) for seed in range(3)]
+    down, up = balanced_rows(spectra, 6)
+    generator = torch.Generator().manual_seed(7)
+    other_down, other_up = (
+        rows[:, :kept] * (1 + noise * torch.randn(rows[:, :kept].shape, generator=generator)) for rows in (down, up)
+    )
+    found = differences(down, up, other_down / balance, other_up * balance)
+    exact = up.mT.double() @ down.double() - other_up.mT.double() @ other_down.double()
+    torch.testing.assert_close(found, exact.square().sum(dim=(1, 2)), rtol=2e-4, atol=0.0)
 
 
 @pytest.mark.parametrize(
