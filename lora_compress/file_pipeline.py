@@ -17,7 +17,7 @@ from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile
 from .curve import size_curve
 from .errors import SettingsError
-from .files import TensorWriter, atomic_path
+from .files import TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
@@ -101,13 +101,15 @@ def compress_file(
         planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
         if problems := rules.problems(planned):
             raise SettingsError(problems, str(source))
-        before, after = os.path.getsize(source), assembly.size(stored)
+        specs, metadata = assembly.specs(stored), assembly.finished_metadata(stored)
+        before, after = os.path.getsize(source), safetensors_size(specs, metadata)
         by_name = save_dtype is not None or settings.save_format == "fp8"  # a precision that was asked for is written
         written = after < before or by_name
+        begin = partial(TensorWriter, specs=specs, metadata=metadata)
         if written and job.packed:
-            _write_packed(assembly, lora, stored, target, save_dtype, spool)
+            _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
         elif written:
-            stored = _write_plain(assembly, lora, stored, chosen, target)
+            stored = _write_plain(assembly, lora, stored, chosen, target, begin)
         modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
         curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
     return FileReport(
@@ -206,6 +208,7 @@ def _write_plain(
     outline: Mapping[str, Stored],
     chosen: Plan,
     target: str | os.PathLike[str],
+    begin: Callable[[Path], TensorWriter],
 ) -> dict[str, Stored]:
     """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
 
@@ -219,7 +222,7 @@ def _write_plain(
 
     alpha = assembly.job.file_alpha(chosen.choices)
     with atomic_path(target) as temporary:
-        with TensorWriter(temporary, assembly.specs(outline), assembly.finished_metadata(outline)) as writer:
+        with begin(temporary) as writer:
             _pass_on(writer, lora, outline)
             for name in outline:  # first, as in the file: the hash of its data is taken on the way
                 write_tensors(writer, keys(name).alphas(name, alpha))
@@ -233,13 +236,14 @@ def _write_packed(
     lora: Source,
     stored: Mapping[str, Stored],
     target: str | os.PathLike[str],
+    begin: Callable[[Path], TensorWriter],
     dtype: torch.dtype | None,
     spool: Callable[[], Spool],
 ) -> None:
     """The packed file, and with save_format both its plain partner: both, or neither."""
-    metadata, (index, chunks) = assembly.finished_metadata(stored), assembly.packed(stored)
+    index, chunks = assembly.packed(stored)
     with atomic_path(target) as temporary:
-        with TensorWriter(temporary, assembly.specs(stored), metadata) as writer:
+        with begin(temporary) as writer:
             _pass_on(writer, lora, stored)
             write_tensors(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
         if assembly.job.settings.save_format == "both":

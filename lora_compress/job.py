@@ -330,16 +330,14 @@ class Job:
         for names in _alike((name, kind(name), self.analyses[name].shape.weights) for name in ranks):
             rank, padded = ranks[names[0]]
             rows = _on_cpu(*self._rows(names, rank))
-            for name, made in self._plain(names, rows, rows, padded, alpha).items():
-                tail = float(self.analyses[name].spectrum.sigma[rank:].square().sum())
-                found[name] = replace(made, squared_error=made.squared_error + tail)
+            found |= self._plain(names, rows, rows, padded, alpha)
         return found
 
     def _plain(self, names: Sequence[str], exact: Rows, found: Rows, padded: int, alpha: float) -> dict[str, Stored]:
         """Modules of one shape as a plain file gets them, and what that costs them.
 
         Args:
-            exact: down (b, k, in * kernel) and up^T (b, k, out).
+            exact: down (b, k, in * kernel) and up^T (b, k, out) of the strongest components.
             found: the same after coding, k' of them.
             padded: rows in the file.
             alpha: of the file.
@@ -357,10 +355,12 @@ class Job:
         updates = [update_of_rows(down, up, shape.kernel, own_alpha) for down, up in zip(*plain, strict=True)]
         rank = found[0].shape[1]  # without the padding
         down, up = (rows[:, :rank].float() for rows in take_channels(shape, *plain))
+        analyses, beyond = [self.analyses[name] for name in names], exact[0].shape[1]
         lost = differences(*exact, down * updates[0].scale, up)
+        more = [a.lost + float(a.spectrum.sigma[beyond:].square().sum()) for a in analyses]
         return {
-            name: Stored(rank, self.analyses[name].lost + error, update, alpha=update.alpha, padded=padded)
-            for name, update, error in zip(names, updates, lost.tolist(), strict=True)
+            name: Stored(rank, error + rest, update, alpha=update.alpha, padded=padded)
+            for name, update, error, rest in zip(names, updates, lost.tolist(), more, strict=True)
         }
 
 
