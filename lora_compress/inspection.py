@@ -31,7 +31,7 @@ class ModuleInspection:
         name: in the file.
         part: U-Net, text encoder, ...
         shape: of the layer's weight, (out, in, *kernel).
-        rank: of the factors.
+        rank: of the factors as they are read: of a cut file, the components that are left.
         bytes: that its factors take.
         sigma: effective singular values, falling; alpha / r is part of them.
     """
@@ -117,13 +117,13 @@ def inspect_file(path: str) -> FileInspection:
     source = open_lora(path)
 
     def look(name: str, _: object) -> ModuleInspection:
+        update = source[name]
         try:
-            sigma = thin_svd(source[name]).sigma
+            sigma = thin_svd(update).sigma
         except FormatError as error:
             raise FormatError(f"{path}: {name}: {error}") from None
-        shape = source.shapes[name]
-        full = (shape.outputs, shape.inputs, *shape.kernel)
-        return ModuleInspection(name, source.part(name), full, shape.rank, source.factor_bytes(name), tuple(sigma.tolist()))
+        shape = (update.up.shape[0], *update.down.shape[1:])
+        return ModuleInspection(name, source.part(name), shape, update.rank, source.factor_bytes(name), tuple(sigma.tolist()))
 
     modules = tuple(each_module(look, dict.fromkeys(source)).values())
     size = os.path.getsize(path)

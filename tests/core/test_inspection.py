@@ -11,7 +11,7 @@ import torch
 from core.factories import dense, mixed_updates, update_of_spectrum
 from safetensors.torch import save_file
 
-from lora_compress import FormatError, as_kohya
+from lora_compress import CompressionSettings, FormatError, as_kohya, compress_file, open_lora, truncate_file
 from lora_compress.inspection import effective_rank, inspect_file
 
 
@@ -67,3 +67,18 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     save_file({"model.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(FormatError, match=r"a\.safetensors: holds no low-rank update"):
         inspect_file(str(tmp_path / "a.safetensors"))
+
+
+def test_a_cut_file_has_the_ranks_that_are_left(tmp_path: Path) -> None:
+    falling = [2.0**-i for i in range(16)]
+    updates = {f"lora_unet_{i}": update_of_spectrum(falling, inputs=90, outputs=70, seed=i) for i in range(3)}
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("plain", "whole", "cut")]
+    save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, paths[0])
+    settings = CompressionSettings.parse({"strategy": "entropy", "bits": 5, "progressive": True})
+    compress_file(paths[0], paths[1], settings)
+    whole = inspect_file(paths[1])
+    truncate_file(paths[1], paths[2], whole.bytes * 2 // 3)
+    cut = inspect_file(paths[2])
+    assert cut.ranks[1] < whole.ranks[1]
+    for module in cut.modules:
+        assert len(module.sigma) == module.rank == open_lora(paths[2])[module.name].rank
