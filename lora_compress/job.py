@@ -29,7 +29,7 @@ Rows = tuple[Tensor, Tensor]  # down and up^T, of modules of one shape: (b, k, i
 Item = TypeVar("Item")
 _SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
 _LEAST_SAMPLE = 4
-_GROUP_WEIGHTS = 1 << 21  # of modules of one shape, which are held in float64
+_GROUP_WEIGHTS = 1 << 21  # of modules of one shape, which are held in float32
 _GOLDEN = 0.6180339887498949
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 
