@@ -11,9 +11,10 @@ from .allocation import bits_for_error, truncation_points
 from .job import Job
 from .quantization import FixedFormat, component_size
 
-__all__ = ["entropy_points", "size_curve"]
+__all__ = ["entropy_points", "packed_overhead", "size_curve"]
 
 _ERRORS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75)
+_HEADER_BYTES, _INDEX_BYTES = 700, 25  # of a packed file with our own metadata, and of its index for each module: typical
 _DISTORTION = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}  # of a Gaussian factor by bits, groups of 64
 
 
@@ -48,6 +49,11 @@ def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
         bits = bits_for_error(sigmas, widths, _DISTORTION, error, component_bytes=price)
         mixed[overhead + sum(price(name, width) for name, chosen in bits.items() for width in chosen)] = error
     return tuple(mixed.items())
+
+
+def packed_overhead(modules: int) -> int:
+    """Bytes of a packed file beside the payload, the metadata of its input and what is carried through, about."""
+    return _HEADER_BYTES + _INDEX_BYTES * modules
 
 
 def entropy_points(spectra: Iterable[tuple[tuple[int, int], Sequence[float]]], overhead: int) -> tuple[tuple[int, float], ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +14,10 @@ import torch
 
 from .allocation import truncation_points
 from .comparison import compare_files
+from .container import PackedFile
+from .curve import entropy_points, packed_overhead
 from .errors import FormatError
-from .layouts import open_lora
+from .layouts import LoraSource, open_lora
 from .parallel import each_module
 from .report.file_report import FileReport, ModuleReport
 from .spectrum import thin_svd
@@ -61,17 +65,31 @@ class ModuleInspection:
 
 @dataclass(frozen=True)
 class FileInspection:
-    """One file; `curve` has (bytes, relative error) of plain files cut from it at its own precision."""
+    """One file.
+
+    Args:
+        dtype: of its factors as they are read.
+        codec: of a packed file, that of most modules; "" of a plain one.
+        curve: (bytes, relative error) of smaller plain files cut from it, at that dtype.
+        packed_curve: of smaller entropy-coded files.
+    """
 
     path: str
     layout: str
     family: str
     dtype: str
+    codec: str
     bytes: int
     modules: tuple[ModuleInspection, ...]
     notes: tuple[str, ...]
     metadata: Mapping[str, str]
     curve: tuple[tuple[int, float], ...]
+    packed_curve: tuple[tuple[int, float], ...]
+
+    @property
+    def stored_as(self) -> str:
+        """Codec or precision, for people."""
+        return f"packed by {self.codec}" if self.codec else self.dtype
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -86,6 +104,7 @@ class FileInspection:
             "layout": self.layout,
             "family": self.family,
             "dtype": self.dtype,
+            "codec": self.codec or None,
             "bytes": self.bytes,
             "ranks": self.ranks,
             "effective_rank": mean_effective_rank(self.modules),
@@ -102,7 +121,8 @@ class FileInspection:
                 }
                 for m in self.modules
             ],
-            "smaller": [{"bytes": size, "relative_error": error} for size, error in self.curve],
+            "smaller": _as_json(self.curve),
+            "smaller_packed": _as_json(self.packed_curve),
             "notes": list(self.notes),
             "metadata": dict(self.metadata),
         }
@@ -126,19 +146,33 @@ def inspect_file(path: str) -> FileInspection:
         return ModuleInspection(name, source.part(name), shape, update.rank, source.factor_bytes(name), tuple(sigma.tolist()))
 
     modules = tuple(each_module(look, dict.fromkeys(source)).values())
-    size = os.path.getsize(path)
-    dtype = source.dtype
+    size, dtype = os.path.getsize(path), source.dtype
+    overhead = size - sum(module.bytes for module in modules)
+    codecs = Counter(entry.codec for entry in source.entries.values()) if isinstance(source, PackedFile) else Counter()
+    spectra = [((math.prod(module.shape[1:]), module.shape[0]), module.sigma) for module in modules]
+    beside = overhead if isinstance(source, PackedFile) else _beside_payload(source)
+    curves = truncation_curve(modules, dtype.itemsize, overhead), entropy_points(spectra, beside)
     return FileInspection(
         path,
         source.layout,
         source.family,
         str(dtype).removeprefix("torch."),
+        codecs.most_common(1)[0][0] if codecs else "",
         size,
         modules,
         tuple(source.notes),
         source.metadata,
-        truncation_curve(modules, dtype.itemsize, size - sum(module.bytes for module in modules)),
+        *(tuple(point for point in curve if point[0] < size) for curve in curves),
     )
+
+
+def _beside_payload(source: LoraSource) -> int:
+    """Bytes that a packed file made of a plain one would have beside its payload."""
+    return packed_overhead(len(source)) + source.carried_bytes + len(json.dumps(dict(source.metadata)))
+
+
+def _as_json(curve: Sequence[tuple[int, float]]) -> list[dict[str, float]]:
+    return [{"bytes": size, "relative_error": error} for size, error in curve]
 
 
 def report_files(original: str, path: str) -> FileReport:

@@ -15,6 +15,7 @@ from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .index import PackedIndex
+from .parallel import each_module
 from .pipeline import partner_metadata, plain_partner
 from .pruning import consumer_minimum
 from .report.file_report import FileReport, ModuleReport
@@ -99,14 +100,15 @@ def _bytes_by_name(index: PackedIndex) -> dict[str, int]:
 
 def _truncated(lora: PackedFile, cut: PackedFile) -> list[ModuleReport]:
     """What became of the modules of a file that was cut."""
-    modules = []
-    for name in lora:
-        whole, less = lora[name], cut.get(name)
+
+    def report(name: str, whole: LowRankUpdate) -> ModuleReport:
+        less = cut.get(name)
         error, norm = squared_error(whole, less)
         left, rank = (0, 0) if less is None else (cut.factor_bytes(name), less.rank)
         shape = (whole.up.shape[0], *whole.down.shape[1:])
-        modules.append(ModuleReport(name, lora.part(name), shape, (whole.rank, rank), (lora.factor_bytes(name), left), error, norm))
-    return modules
+        return ModuleReport(name, lora.part(name), shape, (whole.rank, rank), (lora.factor_bytes(name), left), error, norm)
+
+    return list(each_module(report, lora).values())
 
 
 def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str], force: bool) -> None:

@@ -16,6 +16,7 @@ from . import consumers
 from .assembly import Assembly
 from .chunks import payload_tensor
 from .container import INDEX_KEY, PAYLOAD_KEY
+from .curve import packed_overhead
 from .encoding import decode_module
 from .errors import SettingsError
 from .files import TensorSpec, atomic_path, safetensors_size, write_safetensors
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 _MOST_BITS = 8  # of mixed and entropy, whatever error is asked for
-_HEADER_BYTES, _INDEX_BYTES = 400, 25  # of a packed file, and of its index for each module: typical
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _packed_estimate(
         else:
             form = replace(FixedFormat.of_settings(settings), scale_dtype=scale_dtype)
             payload += fixed_size(rank, columns, outputs, form)
-    return payload + _INDEX_BYTES * len(updates) + _HEADER_BYTES
+    return payload + packed_overhead(len(updates))
 
 
 def plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.dtype | None) -> int:

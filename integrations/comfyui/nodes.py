@@ -156,7 +156,7 @@ class LoraInfo:
         found = inspect_file(_path(lora_name))
         low, high = found.ranks
         lines = [
-            f"{lora_name}: {found.layout} layout, {found.family}, {found.dtype}, {found.bytes} bytes",
+            f"{lora_name}: {found.layout} layout, {found.family}, {found.stored_as}, {found.bytes} bytes",
             f"{len(found.modules)} modules, ranks {low} to {high}",
             *(f"{size} bytes would have a relative error of {error:.1%}" for size, error in found.curve),
             *found.notes,

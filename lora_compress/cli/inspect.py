@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     if args.json:
         print_json({**found.as_json(), "notes": [*found.notes, *warned]})
     else:
-        show(_head(found), _parts(found), *([_modules(found)] if args.verbose else []), _smaller(found))
+        show(_head(found), _parts(found), *([_modules(found)] if args.verbose else []), *_smaller(found))
         print_notes([*found.notes, *warned])
     return 0
 
@@ -46,7 +46,7 @@ def _head(found: FileInspection) -> str:
     low, high = found.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     return (
-        f"{found.path}: {found.layout} layout, {found.family}, {len(found.modules)} modules of {ranks} in {found.dtype}, "
+        f"{found.path}: {found.layout} layout, {found.family}, {len(found.modules)} modules of {ranks}, {found.stored_as}, "
         f"{megabytes(found.bytes)}"
     )
 
@@ -95,13 +95,20 @@ def _modules(found: FileInspection) -> Table:
     return table
 
 
-def _smaller(found: FileInspection) -> Table:
-    table = Table(title=f"smaller files of the same layout in {found.dtype}, cut by --target_error or --target_size")
-    for heading in ("size", "of this file", "relative error"):
-        table.add_column(heading, justify="right")
-    for size, error in found.curve:
-        table.add_row(megabytes(size), f"{size / found.bytes:.0%}", f"{error:.1%}")
-    return table
+def _smaller(found: FileInspection) -> Iterator[Table]:
+    """Of each kind of file that would be smaller."""
+    kinds = {
+        f"smaller plain files in {found.dtype}, by --target_error or --target_size": found.curve,
+        "smaller packed files, by --quantize strategy=entropy and one of the two": found.packed_curve,
+    }
+    for title, curve in kinds.items():
+        table = Table(title=title)
+        for heading in ("size", "of this file", "relative error"):
+            table.add_column(heading, justify="right")
+        for size, error in curve:
+            table.add_row(megabytes(size), f"{size / found.bytes:.0%}", f"{error:.1%}")
+        if curve:
+            yield table
 
 
 def _mean_spectrum(modules: Sequence[ModuleInspection]) -> list[float]:

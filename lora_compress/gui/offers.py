@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from html import escape
 
 from ..cli.console import megabytes
-from ..curve import entropy_points
 from ..inspection import FileInspection
 
 __all__ = ["PACKED", "PLAIN", "SETTINGS", "Curve", "SizeRange", "about", "chart_rows", "curves", "size_range"]
@@ -17,7 +16,7 @@ __all__ = ["PACKED", "PLAIN", "SETTINGS", "Curve", "SizeRange", "about", "chart_
 Curve = Sequence[tuple[int, float]]
 PLAIN, PACKED = "opens everywhere", "smallest"
 SETTINGS = {PLAIN: {"save_format": "kohya"}, PACKED: {"save_format": "packed", "strategy": "entropy"}}
-_USUAL_ERROR = 0.05  # images change little up to it
+_USUAL_ERROR, _MOST_ERROR = 0.05, 0.6  # images change little up to the one, and beyond the other little of the LoRA is left
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,12 @@ class SizeRange:
 
 def curves(found: FileInspection) -> dict[str, Curve]:
     """(bytes, relative error) by the kind of file that is made."""
-    overhead = found.bytes - sum(module.bytes for module in found.modules)
-    spectra = [((math.prod(m.shape[1:]), m.shape[0]), m.sigma) for m in found.modules]
-    return {PLAIN: found.curve, PACKED: entropy_points(spectra, overhead)}
+    return {PLAIN: found.curve, PACKED: found.packed_curve}
 
 
 def size_range(curve: Curve, size: int) -> SizeRange:
     """From the smallest file of the curve to just below the input of `size` bytes, and what an error of 5 % takes."""
-    smaller = sorted((point, error) for point, error in curve if point < 0.95 * size)
+    smaller = sorted((point, error) for point, error in curve if point < 0.95 * size and error <= _MOST_ERROR)
     step = 10.0 ** (math.floor(math.log10(max(size, 1000) / 1e6)) - 2)
     lowest = smaller[0][0] if smaller else size / 10
     usual = next((point for point, error in smaller if error <= _USUAL_ERROR), smaller[-1][0] if smaller else size / 2)
@@ -69,7 +66,7 @@ def about(found: FileInspection) -> str:
         "layout": found.layout,
         "modules": str(len(found.modules)),
         "rank": str(low) if low == high else f"{low} to {high}",
-        "precision": found.dtype,
+        "precision": found.stored_as,
         "size": megabytes(found.bytes),
     }
     cells = "".join(f'<tr><th scope="row">{name}</th><td>{escape(value)}</td></tr>' for name, value in rows.items())

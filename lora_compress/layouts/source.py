@@ -133,6 +133,11 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         """Bytes of the tensors that make the update, alpha included and extras not."""
         return sum(self._file[key].nbytes for key in self._modules[name].keys)
 
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of the tensors that make no update: of `others` and of all `extras`."""
+        return sum(info.nbytes for info in self._file.values()) - sum(map(self.factor_bytes, self))
+
     def plain_keys(self, name: str) -> PlainKeys:
         """Keys of a plain file in the layout the module came in; what was converted becomes kohya's.
 

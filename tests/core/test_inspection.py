@@ -80,5 +80,18 @@ def test_a_cut_file_has_the_ranks_that_are_left(tmp_path: Path) -> None:
     truncate_file(paths[1], paths[2], whole.bytes * 2 // 3)
     cut = inspect_file(paths[2])
     assert cut.ranks[1] < whole.ranks[1]
+    assert cut.codec == whole.codec == "entropy" and "entropy" in cut.stored_as
+    assert cut.packed_curve and max(size for size, _ in (*cut.curve, *cut.packed_curve)) < cut.bytes
     for module in cut.modules:
         assert len(module.sigma) == module.rank == open_lora(paths[2])[module.name].rank
+
+
+def test_packed_files_take_what_is_told(tmp_path: Path) -> None:
+    updates = {f"lora_unet_{i}": update_of_spectrum([1 / j for j in range(1, 17)], 300, 200, seed=i) for i in range(3)}
+    path = tmp_path / "a.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, path, {"ss_note": "x" * 5000})
+    told = {error: size for size, error in inspect_file(str(path)).packed_curve}
+    for error in (0.05, 0.1, 0.2):
+        settings = CompressionSettings.parse({"strategy": "entropy", "target_error": error})
+        made = compress_file(path, tmp_path / "out.safetensors", settings)
+        assert made.bytes[1] == pytest.approx(told[error], rel=0.1)
