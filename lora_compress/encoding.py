@@ -76,11 +76,13 @@ class Coded:
         entry: of the index; rank 0 may come out of entropy coding.
         chunks: layers of its payload.
         rows: what they decode to, down (rank, kept inputs * kernel) and up (rank, kept outputs).
+        places: of these components among those that were coded.
     """
 
     entry: Entry
     chunks: list[bytes]
     rows: tuple[Tensor, Tensor]
+    places: Sequence[int]
 
 
 def encode_module(
@@ -106,14 +108,14 @@ def encode_module(
         parameters: dict[str, object] = {"step": choice.step, "layers": layering.layers}
         if layering.layers > 1:
             parameters |= {"per_plane": layering.per_plane, "phase": choice.phase}
-        return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows)
+        return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows, coded.kept)
     form = FixedFormat.of_settings(settings)
     parameters = {"block": form.block_size or 0, "scales": _SCALES[form.scale_dtype]}
     if choice.bits is not None:
         parameters["bits"] = _runs(choice.bits)
     entry = replace(shape, rank=len(down), codec=form.codec, parameters=parameters)
     chunks = [encode_fixed(down, up, form, choice.bits)]
-    return Coded(entry, chunks, decode_rows(entry, chunks))
+    return Coded(entry, chunks, decode_rows(entry, chunks), range(len(down)))
 
 
 def _layering(weights: int, planes: int) -> Layering:

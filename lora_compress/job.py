@@ -309,7 +309,8 @@ class Job:
         coded = encode_module(analysis.shape, *rows, choice, self.settings.quantization, predict=predict)
         if not coded.entry.rank:
             return Stored(0, analysis.norm)
-        exact, found = _on_cpu(down, up), _on_cpu(*coded.rows)
+        order = [*coded.places, *(i for i in range(len(down)) if i not in coded.places)]
+        exact, found = _on_cpu(down[order], up[order]), _on_cpu(*coded.rows)
         if not self.packed:
             made = self._plain([name], _batch(exact), _batch(found), padded, alpha)[name]
             return replace(made, payload=sum(map(len, coded.chunks)))

@@ -114,9 +114,9 @@ def differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) 
         other_up: (b, k', out).
     """
     kept, other_down, other_up = other_down.shape[1], other_down.to(down), other_up.to(up)
-    first = down[:, :1], other_down[:, :1]
-    gain = _inner(*first) / _inner(first[0], first[0])  # of the other's balance; any would do but for rounding
-    gain = torch.where((gain > 0.0) & (gain < math.inf), gain, 1.0)[:, None, None]
+    first, other = (_squares(rows[:, :1]).sum(dim=1, keepdim=True) for rows in (down, other_down))
+    gain = (other / first).sqrt()  # of the other's balance; any would do but for rounding
+    gain = torch.where((gain > 0.0) & (gain < math.inf), gain, 1.0).to(down)
     less_up = torch.addcmul(up[:, :kept], other_up, gain, value=-1.0)
     less_down = torch.addcmul(down[:, :kept], other_down, gain.reciprocal(), value=-1.0)
     if kept < down.shape[1]:

@@ -50,7 +50,7 @@ def test_squared_error_of_the_same_update_in_other_factors_vanishes() -> None:
 
 @pytest.mark.parametrize("noise", [2.0**-12, 1e-3, 0.3, 1.0])
 @pytest.mark.parametrize("balance", [1.0, 8.0, 0.03, 1e3])
-@pytest.mark.parametrize("kept", [6, 4, 1])
+@pytest.mark.parametrize("kept", [6, 4, 1, 0])
 def test_differences_of_several_modules_match_dense(noise: float, balance: float, kept: int) -> None:
     spectra = [thin_svd(random_update(rank=6, inputs=60, outputs=50, seed=seed)) for seed in range(3)]
     down, up = balanced_rows(spectra, 6)
@@ -61,6 +61,16 @@ def test_differences_of_several_modules_match_dense(noise: float, balance: float
     found = differences(down, up, other_down / balance, other_up * balance)
     exact = up.mT.double() @ down.double() - other_up.mT.double() @ other_down.double()
     torch.testing.assert_close(found, exact.square().sum(dim=(1, 2)), rtol=2e-4, atol=0.0)
+
+
+def test_differences_do_not_need_rows_that_match() -> None:
+    """They are more exact where rows match, but another order must not blow them up."""
+    down, up = balanced_rows([thin_svd(random_update(rank=6, inputs=60, outputs=50))], 6)
+    order = [4, 1, 5, 0]
+    exact = up.mT.double() @ down.double() - up[:, order].mT.double() @ down[:, order].double()
+    torch.testing.assert_close(
+        differences(down, up, down[:, order], up[:, order]), exact.square().sum(dim=(1, 2)), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize(
