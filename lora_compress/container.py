@@ -116,6 +116,11 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """Tensors that are carried through, by key."""
         return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
 
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of `others`."""
+        return sum(spec.nbytes for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY))
+
     def part(self, name: str) -> str:
         """See `layouts.LoraSource.part`."""
         return part_of(name, self.family)
