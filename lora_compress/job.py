@@ -309,7 +309,7 @@ class Job:
         coded = encode_module(analysis.shape, *rows, choice, self.settings.quantization, predict=predict)
         if not coded.entry.rank:
             return Stored(0, analysis.norm)
-        order = [*coded.places, *(i for i in range(len(down)) if i not in coded.places)]
+        order = [*coded.places, *sorted(set(range(len(down))).difference(coded.places))]
         exact, found = _on_cpu(down[order], up[order]), _on_cpu(*coded.rows)
         if not self.packed:
             made = self._plain([name], _batch(exact), _batch(found), padded, alpha)[name]
