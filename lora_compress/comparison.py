@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,15 +101,10 @@ def compare_files(first: str, second: str) -> FileComparison:
     Raises:
         FormatError: no module is in both files, or one has other dimensions in the second.
     """
-    sources = open_lora(first), open_lora(second)
-    modules, missing = compare_updates(*sources)
-    return FileComparison(
-        (first, second),
-        (os.path.getsize(first), os.path.getsize(second)),
-        modules,
-        missing,
-        _differing(*(s.others for s in sources)),
-    )
+    with closing(open_lora(first)) as one, closing(open_lora(second)) as two:
+        modules, missing = compare_updates(one, two)
+        sizes = os.path.getsize(first), os.path.getsize(second)
+        return FileComparison((first, second), sizes, modules, missing, _differing(one.others, two.others))
 
 
 def compare_updates(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError
+from .recognition import what_is
 
 __all__ = ["header_has", "parse_json", "read_header"]
 
@@ -29,9 +30,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             raise _too_large(path, f"{values} values", _MOST_VALUES)
         header = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
+        raise FormatError(f"{path}: no safetensors file, {_why_not(path)} ({error})") from None
     if not isinstance(header, dict):
-        raise FormatError(f"{path}: no safetensors file, or cut short")
+        raise FormatError(f"{path}: no safetensors file, {_why_not(path)}")
     metadata = header.get("__metadata__") or {}
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
@@ -55,7 +56,7 @@ def _read_text(path: Path) -> tuple[bytes, int]:
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if 8 + length > size:
-                raise FormatError(f"{path}: no safetensors file, or cut short")
+                raise FormatError(f"{path}: no safetensors file, {_why_not(path)}")
             if length > _LARGEST_HEADER:
                 raise _too_large(path, f"{length} bytes", _LARGEST_HEADER)
             return file.read(length), size
@@ -63,6 +64,11 @@ def _read_text(path: Path) -> tuple[bytes, int]:
         raise FormatError(f"{path}: no such file") from None
     except OSError as error:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error})") from None
+
+
+def _why_not(path: Path) -> str:
+    """What a file is that has no sound header, where its first bytes tell it."""
+    return what_is(path) or "or cut short"
 
 
 def parse_json(text: bytes) -> Any:

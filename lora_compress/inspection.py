@@ -7,6 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +135,11 @@ def inspect_file(path: str) -> FileInspection:
     Raises:
         FormatError: it is no LoRA file, or a module holds NaN.
     """
-    source = open_lora(path)
+    with closing(open_lora(path)) as source:
+        return _inspected(path, source)
 
+
+def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
     def look(name: str, _: object) -> ModuleInspection:
         update = source[name]
         try:

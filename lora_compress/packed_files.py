@@ -15,6 +15,7 @@ from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .index import PackedIndex
+from .layouts import open_lora
 from .parallel import each_module
 from .pipeline import partner_metadata, plain_partner
 from .pruning import consumer_minimum
@@ -44,6 +45,7 @@ def expand_file(
     before = os.path.getsize(source)
     lora = PackedFile(source) if is_packed(source) else None
     if lora is None:
+        open_lora(source).close()  # of what is no LoRA at all it says what it is
         raise FormatError(f"{source}: is no packed file: there is nothing to expand")
     dtype = save_dtype or torch.float16
     with atomic_path(target) as temporary:

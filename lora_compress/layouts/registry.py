@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .control_lora import CONTROL_LORA
 from .diffusers import DIFFUSERS
+from .foreign import FOREIGN
 from .full import FULL
 from .glora import GLORA
 from .kohya import KOHYA
 from .loha import LOHA
 from .lokr import LOKR
-from .multiplicative import MULTIPLICATIVE
 from .peft import PEFT
 from .survey import Layout
 
@@ -23,6 +23,6 @@ LAYOUTS: tuple[Layout, ...] = (
     LOKR,
     GLORA,
     FULL,
-    MULTIPLICATIVE,
+    FOREIGN,
     CONTROL_LORA,  # its endings, .up and .down, could end the name of a layer
 )

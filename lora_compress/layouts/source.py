@@ -15,6 +15,8 @@ from ..errors import FormatError
 from ..plain import PlainKeys
 from ..update import LowRankUpdate
 from .families import family_of, part_of
+from .foreign import CARRIED
+from .identity import what_it_holds
 from .peft_config import PeftConfig
 from .registry import LAYOUTS
 from .survey import Module, ModuleShape, Survey
@@ -47,10 +49,11 @@ def open_lora(path: str | os.PathLike[str], repair: bool = False) -> LoraSource 
     survey = Survey(file, repair)
     for layout in LAYOUTS:
         layout.find(survey)
+    survey.check_left_over()
     survey.finish()
     if not survey.modules:
-        reasons = "; ".join(survey.notes())
-        raise FormatError(f"{file.path}: holds no low-rank update that is known here{': ' + reasons if reasons else ''}")
+        reasons = "; ".join(["it is " + what_it_holds(file), *survey.notes()]).replace(CARRIED, "")
+        raise FormatError(f"{file.path}: holds no low-rank update that is known here: {reasons}: give a LoRA")
     return LoraSource(file, survey)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import FormatError
+from ..files import DTYPE_NAMES
 from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
 from .tensors import TensorFile, TensorInfo
@@ -177,6 +178,15 @@ class Survey:
         if value is not None:
             self.tell("a scale of its own replaces alpha / rank and is now part of the factors", name)
         return value
+
+    def check_left_over(self) -> None:
+        """Refuse what no layout took and what cannot be carried through as it is."""
+        for key in self.free():
+            dtype = self.file[key].dtype
+            if dtype not in DTYPE_NAMES:
+                name = str(dtype).removeprefix("torch.")
+                self.refuse(key, f"is {name}", "a type that programs read from safetensors files", "it is left out")
+                self.claim([key])
 
     def finish(self) -> None:
         """Raises: FormatError: something was refused; the first problem, and how many there are."""

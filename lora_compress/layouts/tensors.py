@@ -6,7 +6,6 @@ import math
 import mmap
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..header import read_header
+from ..recognition import is_safetensors
+from .pickled import load_pickled
 
 __all__ = ["TensorFile", "TensorInfo", "open_tensors"]
 
@@ -119,15 +120,21 @@ class TensorFile(Mapping[str, TensorInfo]):
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
-    """Open .safetensors lazily; anything else goes through torch.load(weights_only=True), whole.
+    """Open a file of weights: .safetensors lazily, what torch.save wrote whole, through torch.load(weights_only=True).
+
+    A safetensors file under the name of a PyTorch file (.pt, .bin, .ckpt ...) is read as what it is.
 
     Raises:
-        FormatError: no such file, or neither of the two.
+        FormatError: no such file, or neither of the two; the message says what it is where its first bytes tell it.
     """
     target = Path(path)
     if not target.is_file():
         raise FormatError(f"{target}: no such file")
-    return _open_safetensors(target) if target.suffix.lower() in _SAFETENSORS else _load_torch(target)
+    if target.suffix.lower() in _SAFETENSORS or is_safetensors(target):
+        return _open_safetensors(target)
+    tensors, metadata = load_pickled(target)
+    infos = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    return TensorFile(target, infos, tensors.__getitem__, metadata)
 
 
 def _open_safetensors(path: Path) -> TensorFile:
@@ -136,14 +143,20 @@ def _open_safetensors(path: Path) -> TensorFile:
     Tensors are views of the mapped file, since a copy of every weight would take as long as the arithmetic on some of them. The
     mapping is private: whoever writes into such a tensor changes memory, never the file.
     """
-    header, begin, _ = read_header(path)  # bounded, unlike what safe_open accepts
+    header, begin, there = read_header(path)  # bounded, unlike what safe_open accepts
     try:
+        promised = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        if promised > there:
+            found = f"cut short: its header promises {promised} bytes of data, the file has {there}"
+            raise FormatError(f"{path}: {found}: get it again")
         with safe_open(path, framework="pt"):  # checks that the header is sound and fits the file
             metadata = header.pop("__metadata__", None)
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
-        infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(key, entry["dtype"])) for key, entry in in_order}
+        infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(path, key, entry["dtype"])) for key, entry in in_order}
+    except FormatError:
+        raise
     except _UNREADABLE as error:
         raise FormatError(f"{path}: no safetensors file, or cut short ({error}): get it again") from error
     places = {key: begin + entry["data_offsets"][0] for key, entry in in_order}
@@ -171,35 +184,7 @@ class _Mapped:
         del self._mapped
 
 
-def _dtype(key: str, name: str) -> torch.dtype:
+def _dtype(path: Path, key: str, name: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise ValueError(f"{key} is {name}, which is unknown here")
+        raise FormatError(f"{path}: {key}: is {name!r}, a type that is not read here, allowed: {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _load_torch(path: Path) -> TensorFile:
-    try:
-        _refuse_zip_bomb(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling damaged bytes raises nearly anything
-        raise FormatError(f"{path}: cannot be read as weights alone ({error}): convert it to .safetensors") from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping):
-        raise FormatError(f"{path}: holds a {type(loaded).__name__}, not weights by key: it is no LoRA")
-    tensors = {str(key): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
-    for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise FormatError(f"{path}: {key}: {tuple(tensor.shape)} is more than the file holds: it is damaged, get it again")
-    infos = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    return TensorFile(path, infos, tensors.__getitem__)
-
-
-def _refuse_zip_bomb(path: Path) -> None:
-    """torch stores tensors uncompressed: an archive that unpacks to far more than it holds was made to exhaust memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > 2 * path.stat().st_size + 2**20:
-        raise FormatError(f"unpacks to {unpacked} bytes")
