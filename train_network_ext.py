@@ -35,6 +35,7 @@ from library.compress_config import (
     merge_network_args,
     read_toml,
 )
+from library.compress_flags import parse_flags
 from library.compress_flux import adapt_flux_sizes
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
@@ -113,7 +114,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     parser = _script(host).setup_parser()
     add_arguments(parser, HOSTS)
     add_base_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_flags(parser, argv)
     train_util.verify_command_line_training_args(args)
     config = {} if args.output_config else read_toml(args.config_file)
     check_host_values(config, parser, args.config_file)

@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -
     model_type.choices, model_type.default = [*model_types, "auto"], "auto"
     model_type.help = "the trainer to use; auto (default) looks at the checkpoint. FLUX's own --model_type is this one"
     for section, names in _ALL_SECTIONS.items():
-        group.add_argument(
-            f"--{section}", nargs="+", default=None, metavar="KEY=VALUE", help=f"enabled, {', '.join(names)}; overrides [{section}]"
-        )
+        spellings = [f"--{section}", *(["--quantize"] if section == "quantization" else [])]
+        told = f"enabled, {', '.join(names)}; overrides [{section}]"
+        group.add_argument(*spellings, dest=section, nargs="+", default=None, metavar="KEY=VALUE", help=told)
     group.add_argument("--quantization_device", type=str, default=None, help="where SVD and quantizers run: cpu (default), cuda")
 
 

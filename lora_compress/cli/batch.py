@@ -58,11 +58,11 @@ def _plan(args: argparse.Namespace, options: CompressOptions) -> list[Job]:
     if not args.save_to:
         raise UsageError("--save_to: is missing: with many inputs name a folder, --save_to small/")
     if not is_remote(args.save_to):
-        if args.save_to.endswith(".safetensors") or os.path.isfile(args.save_to):
+        if os.path.isfile(args.save_to) or (paths.names_a_file(args.save_to) and not os.path.isdir(args.save_to)):
             raise UsageError(f"--save_to {args.save_to}: is a file, and --model names many: name a folder, --save_to small/")
         paths.check_folder(Path(args.save_to), f"--save_to {args.save_to}")
     if args.report:
-        paths.check_output(args.report, flag="--report", suffix=".html")
+        args.report = paths.check_output(args.report, flag="--report", suffix=".html")
     return plan_jobs(args.model, args.save_to, options.force, options.writes_partner)
 
 

@@ -8,9 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..checking import Verdict, check_file
-from ..consumers import CONSUMERS
 from . import paths
-from .arguments import Parser
+from .arguments import Parser, add_program_flag
 from .console import print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
@@ -23,18 +22,12 @@ def run(argv: Sequence[str]) -> int:
         description="Which programs open a LoRA file as it is and compute what it says. Exit status 1 where one of them does not.",
     )
     parser.add_argument("--model", metavar="FILE", help="LoRA file of any layout, packed or plain")
-    parser.add_argument(
-        "--for",
-        dest="consumers",
-        default="all",
-        metavar="NAMES",
-        help=f"programs, separated by commas: {', '.join(CONSUMERS)}, all (default)",
-    )
+    add_program_flag(parser, "the programs to ask about; default all")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     args = parser.parse(argv)
     path = paths.check_input(args.model)
     with quiet_stdout() as warned:
-        verdicts = check_file(path, args.consumers.split(","))
+        verdicts = check_file(path, args.consumers or ["all"])
     if args.json:
         print_json({"model": str(path), "programs": [verdict.as_json() for verdict in verdicts], "notes": warned})
     else:

@@ -9,17 +9,17 @@ from dataclasses import replace
 
 from ..batch import CompressOptions, is_batch
 from ..batch.storage import at_hand, is_remote
-from ..consumers import CONSUMERS
 from ..settings import CompressionSettings
 from . import paths
 from .arguments import (
     PRECISIONS,
     Parser,
     UsageError,
+    add_program_flag,
     add_setting_flags,
     flag_settings,
     parse_settings,
-    quantize_pairs,
+    section_values,
 )
 from .batch import run_batch
 from .console import print_json, print_notes, print_report, progress, quiet_stdout
@@ -32,6 +32,7 @@ verbs:
   resize_lora_ext.py expand  --model PACKED --save_to OUT    a packed file as a plain one
   resize_lora_ext.py inspect --model FILE                    what a file holds, and what a smaller one would cost
   resize_lora_ext.py compare --model A --other B             how far apart two files are
+  resize_lora_ext.py check   --model FILE --for comfyui      which programs open a file
   resize_lora_ext.py evaluate --model A --other B --base_model M --dataset D    what the pictures of B lost
   resize_lora_ext.py run SCRIPT [ARGUMENTS]                  a script of another program, which then reads packed files
   resize_lora_ext.py gui                                     a page in the browser that makes a file smaller
@@ -46,7 +47,6 @@ _NOTHING_ASKED = """nothing is asked for: say what to do with the file, for exam
   --target_error 0.05                                 as small as it gets at 5 % error
   --target_size 20MB --quantize strategy=entropy      the best file of 20 MB, packed
 (--help lists everything)"""
-_PROGRAMS = (*CONSUMERS, "all")
 _PLACES = {"min_rank", "quantization_device"}  # ask for nothing by themselves
 
 
@@ -86,8 +86,8 @@ def read_options(args: argparse.Namespace) -> CompressOptions:
         SettingsError: settings that are wrong or contradict each other.
     """
     values = flag_settings(args)
-    quantize = quantize_pairs(args.quantize)
-    asked = {*values, *quantize} - _PLACES
+    values |= section_values(args)
+    asked = {*values} - _PLACES
     if not asked and args.truncate is None and not (args.save_precision or args.consumers or args.force_resize):
         raise UsageError(_NOTHING_ASKED)
     if args.truncate is not None and (asked or args.save_precision or args.consumers):
@@ -96,7 +96,7 @@ def read_options(args: argparse.Namespace) -> CompressOptions:
         if getattr(args, flag) is not None:
             paths.check_input(getattr(args, flag), f"--{flag}")
     return CompressOptions(
-        settings=parse_settings(values | quantize),
+        settings=parse_settings(values),
         save_dtype=PRECISIONS[args.save_precision] if args.save_precision else None,
         consumers=tuple(dict.fromkeys(args.consumers or ())),
         base_model=args.base_model,
@@ -115,7 +115,7 @@ def _checked_paths(args: argparse.Namespace, settings: CompressionSettings) -> t
 
         paths.check_output(str(kohya_partner(target)), [source], force=args.force)
     if args.report:
-        paths.check_output(args.report, flag="--report", suffix=".html")
+        args.report = paths.check_output(args.report, flag="--report", suffix=".html")
     return source, target
 
 
@@ -131,7 +131,7 @@ def _parser() -> Parser:
     group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file or URL to read, or a folder or a pattern for many")
     group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file or URL to write (.safetensors), or a folder for many")
     group.add_argument("--save_precision", choices=PRECISIONS, help="precision of plain files; default that of the input")
-    group.add_argument("--for", dest="consumers", nargs="+", choices=_PROGRAMS, metavar="PROGRAM", help=_consumers_help())
+    add_program_flag(group, "keep to the rules of these programs")
     group.add_argument("--truncate", metavar="SIZE", help="cut a progressive packed file to this size, such as 8MB")
     group.add_argument("--force", action="store_true", help="allow OUT to be IN, and a batch to overwrite files of others")
     group.add_argument(
@@ -152,7 +152,3 @@ def _parser() -> Parser:
     group.add_argument("--verbose", action="store_true", help="a line for every module")
     group.add_argument("--svd_lowrank_niter", type=int, metavar="N", help="accepted for sd-scripts' sake: the SVD is always exact")
     return parser
-
-
-def _consumers_help() -> str:
-    return f"keep to the rules of these programs: {', '.join(_PROGRAMS)}"

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     if args.dataset is not None and args.base_model is None:
         raise UsageError(f"--dataset {args.dataset}: pictures are compared with drawn ones: name the model, --base_model FOLDER")
     if args.report:
-        paths.check_output(args.report, flag="--report", suffix=".html")
+        args.report = paths.check_output(args.report, flag="--report", suffix=".html")
     weights = _weights(args.weights)
     with quiet_stdout() as warned, _Bars() as bars:
         from ..evaluation.performance import evaluate_lora_performance

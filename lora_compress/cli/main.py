@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "compress"
     try:
+        if verb == "compress" and arguments and (close := difflib.get_close_matches(arguments[0], VERBS, n=1)):
+            raise UsageError(f"{arguments[0]}: unknown command, did you mean {close[0]}?")
         return importlib.import_module(f".{verb}", __package__).run(arguments)
     except LoraCompressError as error:
         wrong_usage = isinstance(error, (UsageError, SettingsError))

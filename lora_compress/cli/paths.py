@@ -9,8 +9,14 @@ from pathlib import Path
 from ..batch.storage import exists, is_remote
 from .arguments import UsageError
 
-__all__ = ["check_input", "check_output", "is_same_file"]
+__all__ = ["check_input", "check_output", "is_same_file", "names_a_file"]
 
+# Endings by which people and programs tell what a file is. Any other ending is part of a name: v1.5, style.fp16, my.lora.
+_FILE_SUFFIXES = (
+    *(".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".npz", ".npy", ".h5", ".onnx", ".gguf", ".msgpack"),
+    *(".json", ".jsonl", ".toml", ".yaml", ".yml", ".txt", ".md", ".csv", ".log", ".html", ".htm", ".xhtml", ".pdf", ".py"),
+    *(".zip", ".7z", ".rar", ".tar", ".gz", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg"),
+)
 _URL = "is a URL, which only compressing reads and writes"
 
 
@@ -38,9 +44,10 @@ def check_output(
     force: bool = False,
     remote: bool = False,
 ) -> str:
-    """The path of an output file: it has a name with the right ending, its folder can be written, it is none of `inputs`.
+    """Return the path of an output file, whose folder can be written and which is none of `inputs`.
 
-    A file that stands there is overwritten, as sd-scripts' tools do, but an input only with `force`. With `remote` it may be a URL.
+    A name without a known file ending gets `suffix`: "v1.5" means "v1.5.safetensors". A file that exists under this name is
+    overwritten, as sd-scripts' tools do, but an input only with `force`. With `remote` it may be a URL.
 
     Raises:
         UsageError: anything of that does not hold.
@@ -54,14 +61,23 @@ def check_output(
         raise UsageError(f"{flag} {path}: the file has no name, only an ending: write {path.removesuffix(suffix)}my_lora{suffix}")
     if target.is_dir():
         raise UsageError(f"{flag} {path}: is a folder: name the file in it, {target / ('my_lora' + suffix)}")
-    if target.suffix != suffix:
-        raise UsageError(f"{flag} {path}: must end with {suffix}: write {os.path.splitext(path.rstrip('/' + os.sep))[0]}{suffix}")
+    if path.endswith(("/", os.sep)):
+        raise UsageError(f"{flag} {path}: names a folder: name the file in it, {path}my_lora{suffix}")
+    if not path.endswith(suffix):
+        if names_a_file(path):
+            raise UsageError(f"{flag} {path}: must end with {suffix}: write {os.path.splitext(path)[0]}{suffix}")
+        return check_output(path + suffix, inputs, flag=flag, suffix=suffix, force=force, remote=remote)
     if not is_remote(path):
         check_folder(target.parent, f"{flag} {path}")
     for given in inputs:
         if not force and is_same_file(given, path):
             raise UsageError(f"{flag} {path}: is the input: choose another name, or allow overwriting it with --force")
     return path
+
+
+def names_a_file(path: str) -> bool:
+    """Whether a path ends with an ending of files, such as .ckpt, and not with a part of a name, such as .5 of v1.5."""
+    return os.path.splitext(path)[1].lower() in _FILE_SUFFIXES
 
 
 def check_folder(folder: Path, subject: str) -> None:

@@ -2,7 +2,7 @@
 
 from .adaptive import AdaptiveSettings
 from .budget import BudgetSettings, parse_size
-from .compression import SAVE_FORMATS, CompressionSettings, setting_names, split_settings
+from .compression import SAVE_FORMATS, SECTIONS, CompressionSettings, setting_names, split_settings
 from .evaluation import EXTRACTOR_NAMES, EvaluationSettings
 from .parsing import read_toml, refuse_setting
 from .pruning import PruningSettings
@@ -13,6 +13,7 @@ __all__ = [
     "BITS_TABLE",
     "EXTRACTOR_NAMES",
     "SAVE_FORMATS",
+    "SECTIONS",
     "AdaptiveSettings",
     "BudgetSettings",
     "CompressionSettings",

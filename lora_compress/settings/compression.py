@@ -16,7 +16,7 @@ from .pruning import PruningSettings
 from .quantization import QuantizationSettings
 from .training import QatSettings, TrainingSettings
 
-__all__ = ["SAVE_FORMATS", "CompressionSettings", "setting_names", "split_settings"]
+__all__ = ["SAVE_FORMATS", "SECTIONS", "CompressionSettings", "setting_names", "split_settings"]
 
 SAVE_FORMATS = ("kohya", "fp8", "packed", "both")
 
@@ -126,6 +126,15 @@ class CompressionSettings:
 
 
 _PARTS = (PruningSettings, QuantizationSettings, BudgetSettings, TrainingSettings, QatSettings)
+# The sections of a configuration file, which are flags of the training script too, and the settings that each takes.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "pruning": tuple(name for part in (PruningSettings, BudgetSettings, TrainingSettings) for name in names_of(part)),
+    "quantization": (
+        *(name for part in (QuantizationSettings, QatSettings) for name in names_of(part)),
+        "save_format",
+        "quantization_device",
+    ),
+}
 
 
 def setting_names() -> dict[str, type]:

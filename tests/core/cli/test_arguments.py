@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -16,9 +17,10 @@ from core.compressors import lora_file
 
 from lora_compress import CompressionSettings, QatSettings, QuantizationSettings, TrainingSettings, setting_names
 from lora_compress.batch import CompressOptions
-from lora_compress.cli import main
+from lora_compress.cli import main, paths
 from lora_compress.cli.arguments import UsageError, quantize_pairs
 from lora_compress.cli.compress import _parser, read_options
+from lora_compress.cli.main import VERBS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -77,6 +79,56 @@ def test_settings_come_out_as_they_went_in() -> None:
     assert _options("--quantize", "bits=4", "--quantize", "strategy=nf4").settings.quantization.codec_name == "nf4"
 
 
+def test_the_flags_of_trainings_mean_the_same_here() -> None:
+    for name in ("--quantize", "--quantization"):
+        words = ("--pruning", "rank_ratio=0.5", "min_rank=2", "target_size=3MB", name, "bits=4", "strategy=nf4", "save_format=both")
+        found = _options(*words).settings
+        assert found == CompressionSettings.parse(
+            {"rank_ratio": 0.5, "min_rank": 2, "target_size": "3MB", "bits": 4, "strategy": "nf4", "save_format": "both"}
+        )
+    assert _options("--new_rank", "4", "--quantization", "enabled=false", "bits=4").settings == _options("--new_rank", "4").settings
+    assert _options("--pruning", "rank_ratio=0.5", "--rank_ratio", "0.5").settings.pruning.rank_ratio == 0.5
+
+
+def test_every_flag_of_the_training_script_is_taken_or_told_what_to_do_instead() -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module("library.compress_config").add_arguments(parser, ["sd"])
+    ours = {option for action in _parser()._actions for option in action.option_strings}
+    for option in {option for action in parser._actions for option in action.option_strings} - ours:
+        with pytest.raises(UsageError, match="is a flag of") as refused:
+            _options("--new_rank", "4", option, "x")
+        assert "unknown" not in str(refused.value)
+
+
+def test_programs_are_named_apart_or_with_commas() -> None:
+    for words in (["comfyui", "diffusers"], ["comfyui,diffusers"], ["comfyui,", "diffusers"], ["comfyui", "--for", "diffusers"]):
+        assert _options("--for", *words).consumers == ("comfyui", "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("v1.5", "v1.5.safetensors"),
+        ("v1", "v1.safetensors"),
+        ("my.lora", "my.lora.safetensors"),
+        ("style.v2.fp16", "style.v2.fp16.safetensors"),
+        ("a.b.safetensors", "a.b.safetensors"),
+        ("new.folder/v2.0", "new.folder/v2.0.safetensors"),
+    ],
+)
+def test_an_ending_that_no_file_has_is_part_of_the_name(given: str, meant: str, tmp_path: Path) -> None:
+    assert paths.check_output(str(tmp_path / given)) == str(tmp_path / meant)
+    source = lora_file(tmp_path / "source.safetensors")
+    assert main(["--model", str(source), "--save_to", str(tmp_path / given), "--new_rank", "1"]) == 0
+    assert (tmp_path / meant).is_file()
+    with pytest.raises(UsageError, match="is the input"):
+        paths.check_output(str(tmp_path / given), [str(tmp_path / meant)])
+
+
+def test_a_command_that_is_misspelt_is_told_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "chek: unknown command, did you mean check?" in _refusal(capsys, "chek", "--model", "a.safetensors")
+
+
 def test_lora_scripts_writing() -> None:
     args = _parser().parse(["--src_model", "a.safetensors", "--dst_model", "b.safetensors", "--quantize", "bits=4"])
     assert (args.model, args.save_to, args.quantize) == ("a.safetensors", "b.safetensors", ["bits=4"])
@@ -110,6 +162,18 @@ def test_nothing_asked_for_names_three_commands(tmp_path: Path, capsys: pytest.C
         (["--new_rank", "four"], "--new_rank 'four': must be a whole number"),
         (["--rank_ratio", "2"], "--rank_ratio 2: must lie in (0, 1]"),
         (["--bits", "4"], "--bits: is a part of --quantize: write --quantize bits=..."),
+        (["--group-size", "32"], "--group-size: is a part of --quantize: write --quantize group_size=..."),
+        (["--new-rank", "4"], "--new-rank: unknown flag, did you mean --new_rank?"),
+        (["--Save_To", "4"], "--Save_To: unknown flag, did you mean --save_to?"),
+        (["--network_dim", "4"], "--network_dim: is a flag of training scripts, did you mean --new_rank?"),
+        (["--network_args", "bits=4"], "did you mean --pruning or --quantization?"),
+        (["--adaptive", "mode=fid_gap"], "--adaptive: is a flag of train_network_ext.py alone"),
+        (["--qat", "true"], "--qat: is a setting of trainings"),
+        (["--quantize", "qat=true"], "qat is no part of --quantize: it is a setting of trainings"),
+        (["--pruning", "bits=4"], "bits is no part of --pruning: it belongs to --quantize bits=4"),
+        (["--pruning", "rank_ration=0.5"], "did you mean rank_ratio?"),
+        (["--pruning", "rank_ratio=0.5", "--rank_ratio", "0.4"], "--rank_ratio 0.4: rank_ratio=0.5 is given too"),
+        (["--quantization", "enabled=perhaps"], "--quantize enabled=perhaps: must be true or false"),
         (["--quantize", "4"], "--quantize 4: must be NAME=VALUE with NAME one of"),
         (["--quantize", "bit=4"], "--quantize bit=4: bit is no part of --quantize, did you mean bits?"),
         (["--quantize", "rank_ratio=0.5"], "it is a flag of its own, --rank_ratio 0.5"),
@@ -144,13 +208,14 @@ def test_outputs_are_checked_before_any_work(tmp_path: Path, capsys: pytest.Capt
     for target, said in {
         ".safetensors": "the file has no name, only an ending",
         "b.ckpt": "must end with .safetensors: write",
-        "b": "must end with .safetensors",
+        "v1.5.PT": f"must end with .safetensors: write {tmp_path / 'v1.5.safetensors'}",
+        "new/": "names a folder: name the file in it",
         "folder.safetensors": "is a folder: name the file in it",
         "a.safetensors/b.safetensors": "is a file, not a folder",
         "a.safetensors": "is the input: choose another name, or allow overwriting it with --force",
         "link.safetensors": "is the input",
     }.items():
-        assert said in _refusal(capsys, *ask, "--save_to", tmp_path / target), target
+        assert said in _refusal(capsys, *ask, "--save_to", f"{tmp_path}/{target}"), target
     assert "--save_to: is missing" in _refusal(capsys, *ask)
     assert "--model: is missing" in _refusal(capsys, "--new_rank", "2", "--save_to", "b.safetensors")
     assert "no such file" in _refusal(capsys, "--new_rank", "2", "--model", tmp_path / "no", "--save_to", "b.safetensors")
@@ -211,5 +276,7 @@ def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "resize_lora_ext.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 0 and "--target_size" in done.stdout and "expand" in done.stdout
+    assert done.returncode == 0 and "--target_size" in done.stdout
+    for verb in set(VERBS) - {"compress"}:
+        assert f"resize_lora_ext.py {verb} " in done.stdout + " ", verb
     assert len((ROOT / "resize_lora_ext.py").read_text().splitlines()) < 50

@@ -72,6 +72,8 @@ def test_packed_files_and_strange_keys(tmp_path: Path, capsys: pytest.CaptureFix
     assert status == 1 and "plug-in" in found["comfyui"]["notes"][0] and "extension" in found["forge"]["notes"][0]
     assert "expand" in found["invokeai"]["reasons"][0]
     assert not found["diffusers"]["opens"] and "such as bundle" in found["diffusers"]["reasons"][0]
+    for words in (("diffusers", "comfyui"), ("diffusers,", "comfyui"), ("diffusers", "--for", "comfyui")):
+        assert list(check(capsys, packed, "--for", *words)[1]) == ["diffusers", "comfyui"]
     assert main(["check", "--model", str(packed), "--for", "comfyui"]) == 0
     assert "ComfyUI" in capsys.readouterr().out
     assert main(["check", "--model", str(packed), "--for", "comfy"]) == 2
