@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
-from .pairs import factor
 from .reduce import balanced, svd_of_matrix
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -36,7 +35,7 @@ def _find(survey: Survey) -> None:
 
 def _loader(file: TensorFile, key: str, inputs: int, kernel: tuple[int, ...]) -> Callable[[], LowRankUpdate]:
     def load() -> LowRankUpdate:
-        return balanced(svd_of_matrix(factor(file, key).double().flatten(1)), 1.0, inputs, kernel)
+        return balanced(svd_of_matrix(file.read(key).double().flatten(1)), 1.0, inputs, kernel)
 
     return load
 

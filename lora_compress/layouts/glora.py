@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..update import LowRankUpdate
-from .pairs import factor
 from .survey import Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
@@ -61,8 +60,8 @@ def _add(survey: Survey, name: str, keys: list[str], up: str, down: str) -> None
 
 def _loader(file: TensorFile, up: str, down: str, shape: ModuleShape, alpha: float) -> Callable[[], LowRankUpdate]:
     def load() -> LowRankUpdate:
-        sides = factor(file, up).reshape(shape.outputs, shape.rank, *([1] * len(shape.kernel)))
-        return LowRankUpdate(factor(file, down), sides, alpha)
+        sides = file.read(up).reshape(shape.outputs, shape.rank, *([1] * len(shape.kernel)))
+        return LowRankUpdate(file.read(down), sides, alpha)
 
     return load
 

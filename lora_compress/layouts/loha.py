@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
-from .pairs import factor
 from .reduce import balanced, svd_of_pair_product
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -68,7 +67,7 @@ def _sizes(file: TensorFile, keys: list[str]) -> tuple[int, int, tuple[int, int]
 
 def _loader(file: TensorFile, keys: list[str], scale: float, inputs: int, kernel: tuple[int, ...]) -> Callable[[], LowRankUpdate]:
     def load() -> LowRankUpdate:
-        w1a, w1b, w2a, w2b, *t = (factor(file, key).double() for key in keys)
+        w1a, w1b, w2a, w2b, *t = (file.read(key).double() for key in keys)
         first, second = (cp_pair(w1a, w1b, t[0]), cp_pair(w2a, w2b, t[1])) if t else (_pair(w1a, w1b), _pair(w2a, w2b))
         return balanced(svd_of_pair_product(first, second), scale, inputs, kernel)
 

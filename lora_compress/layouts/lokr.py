@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ..update import LowRankUpdate
 from .kernels import unflatten
 from .loha import cp_pair
-from .pairs import factor
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -102,7 +101,7 @@ def _loader(
 
 
 def _svd(file: TensorFile, half: _Half) -> Triple:
-    a, *rest = (factor(file, key).double() for key in half.keys)
+    a, *rest = (file.read(key).double() for key in half.keys)
     if not rest:
         return svd_of_matrix(a.flatten(1))
     return svd_of_pair(*(cp_pair(a, rest[0], rest[1]) if len(rest) == 2 else (a.flatten(1), rest[0].flatten(1))))

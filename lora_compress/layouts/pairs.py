@@ -14,7 +14,7 @@ from ..update import LowRankUpdate
 from .survey import LARGEST_CONVERSION, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
-__all__ = ["PairStyle", "factor", "find_pairs"]
+__all__ = ["PairStyle", "find_pairs"]
 
 Scale = Callable[[str, int], float | None]
 
@@ -67,7 +67,7 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     keys = [down, up, mid] if mid else [down, up]
     if not survey.usable(name, *keys):
         return
-    plan = _plan_pair(survey, down, up, mid) if _unscaled(survey, keys) else None
+    plan = _plan_pair(survey, down, up, mid)
     if plan is None:
         survey.drop(name, keys)
         return
@@ -87,17 +87,6 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     used = (*keys, *survey.taken(*alphas, name + ".scale"))
     gain = 1.0 if style.keeps_alpha else alpha / plan.rank
     survey.add(Module(name + style.own, style.layout, shape, used, load, plain, bias_gain=gain))
-
-
-def _unscaled(survey: Survey, keys: list[str]) -> bool:
-    """Whether the factors are what they say: some programs store int8 with a scale under a key beside it."""
-    for key in keys:
-        for beside in (key.removesuffix("weight") + "scale_weight", key + "_scale"):
-            if survey.find(beside) is not None:
-                survey.refuse(beside, "scales a quantized factor", "factors that are not quantized", "the module is left out")
-                survey.claim([beside])
-                return False
-    return True
 
 
 def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Plan | None:
@@ -124,11 +113,11 @@ def _plan_pair(survey: Survey, down_key: str, up_key: str, mid_key: str) -> _Pla
 
 def _loader(file: TensorFile, down_key: str, up_key: str, mid_key: str, plan: _Plan, alpha: float) -> Callable[[], LowRankUpdate]:
     def load() -> LowRankUpdate:
-        down, up = factor(file, down_key), factor(file, up_key)
+        down, up = file.read(down_key), file.read(up_key)
         if (len(down), up.shape[1]) != (plan.inner, plan.rank):
             down, up = down[: plan.inner], up[:, : plan.rank]
         if mid_key:
-            mid = factor(file, mid_key)[: plan.rank, : plan.inner].reshape(plan.rank, plan.inner, -1)
+            mid = file.read(mid_key)[: plan.rank, : plan.inner].reshape(plan.rank, plan.inner, -1)
             # down'[m, i, k] = sum_n mid[m, n, k] down[n, i]; float32 at least, since the product of two fp16 numbers is none
             wide = _wide(mid, down)
             down = torch.einsum("mnk,ni->mik", mid.to(wide), down.flatten(1).to(wide))
@@ -136,12 +125,6 @@ def _loader(file: TensorFile, down_key: str, up_key: str, mid_key: str, plan: _P
         return LowRankUpdate(down, up.reshape(plan.outputs, plan.rank, *([1] * len(plan.kernel))), alpha)
 
     return load
-
-
-def factor(file: TensorFile, key: str) -> Tensor:
-    """A factor as it is stored; int8 as float16, which holds every one of its values."""
-    tensor = file.read(key)
-    return tensor.half() if tensor.dtype == torch.int8 else tensor
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from .families import family_of, part_of
 from .foreign import CARRIED
 from .identity import what_it_holds
 from .peft_config import PeftConfig
+from .quantized import dequantized
 from .registry import LAYOUTS
 from .survey import Module, ModuleShape, Survey
 from .tensors import TensorFile, open_tensors
@@ -45,8 +46,10 @@ def open_lora(path: str | os.PathLike[str], repair: bool = False) -> LoraSource 
 
     if is_packed(path):
         return PackedFile(path)
-    file = open_tensors(path)
-    survey = Survey(file, repair)
+    file, scaled, unknown_scales = dequantized(open_tensors(path))
+    survey = Survey(file, repair, unknown_scales)
+    for key in scaled:
+        survey.tell("factors that another program had quantized were multiplied by their scales", key)
     for layout in LAYOUTS:
         layout.find(survey)
     survey.check_left_over()
@@ -134,12 +137,12 @@ class LoraSource(Mapping[str, LowRankUpdate]):
 
     def factor_bytes(self, name: str) -> int:
         """Bytes of the tensors that make the update, alpha included and extras not."""
-        return sum(self._file[key].nbytes for key in self._modules[name].keys)
+        return sum(map(self._file.stored_bytes, self._modules[name].keys))
 
     @property
     def carried_bytes(self) -> int:
         """Bytes of the tensors that make no update: of `others` and of all `extras`."""
-        return sum(info.nbytes for info in self._file.values()) - sum(map(self.factor_bytes, self))
+        return sum(map(self._file.stored_bytes, self._file)) - sum(map(self.factor_bytes, self))
 
     def plain_keys(self, name: str) -> PlainKeys:
         """Keys of a plain file in the layout the module came in; what was converted becomes kohya's.
@@ -193,9 +196,8 @@ def _usual_dtype(file: TensorFile, modules: Mapping[str, Module]) -> torch.dtype
     weights: Counter[torch.dtype] = Counter()
     for module in modules.values():
         for key in module.keys:
-            weights[file[key].dtype] += file[key].numel
-    usual = weights.most_common(1)[0][0]
-    return torch.float16 if usual == torch.int8 else usual  # int8 factors are read as float16
+            weights[file.precision(key)] += file[key].numel
+    return weights.most_common(1)[0][0]
 
 
 def _tied_to_modules(keys: list[str], modules: Mapping[str, Module]) -> dict[str, list[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import FormatError
 from ..files import DTYPE_NAMES
 from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
+from .quantized import UnknownScale
 from .tensors import TensorFile, TensorInfo
 
 __all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Survey"]
@@ -25,8 +27,12 @@ _FACTOR_DTYPES = (
     torch.bfloat16,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
-    torch.int8,
 )
+_HARMLESS = re.compile(  # of DoRA, of norms, of a bias, and the layer's own weights
+    r"(alpha|dora_scale|lora_magnitude_vector(\.[^.]+)*|reshape_weight|w_norm|b_norm|diff|diff_b|set_weight"
+    r"|lora_(B|up)(\.[^.]+)?\.bias|(base_layer\.)?(weight|bias))"
+)
+_OF_AN_UPDATE = re.compile(r"\.(lora_(?!magnitude_vector|(B|up)(\.[^.]+)?\.bias)|lokr_|hada_)\w+(\.|$)|_lora_latent")
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,18 @@ class Module:
     balanced: bool = False
     bias_gain: float = 1.0
 
+    def prefixes(self) -> tuple[str, ...]:
+        """What the keys of everything that belongs to the module begin with, each followed by a dot."""
+        return self.name, self.keys[0].removesuffix(".weight").rpartition(".")[0] or self.name
+
 
 class Survey:
     """A file under examination. Layouts look for free keys in it, add modules and refuse what is broken."""
 
-    def __init__(self, file: TensorFile, repair: bool) -> None:
+    def __init__(self, file: TensorFile, repair: bool, unknown_scales: Mapping[str, UnknownScale] | None = None) -> None:
         self.file = file
         self.repair = repair
+        self._unknown_scales = unknown_scales or {}
         self.modules: dict[str, Module] = {}
         self.problems: list[str] = []
         self.repairs: list[str] = []
@@ -125,11 +136,17 @@ class Survey:
     def usable(self, name: str, *keys: str) -> bool:
         """Whether these tensors may be the factors of a module; otherwise it is refused and left out."""
         for key in keys:
-            problem = _factor_problem(self.find(key))
-            if problem:
-                self.refuse(key, problem, "a floating-point or int8 matrix", "the module is left out")
-                self.drop(name, keys)
-                return False
+            scale = self._unknown_scales.get(key)
+            if scale:
+                allowed = "factors that are not quantized, or int8 and fp8 with a scale for all or for each row"
+                self.refuse(scale.key, scale.found, allowed, "the module is left out")
+            elif problem := _factor_problem(self.find(key)):
+                self.refuse(key, problem, "a floating-point matrix, or int8 with its scale beside it", "the module is left out")
+            else:
+                continue
+            self.drop(name, keys)
+            self.claim(other for key in keys if key in self._unknown_scales for other in self._unknown_scales[key].beside)
+            return False
         return True
 
     def tell(self, text: str, name: str) -> None:
@@ -181,12 +198,30 @@ class Survey:
 
     def check_left_over(self) -> None:
         """Refuse what no layout took and what cannot be carried through as it is."""
+        self._check_parts()
         for key in self.free():
             dtype = self.file[key].dtype
             if dtype not in DTYPE_NAMES:
                 name = str(dtype).removeprefix("torch.")
                 self.refuse(key, f"is {name}", "a type that programs read from safetensors files", "it is left out")
                 self.claim([key])
+
+    def _check_parts(self) -> None:
+        """Refuse modules with a key that no layout has taken: it may well change what the update is."""
+        owners = {prefix: module.name for module in self.modules.values() for prefix in module.prefixes()}
+        for key in self.free():
+            prefix = next((prefix for prefix in _prefixes(key) if prefix in owners), "")
+            owner, part = owners.get(prefix), key.removeprefix(f"{prefix}.")
+            if _is_harmless(part, self.file[key]) if owner else not _OF_AN_UPDATE.search(key):
+                continue
+            allowed = "what LoRA modules are known to have (lora_down, lora_up, alpha, dora_scale, bias ...)"
+            if owner is None:
+                self.refuse(key, "is a part of an update that is not read here", allowed, "it is left out")
+                self.claim([key])
+            elif key in self._free:
+                self.refuse(key, f"is a part of the module {owner} that is not known here", allowed, "the module is left out")
+                gone = self.modules.pop(owner, None)
+                self.claim(other for other in self.free() if gone and other.startswith(gone.prefixes()))
 
     def finish(self) -> None:
         """Raises: FormatError: something was refused; the first problem, and how many there are."""
@@ -201,6 +236,20 @@ class Layout:
 
     name: str
     find: Callable[[Survey], None]
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """What a key begins with up to each of its dots, the longest first."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _is_harmless(part: str, info: TensorInfo) -> bool:
+    """Whether a tensor beside an update leaves it as it is."""
+    if part == "bias" and len(info.shape) > 1:
+        return False  # as large as the weight: AUTOMATIC1111 adds it to the update
+    return _HARMLESS.fullmatch(part) is not None
 
 
 def _factor_problem(info: TensorInfo | None) -> str:

@@ -113,6 +113,14 @@ class TensorFile(Mapping[str, TensorInfo]):
             raise FormatError(f"{self.path}: {key}: cannot be read ({error}): the file is damaged, get it again") from error
         return tensor
 
+    def stored_bytes(self, key: str) -> int:
+        """Bytes that a tensor takes in the file, with what is needed to read it."""
+        return self._infos[key].nbytes
+
+    def precision(self, key: str) -> torch.dtype:
+        """The type that a tensor should be written in again where nobody asks for another."""
+        return self._infos[key].dtype
+
     def close(self) -> None:
         """Let go of the file; tensors that were read stay valid."""
         if self._close is not None:
