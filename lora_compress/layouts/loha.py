@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
+from .peft_config import PeftConfig
 from .reduce import balanced, svd_of_pair_product
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -21,6 +22,7 @@ _TUCKER = (".hada_t1", ".hada_t2")
 
 
 def _find(survey: Survey) -> None:
+    config = PeftConfig.of(survey.file)
     names = dict.fromkeys(name for part in (*_PARTS, *_TUCKER) for name in survey.names(part))
     for name in names:
         tucker = any(name + part in survey.file for part in _TUCKER)
@@ -36,12 +38,25 @@ def _find(survey: Survey) -> None:
         outputs, columns, ranks, kernel = sizes
         inputs, kernel = (columns // math.prod(kernel), kernel) if kernel else unflatten(name, columns)
         rank = min(ranks[0] * ranks[1], outputs, columns)
-        alpha = survey.alpha(name + ".alpha")
-        used = survey.taken(name + ".alpha")
-        load = _loader(survey.file, keys, 1.0 if alpha is None else alpha / ranks[0], inputs, kernel)
+        scale = lycoris_scale(survey, config, name, ranks[0])
+        used = survey.taken(name + ".alpha", name + ".scale")
+        load = _loader(survey.file, keys, scale, inputs, kernel)
         shape = ModuleShape(outputs, inputs, kernel, rank)
         survey.tell("LoHa was converted to plain LoRA, its update unchanged to 1e-6", name)
         survey.add(Module(name, "loha", shape, (*keys, *used), load, balanced=True))
+
+
+def lycoris_scale(survey: Survey, config: PeftConfig, name: str, rank: int | None) -> float:
+    """What the matrix of a LyCORIS module is multiplied by: its own scale, alpha / rank, or what PEFT's configuration says.
+
+    Args:
+        rank: of the factors; None where there are none, and LyCORIS' alpha stands for nothing.
+    """
+    if rank is None:
+        survey.claim([name + ".alpha"])
+    own, alpha = survey.scale(name), survey.alpha(name + ".alpha") if rank else None
+    told = None if own is not None or alpha is not None else config.lycoris_scale(name, rank)
+    return own if own is not None else alpha / rank if alpha is not None and rank else 1.0 if told is None else told
 
 
 def _sizes(file: TensorFile, keys: list[str]) -> tuple[int, int, tuple[int, int], tuple[int, ...]] | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
-from .loha import cp_pair
+from .loha import cp_pair, lycoris_scale
+from .peft_config import PeftConfig
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
@@ -31,6 +32,7 @@ class _Half:
 
 
 def _find(survey: Survey) -> None:
+    config = PeftConfig.of(survey.file)
     for name in dict.fromkeys(name for part in _PARTS for name in survey.names(part)):
         parts = [name + part for part in _PARTS if name + part in survey.file]
         first, second = _keys(parts, name, "1"), _keys(parts, name, "2")
@@ -43,7 +45,7 @@ def _find(survey: Survey) -> None:
             survey.refuse(first[0], found, f"two matrices, rank {LARGEST_RANK} at most", "the module is left out")
             survey.drop(name, parts)
             continue
-        _add(survey, name, one, two, parts)
+        _add(survey, config, name, one, two, parts)
 
 
 def _keys(parts: list[str], name: str, side: str) -> tuple[str, ...]:
@@ -77,14 +79,12 @@ def _fits(first: _Half, second: _Half) -> bool:
     return math.prod(first.kernel) == 1 and largest <= LARGEST_CONVERSION and max(first.rank, second.rank) <= LARGEST_RANK
 
 
-def _add(survey: Survey, name: str, first: _Half, second: _Half, parts: list[str]) -> None:
+def _add(survey: Survey, config: PeftConfig, name: str, first: _Half, second: _Half, parts: list[str]) -> None:
     outputs, columns = first.rows * second.rows, first.columns * second.columns
     kernel = second.kernel
     inputs, kernel = (columns // math.prod(kernel), kernel) if kernel else unflatten(name, columns)
-    alpha = survey.alpha(name + ".alpha")
-    dim = second.dim or first.dim  # two whole matrices have no rank and no scale
-    scale = alpha / dim if alpha is not None and dim else 1.0
-    used = survey.taken(name + ".alpha")
+    scale = lycoris_scale(survey, config, name, second.dim or first.dim)  # two whole matrices have no rank
+    used = survey.taken(name + ".alpha", name + ".scale")
     shape = ModuleShape(outputs, inputs, kernel, first.rank * second.rank)
     survey.tell("LoKr was converted to plain LoRA, its update unchanged to 1e-6", name)
     load = _loader(survey.file, first, second, scale, inputs, kernel)

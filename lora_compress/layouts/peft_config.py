@@ -17,6 +17,7 @@ __all__ = ["METADATA_KEY", "PeftConfig"]
 METADATA_KEY = "lora_adapter_metadata"  # JSON of one LoraConfig for each model, keys such as transformer.lora_alpha
 _SIDECAR = "adapter_config.json"
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_MORE = ("peft_type", "init_r", "alpha", "init_lora_weights", "use_qalora", "use_bdlora", "alora_invocation_tokens")
 _REGEX = frozenset("*+?()[]{}|\\")
 
 
@@ -30,6 +31,7 @@ class PeftConfig:
 
     source: str
     models: Mapping[str, Mapping[str, Any]]
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise: what tells PEFT's methods apart
     _tables: dict[int, dict[tuple[str, bool], list[tuple[int, Any]]]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -56,11 +58,14 @@ class PeftConfig:
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{source}: no JSON ({error}): without it every alpha is read as the rank") from error
         models: dict[str, dict[str, Any]] = {}
+        more: dict[str, dict[str, Any]] = {}
         for key, value in values.items() if isinstance(values, dict) else ():
             model, _, name = key.rpartition(".")
             if name in _FIELDS:
                 models.setdefault(model, {})[name] = value
-        return cls(source, models)
+            elif name in _MORE:
+                more.setdefault(model, {})[name] = value
+        return cls(source, models, more)
 
     def scale(self, name: str, rank: int) -> float | None:
         """What up @ down of a module is multiplied by; None where the configuration says nothing of it.
@@ -76,6 +81,34 @@ class PeftConfig:
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
             raise FormatError(f"{self.source}: lora_alpha {alpha!r} of {name}, allowed: a number")
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+    def of_method(self, name: str) -> str:
+        """PEFT's name of the method that a module was trained with, such as LORA, ADALORA or LOKR; "" where nothing tells it."""
+        return str(self.more.get(self._model(name)[0], {}).get("peft_type") or "").upper()
+
+    def number(self, name: str, key: str) -> float | None:
+        """A number of the configuration of a module's model; None where it is absent or no finite number."""
+        model = self._model(name)[0]
+        value = {**self.more.get(model, {}), **self.models.get(model, {})}.get(key)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 else None
+
+    def lycoris_scale(self, name: str, rank: int | None) -> float | None:
+        """alpha / r of PEFT's LoHa and LoKr, which keep alpha in the configuration; None where it does not say.
+
+        Args:
+            rank: of the factors; None where both matrices of a LoKr are whole, and r is that of the configuration.
+        """
+        alpha, module = self.number(name, "alpha"), self._model(name)[1]
+        config = self.models.get(self._model(name)[0], {})
+        if self.of_method(name) not in ("LOHA", "LOKR") or alpha is None:
+            return None
+        alpha, rank = (
+            self._pattern(config.get("alpha_pattern"), module, alpha),
+            rank or self._pattern(config.get("rank_pattern"), module, config.get("r")),
+        )
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (alpha, rank)) or not rank:
+            raise FormatError(f"{self.source}: alpha {alpha!r} and r {rank!r} of {name}, allowed: numbers")
+        return float(alpha) / rank
 
     @classmethod
     def rewritten(cls, metadata: Mapping[str, str], ranks: Mapping[str, int], where: object) -> dict[str, str]:

@@ -11,12 +11,14 @@ from .kohya import KOHYA
 from .loha import LOHA
 from .lokr import LOKR
 from .peft import PEFT
+from .peft_methods import PEFT_METHODS
 from .survey import Layout
 
 __all__ = ["LAYOUTS"]
 
 LAYOUTS: tuple[Layout, ...] = (
     KOHYA,
+    PEFT_METHODS,  # before PEFT: their keys are those of LoRA, and one more
     PEFT,
     DIFFUSERS,
     LOHA,

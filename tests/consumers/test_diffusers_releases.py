@@ -26,8 +26,9 @@ def test_the_tests_of_load_lora_pass_on_the_newest_diffusers() -> None:
         "-q",
         "tests/consumers/test_diffusers.py",
         "tests/consumers/test_matrix.py",
+        "tests/consumers/test_peft_methods.py",
         "-k",
-        "layer or swapped or weighed or flux or naive",
+        "layer or swapped or weighed or flux or naive or peft_applies or by_name",
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -228,3 +228,32 @@ def test_nan_in_a_converted_module_is_an_error_that_names_it(tmp_path: Path) -> 
     source = open_lora(save({"m.diff": torch.full((3, 4), float("nan"))}, tmp_path))
     with pytest.raises(FormatError, match=r"lora\.safetensors: m: its weights hold NaN"):
         source["m"]
+
+
+@pytest.mark.parametrize("alpha", [float("inf"), float("nan"), 1e10, 100000.0, 0.0])
+def test_lokr_of_two_whole_matrices_has_no_use_for_alpha(alpha: float, tmp_path: Path) -> None:
+    """LyCORIS writes whatever was asked for there, and no program reads it."""
+    w1, w2 = random(2, 3), random(4, 5, seed=1)
+    tensors = {"lora_unet_m.lokr_w1": w1, "lora_unet_m.lokr_w2": w2, "lora_unet_m.alpha": torch.tensor(alpha)}
+    source = open_lora(save(tensors, tmp_path))
+    assert_close(dense(source["lora_unet_m"]), torch.kron(w1.double(), w2.double()), 1e-5)
+    assert not source.others and list(source.notes) == [note for note in source.notes if "converted" in note]
+
+
+@pytest.mark.parametrize("parts", [{"lokr_w1": (2, 3), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)}], ids=["one product"])
+def test_lokr_with_a_product_needs_its_alpha(parts: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    tensors = {f"lora_unet_m.{part}": random(*shape) for part, shape in parts.items()}
+    with pytest.raises(FormatError, match=r"alpha: inf .*allowed: a finite number"):
+        open_lora(save({**tensors, "lora_unet_m.alpha": torch.tensor(float("inf"))}, tmp_path))
+
+
+@pytest.mark.parametrize("layout", ["loha", "lokr"])
+def test_a_scale_of_its_own_replaces_alpha_here_as_well(layout: str, tmp_path: Path) -> None:
+    parts = {
+        "loha": {"hada_w1_a": (4, 2), "hada_w1_b": (2, 5), "hada_w2_a": (4, 2), "hada_w2_b": (2, 5)},
+        "lokr": {"lokr_w1": (2, 3), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 5)},
+    }[layout]
+    tensors = {f"m.{part}": random(*shape, seed=index) for index, (part, shape) in enumerate(parts.items())}
+    plain = dense(open_lora(save(tensors, tmp_path))["m"])
+    scaled = {**tensors, "m.alpha": torch.tensor(8.0), "m.scale": torch.tensor(0.25)}
+    assert_close(dense(open_lora(save(scaled, tmp_path))["m"]), 0.25 * plain, 1e-5)
