@@ -37,11 +37,12 @@ from library.compress_config import (
 )
 from library.compress_flags import parse_flags
 from library.compress_flux import adapt_flux_sizes
+from library.compress_host import read_as_sd_scripts
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
 from library.compress_validation import ValidationMixin
 from lora_compress import LoraCompressError
-from networks.compress_bases import host_arguments, import_base
+from networks.compress_bases import import_base, split_arguments
 
 
 def _leave_as_is(args: argparse.Namespace) -> None:
@@ -98,8 +99,8 @@ def choose_host(argv: list[str]) -> Host:
         return HOSTS.get(given.model_type, HOSTS["sd"])
     config = read_toml(given.config_file)
     flat = {**config, **{key: value for section in config.values() if isinstance(section, dict) for key, value in section.items()}}
-    model = require_model(given.pretrained_model_name_or_path or flat.get("pretrained_model_name_or_path"))
-    kind = given.model_type or flat.get("model_type", "auto")
+    model = require_model(given.pretrained_model_name_or_path or str(flat.get("pretrained_model_name_or_path") or ""))
+    kind = given.model_type or str(flat.get("model_type") or "auto").strip().lower()
     if kind not in (*HOSTS, "auto"):
         raise LoraCompressError(f"model_type={kind}: must be one of {', '.join(HOSTS)}, auto")
     return HOSTS[detect_model_type(model) if kind == "auto" else kind]
@@ -112,15 +113,19 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
         SettingsError: wrong or unknown settings.
     """
     parser = _script(host).setup_parser()
+    theirs = {action.dest for action in parser._actions}
     add_arguments(parser, HOSTS)
     add_base_arguments(parser)
     args = parse_flags(parser, argv)
     train_util.verify_command_line_training_args(args)
     config = {} if args.output_config else read_toml(args.config_file)
-    check_host_values(config, parser, args.config_file)
-    args = train_util.read_config_from_file(args, parser)
+    values = check_host_values(config, parser, theirs, args.config_file)
+    args = read_as_sd_scripts(args, parser, train_util.read_config_from_file)
+    values.apply(args)
     forget_own_sections(args, config, parser)
-    network_args = merge_network_args(args, config, lambda base: host_arguments(import_base(base or host.network)))
+    network_args = merge_network_args(
+        args, config, lambda merged: split_arguments(merged, import_base(merged.get("base") or host.network))
+    )
     args.network_args = network_args or args.network_args
     args.evaluation = merge_evaluation(args, config)
     args.adaptive = merge_adaptive(args, config)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from library.compress_host import HostValues, read_host_values
 from lora_compress import (
     AdaptiveSettings,
     BudgetSettings,
@@ -21,9 +20,9 @@ from lora_compress import (
     TrainingSettings,
     refuse_setting,
     setting_names,
-    split_settings,
 )
 from lora_compress.settings import read_toml as read_file
+from networks.compress_bases import empty_arguments
 
 __all__ = [
     "add_arguments",
@@ -34,8 +33,6 @@ __all__ = [
     "merge_network_args",
     "read_toml",
 ]
-
-logger = logging.getLogger(__name__)
 
 NETWORK_MODULE = "networks.lora_compress"
 _SECTIONS = {
@@ -77,39 +74,31 @@ def read_toml(path: str | None) -> dict[str, Any]:
     return read_file(path if path.endswith(".toml") else path + ".toml")
 
 
-def check_host_values(config: Mapping[str, Any], parser: argparse.ArgumentParser, path: str | None) -> None:
-    """Warn of keys that are no option of the host, which it would ignore; refuse values of a type that the option cannot take.
+def check_host_values(
+    config: Mapping[str, Any], parser: argparse.ArgumentParser, theirs: Iterable[str], path: str | None
+) -> HostValues:
+    """Check the config file's values of all options; those of sd-scripts are made usable, ours must be right.
+
+    Args:
+        config: the config file.
+        parser: sd-scripts' parser with our options added.
+        theirs: the options that it had before.
+        path: of the config file.
 
     Raises:
-        SettingsError: all wrong values, in one error.
+        SettingsError: values without a meaning, all of them in one error.
     """
-    actions = {action.dest: action for action in parser._actions}
-    problems = []
-    for section, name, value in _host_entries(config):
-        where = f"[{section}] {name}" if section else name
-        if name not in actions:
-            close = difflib.get_close_matches(name, actions, n=1)
-            logger.warning(
-                "%s: %s is not an option of sd-scripts and has no effect%s",
-                path,
-                where,
-                f"; did you mean {close[0]}?" if close else "",
-            )
-        elif expected := _mismatch(actions[name], value):
-            problems.append(f"{where} = {value!r}: must be {expected}")
-    if problems:
-        raise SettingsError(problems, str(path))
+    own = {action.dest for action in parser._actions} - {*theirs, "model_type"}
+    return read_host_values(config, parser, own, _ALL_SECTIONS, path)
 
 
-def merge_network_args(
-    args: argparse.Namespace, config: Mapping[str, Any], host_names: Callable[[str | None], Iterable[str]]
-) -> list[str]:
+def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], split: Callable[[Mapping[str, Any]], Any]) -> list[str]:
     """network_args as the network will get them. The command line wins over network_args, those over our sections.
 
     Args:
         args: of the host's parser.
         config: the config file.
-        host_names: the arguments of the network that is extended, by the value of the argument base.
+        split: checks all of them for the network that is extended, as `split_arguments` does.
 
     Raises:
         SettingsError: settings that nobody knows, contradict each other, or go to a network that cannot use them.
@@ -131,7 +120,9 @@ def merge_network_args(
     merged = {**below, **network_args, **above}
     ours = {name: value for name, value in merged.items() if name in setting_names()}
     if args.network_module == NETWORK_MODULE:
-        split_settings(merged, host_names(merged.get("base")))
+        split(merged)
+    elif problems := empty_arguments(merged):
+        raise SettingsError([*problems.values()], "network_args")
     elif any(name not in network_args for name in ours):
         raise SettingsError(
             [f"{', '.join(ours)} given, but network_module is {args.network_module}: set network_module = {NETWORK_MODULE}"],
@@ -203,14 +194,6 @@ def forget_own_sections(args: argparse.Namespace, config: Mapping[str, Any], par
                 delattr(args, name)
 
 
-def _host_entries(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
-    for section, values in config.items():
-        if not isinstance(values, dict):
-            yield "", section, values
-        elif section not in _ALL_SECTIONS:
-            yield from ((section, name, value) for name, value in values.items())
-
-
 def _section_values(values: Mapping[str, Any], names: list[str], where: str) -> dict[str, Any] | None:
     """The settings of one of our sections, None if it says enabled = false."""
     rest = dict(values)
@@ -228,29 +211,3 @@ def _key_values(pairs: Iterable[str], where: str) -> Iterable[tuple[str, str]]:
         if not equals:
             raise SettingsError([f"{pair!r}: must be written key=value"], where)
         yield name, value
-
-
-def _mismatch(action: argparse.Action, value: Any) -> str | None:
-    """What `value` from TOML, where types are explicit, should have been for `action`; None if it will do."""
-    if isinstance(value, dict):
-        return "a single value, not a table"
-    if action.nargs == 0:
-        return None if isinstance(value, bool) else "true or false"
-    if action.nargs in ("*", "+") or isinstance(action.nargs, int):
-        # text_encoder_lr = 1e-5 is how everyone writes it, and sd-scripts takes it; a text would be read letter by letter
-        return f'a list, such as ["{value}"]' if isinstance(value, str) else None
-    if action.type is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
-    if action.type is float:
-        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
-    if action.type in (str, None):
-        problem = None if isinstance(value, str) else f'text, such as "{value}"'
-    else:
-        try:
-            action.type(str(value))  # type: ignore[operator]
-            problem = None
-        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-            problem = f"of another form ({error})"
-    if problem is None and action.choices is not None and value not in action.choices:
-        return f"one of {', '.join(str(choice) for choice in action.choices)}"
-    return problem

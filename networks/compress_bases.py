@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import inspect
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lora_compress import LoraCompressError, SettingsError
+from lora_compress import CompressionSettings, LoraCompressError, SettingsError, setting_names, split_settings
 
-__all__ = ["LYCORIS", "base_module", "host_arguments", "import_base"]
+__all__ = [
+    "LYCORIS",
+    "base_module",
+    "empty_arguments",
+    "host_arguments",
+    "import_base",
+    "networks_with_argument",
+    "split_arguments",
+]
 
 LYCORIS = "lycoris.kohya"
 _BASES = {  # sd-scripts' network module by the class of the model it fits, or of one it is derived from
@@ -24,6 +36,8 @@ _BASES = {  # sd-scripts' network module by the class of the model it fits, or o
     "HYImageDiffusionTransformer": "networks.lora_hunyuan_image",
     "Anima": "networks.lora_anima",
 }
+_EMPTY_FIELDS = ("undefined", "null", "nan")  # of JavaScript and JSON, as the page of lora-scripts writes them
+_NUMBERS = re.compile(r"(dim|alpha|dropout|ratio|unit|factor)$")  # arguments that every network converts to a number
 
 
 def base_module(model: Any, chosen: str | None = None) -> ModuleType:
@@ -63,4 +77,72 @@ def import_base(name: str) -> ModuleType:
 
 def host_arguments(base: ModuleType) -> set[str]:
     """The network_args that `base` reads, as its source has them: it keeps no list and ignores unknown ones."""
-    return {"base", "dropout", *re.findall(r'kwargs\.get\(\s*"(\w+)"', inspect.getsource(base))}
+    return {"base", "dropout", *_read_arguments(inspect.getsource(base))}
+
+
+def split_arguments(values: Mapping[str, Any], base: ModuleType) -> tuple[CompressionSettings, dict[str, Any]]:
+    """Part network_args into our settings and the arguments of `base`.
+
+    Raises:
+        SettingsError: an argument that neither has, with the networks that have it; a value that is none; settings that do not
+            parse. All of them in one error.
+    """
+    names = host_arguments(base)
+    empty = empty_arguments(values)
+    foreign = {
+        name: networks
+        for name in values
+        if name not in names and name not in setting_names() and (networks := networks_with_argument(name))
+    }
+    problems = [*empty.values()] + [
+        f"{name}: unknown setting of {base.__name__}, {' and '.join(networks)} {_has(networks)}: leave {name}={values[name]} out"
+        + (f", or add base={LYCORIS}" if LYCORIS in networks else "")
+        for name, networks in foreign.items()
+    ]
+    try:
+        parted = split_settings({name: value for name, value in values.items() if name not in {**foreign, **empty}}, names)
+    except SettingsError as error:
+        raise SettingsError([*problems, *error.problems]) from None
+    if problems:
+        raise SettingsError(problems)
+    return parted
+
+
+def empty_arguments(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with network_args that a form filled with the word for an empty field, or with nothing, by their names."""
+    return {
+        name: f"{name}={value}: is no value, but what a program writes for a field that was left empty: "
+        f"remove {name}, or write a value such as {name}=4"
+        for name, value in values.items()
+        if str(value).strip().lower() in _EMPTY_FIELDS or (not str(value).strip() and _NUMBERS.search(name))
+    }
+
+
+@functools.cache
+def networks_with_argument(name: str) -> tuple[str, ...]:
+    """The network modules of sd-scripts and LyCORIS that read the network argument `name`, by their sources; none is imported."""
+    return tuple(module for module, arguments in _arguments_by_network().items() if name in arguments)
+
+
+@functools.cache
+def _arguments_by_network() -> dict[str, set[str]]:
+    import networks
+
+    files = {f"networks.{path.stem}": path for folder in networks.__path__ for path in sorted(Path(folder).glob("*.py"))}
+    lycoris = importlib.util.find_spec(LYCORIS.partition(".")[0])
+    for folder in lycoris.submodule_search_locations or () if lycoris else ():
+        files[LYCORIS] = Path(folder) / "kohya.py"
+    sources = {
+        name: path.read_text(encoding="utf-8")
+        for name, path in files.items()
+        if path.is_file() and not name.startswith("networks.compress_") and name != "networks.lora_compress"
+    }
+    return {name: _read_arguments(source) for name, source in sources.items() if "\ndef create_network(" in source}
+
+
+def _read_arguments(source: str) -> set[str]:
+    return set(re.findall(r'kwargs\.get\(\s*"(\w+)"', source))
+
+
+def _has(networks: tuple[str, ...]) -> str:
+    return "has it" if len(networks) == 1 else "have it"

@@ -35,10 +35,9 @@ from lora_compress import (
     opened_by,
     save,
     settings_table,
-    split_settings,
 )
 from lora_compress.training import Pair, TrainingSession, find_pairs, write_calibration
-from networks.compress_bases import LYCORIS, base_module, host_arguments
+from networks.compress_bases import LYCORIS, base_module, host_arguments, split_arguments
 from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
 from networks.compress_modules import live_update, module_tensors
 from networks.compress_split import SplitNetwork, split_network
@@ -83,7 +82,7 @@ def create_network_from_weights(multiplier, file, vae, text_encoder, unet, weigh
 def _read_arguments(unet: Any, kwargs: Mapping[str, Any]) -> tuple[ModuleType, CompressionSettings, dict[str, Any]]:
     """The module to extend, our settings, and its own arguments; it compares truth values with "True", so that is how they come."""
     base = base_module(unet, kwargs.get("base"))
-    settings, host_args = split_settings(kwargs, host_arguments(base))
+    settings, host_args = split_arguments(kwargs, base)
     host_args.pop("base", None)
     return base, settings, {name: {"true": "True", "false": "False"}.get(str(v).lower(), v) for name, v in host_args.items()}
 

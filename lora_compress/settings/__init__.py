@@ -4,6 +4,7 @@ from .adaptive import AdaptiveSettings
 from .budget import BudgetSettings, parse_size
 from .compression import SAVE_FORMATS, SECTIONS, CompressionSettings, setting_names, split_settings
 from .evaluation import EXTRACTOR_NAMES, EvaluationSettings
+from .host_values import HostOption, describe_value, is_same_value, read_host_value
 from .parsing import read_toml, refuse_setting
 from .pruning import PruningSettings
 from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
@@ -18,12 +19,16 @@ __all__ = [
     "BudgetSettings",
     "CompressionSettings",
     "EvaluationSettings",
+    "HostOption",
     "PruningSettings",
     "QatSettings",
     "QuantizationSettings",
     "TrainingSettings",
     "allows_bits",
+    "describe_value",
+    "is_same_value",
     "parse_size",
+    "read_host_value",
     "read_toml",
     "refuse_setting",
     "setting_names",

@@ -14,6 +14,12 @@ __all__ = ["names_of", "parse_section", "parse_values", "pick", "read_toml", "re
 
 Section = TypeVar("Section")
 
+_TOML_REMEDIES = {  # by a part of the message of the package toml
+    "escape sequence": r": in a path write / for \, or put it in single quotes",
+    "homogeneous array": ": in a list write all numbers with a decimal point, or none",
+    "lowercase booleans": ": write true and false in small letters",
+    "Duplicate keys": ": the same key stands in the file twice",
+}
 _TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", Path: "a path"}
 
 
@@ -60,12 +66,15 @@ def read_toml(path: str) -> dict[str, Any]:
     import toml  # for those who train; the core alone does without it
 
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return toml.load(file)
     except FileNotFoundError:
         raise SettingsError(["no such file: give the path of a TOML file"], path) from None
-    except (toml.TomlDecodeError, UnicodeDecodeError, IndexError) as error:
-        raise SettingsError([f"not valid TOML: {error}"], path) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError([f"not valid TOML, which is text in UTF-8 ({error}): save the file in that encoding"], path) from error
+    except (toml.TomlDecodeError, IndexError) as error:
+        remedy = next((remedy for part, remedy in _TOML_REMEDIES.items() if part in str(error)), "")
+        raise SettingsError([f"not valid TOML: {error}{remedy}"], path) from error
     except OSError as error:
         raise SettingsError([f"cannot be read: {error.strerror}"], path) from error
 

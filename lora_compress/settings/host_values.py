@@ -1,0 +1,295 @@
+"""Reads values of sd-scripts' training options as people and their tools write them in TOML files.
+
+sd-scripts takes a value of a TOML file as it stands: nothing converts or checks it, as its command line would. A value that it can
+use is therefore handed on untouched. One that would fail later, or silently mean something else, is converted where it can mean one
+thing only, such as the text "1e-4" for a learning rate or `false` for a path that is not set.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["HostOption", "describe_value", "is_same_value", "read_host_value"]
+
+# What programs write for a field that was left empty: Python's None, JSON's null, JavaScript's undefined and NaN.
+_NONE_WORDS = ("none", "null", "undefined", "nan")
+_FLAG_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
+# Texts of the user's own, in which every word may be meant. An empty one is a text too, but for the two that name files and runs.
+_NAMES = ("output_name", "log_tracker_name")
+_FREE_TEXT = (
+    *("caption_separator", "caption_extension", "caption_prefix", "caption_suffix", "keep_tokens_separator", "secondary_separator"),
+    *("log_prefix", "wandb_run_name", "training_comment", "system_prompt"),
+)
+# sd-scripts itself takes an empty text as not set here: it asks whether there is any text. Elsewhere it asks for None.
+_MAY_BE_EMPTY = (
+    *("console_log_file", "tokenizer_cache_dir", "train_data_dir", "reg_data_dir", "resume", "save_precision"),
+    *("show_timesteps", "lr_scheduler_type", "optimizer_type"),
+)
+# Texts of one or more numbers, or of tags, with commas between them.
+_COMMA_SEPARATED = ("resolution", "skip_image_resolution", "show_timesteps_resolution", "face_crop_aug_range", "metadata_tags")
+_KEY_VALUE_LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")
+# sd-scripts divides by these, or deletes the file that it has just written: 0 is how users write "never" and "keep all".
+_ZERO_IS_UNSET = re.compile(r"(save|sample|validate)_every_n_\w+|save_last_n_\w+|max_train_epochs")
+# Declared as whole numbers, but used in products and quotients alone: half a cycle of a cosine is a common setting.
+_FRACTIONS = ("lr_scheduler_num_cycles", "lr_scheduler_timescale", "save_n_epoch_ratio", "ddp_timeout")
+_STEPS_OR_SHARE = ("lr_warmup_steps", "lr_decay_steps")
+# Values beyond the choices of the command line that sd-scripts can use: it reads the first only with torch_compile and hands it to
+# accelerate, and draws with DDIM where it does not know a sampler.
+_OPEN_CHOICES = ("dynamo_backend", "sample_sampler")
+_OTHER_WORDS = {
+    "dynamo_backend": {"false": "no", "": "no", "0": "no", **dict.fromkeys(_NONE_WORDS, "no")},
+    "mixed_precision": dict.fromkeys(("fp32", "float32", "float", "32"), "no")
+    | dict.fromkeys(("float16", "16"), "fp16")
+    | {"bfloat16": "bf16"},
+    "save_precision": dict.fromkeys(("fp32", "float32", "32"), "float")
+    | dict.fromkeys(("float16", "16"), "fp16")
+    | {"bfloat16": "bf16"},
+}
+
+
+@dataclass(frozen=True)
+class HostOption:
+    """An option of the program that trains.
+
+    Args:
+        name: its key in a TOML file.
+        kind: bool for a flag; int, float or str; or a function that converts the text of a command line.
+        default: its value where it is not set.
+        choices: the values that are allowed; empty where all are.
+        many: whether it takes a list of values of that kind.
+    """
+
+    name: str
+    kind: Callable[[str], Any]
+    default: Any = None
+    choices: tuple[Any, ...] = ()
+    many: bool = False
+
+
+def read_host_value(option: HostOption, value: Any) -> Any:
+    """`value` of a TOML file as the program that trains needs it; `value` itself where it can be used as it stands.
+
+    >>> read_host_value(HostOption("learning_rate", float, 2e-6), "1e-4")
+    0.0001
+
+    Raises:
+        ValueError: it has no meaning for this option. The text says what has one, such as "a whole number".
+    """
+    if option.many:
+        return _read_list(option, value)
+    if isinstance(value, Mapping):
+        raise ValueError("a single value, not a table")
+    if isinstance(value, list):
+        if not value:
+            return option.default
+        value = _single(option, value)
+    if option.kind is bool:
+        return _read_flag(value)
+    words = _OTHER_WORDS.get(option.name, {})
+    if not isinstance(value, float) and (word := str(value).strip().lower()) in words:
+        return words[word]
+    if isinstance(value, bool) and (word := str(value).lower()) in option.choices:
+        return word
+    if _is_unset(option, value):
+        return option.default
+    if option.name in _STEPS_OR_SHARE:
+        return _read_steps(value)
+    if option.kind in (int, float):
+        return _read_number(option, value)
+    return _read_text(option, value) if option.kind is str else _read_other(option, value)
+
+
+def is_same_value(one: Any, other: Any) -> bool:
+    """Whether two values are equal and of the same type, through lists: true is not 1, and 1.0 is not 1."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same_value, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+def describe_value(value: Any) -> str:
+    """A value as a TOML file would have it.
+
+    >>> describe_value(["a=1", True])
+    '["a=1", true]'
+    """
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(describe_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name} = {describe_value(entry)}' for name, entry in value.items())}}}"
+    return str(value)
+
+
+def _single(option: HostOption, values: list[Any]) -> Any:
+    """The one value that is meant by a list where a single value belongs."""
+    if len(values) == 1:
+        return values[0]
+    if option.name in _COMMA_SEPARATED and not any(isinstance(part, (bool, list, Mapping)) for part in values):
+        return ",".join(map(_short_number, values))
+    raise ValueError("a single value, not a list")
+
+
+def _is_unset(option: HostOption, value: Any) -> bool:
+    """Whether a value says that the option is not set; for numbers that have another default, false is 0 in sd-scripts."""
+    is_text = option.kind not in (int, float) and option.name not in _STEPS_OR_SHARE
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if not word:
+            return value != "" or not (option.name in _MAY_BE_EMPTY or _is_free_text(option))
+        return word in _NONE_WORDS and word not in option.choices and option.name not in _NAMES and not _is_free_text(option)
+    if value is False:
+        return is_text or option.default is None
+    return is_text and option.default is None and value == 0 and option.name not in _NAMES and not _is_free_text(option)
+
+
+def _is_free_text(option: HostOption) -> bool:
+    return option.name in _FREE_TEXT or option.name.startswith("metadata_")
+
+
+def _read_flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, float)) and not math.isnan(value):
+        return bool(value)
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in (*_FLAG_WORDS, *_NONE_WORDS):
+            return _FLAG_WORDS.get(word, False)
+    raise ValueError("true or false")
+
+
+def _read_number(option: HostOption, value: Any) -> Any:
+    number = _parse_number(value, "a whole number" if option.kind is int else "a number")
+    if option.kind is int and isinstance(number, float) and option.name not in _FRACTIONS:
+        if not number.is_integer():
+            raise ValueError("a whole number")
+        number = int(number)
+    if number == 0 and option.default is None and _ZERO_IS_UNSET.fullmatch(option.name):
+        return option.default
+    return number
+
+
+def _parse_number(value: Any, expected: str) -> int | float:
+    """The number that a value is or spells; true is none, since it is seldom meant to be 1."""
+    if value is True:
+        raise ValueError(expected)
+    if value is False:
+        return 0
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                value = kind(value)
+                break
+            except ValueError:
+                continue
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(expected)
+    return value
+
+
+def _read_steps(value: Any) -> int | float:
+    """Steps as a whole number, or the share of all steps as a fraction. sd-scripts takes 100.0 for 100 times all steps."""
+    expected = "a whole number of steps, or a share of them from 0 to 1"
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return float(_parse_number(value.strip()[:-1], expected)) / 100
+    number = _parse_number(value, expected)
+    if isinstance(number, float) and number > 1:
+        if not number.is_integer():
+            raise ValueError(expected)
+        return int(number)
+    return number
+
+
+def _read_text(option: HostOption, value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        text = _short_number(value) if option.name in _COMMA_SEPARATED else str(value)
+    elif isinstance(value, (datetime.date, datetime.time)):
+        text = str(value)
+    elif isinstance(value, str):
+        text = value
+    else:
+        raise ValueError(f'text, such as "{describe_value(value)}"')
+    if not option.choices or text in option.choices or (not text and option.name in _MAY_BE_EMPTY):
+        return text
+    for choice in option.choices:
+        if str(choice).lower() == text.strip().lower():
+            return choice
+    if option.name in _OPEN_CHOICES and isinstance(value, str):
+        return text
+    raise ValueError(f"one of {', '.join(str(choice) for choice in option.choices if choice is not None)}")
+
+
+def _read_other(option: HostOption, value: Any) -> Any:
+    """For an option with a converter of its own: texts are converted, numbers are taken to be what it makes of a text."""
+    try:
+        converted = option.kind(str(value))
+    except Exception as error:  # a converter may raise what it likes; argparse has an exception for it
+        raise ValueError(f"of another form ({error})") from None
+    return converted if isinstance(value, str) else value
+
+
+def _short_number(value: Any) -> str:
+    """512.0 as 512, since sizes in pixels are whole numbers; other values as they are written."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _read_list(option: HostOption, value: Any) -> Any:
+    if value == "" and option.kind is str:
+        return value  # sd-scripts finds no entries in it
+    if isinstance(value, str):
+        value = _list_of_text(option, value)
+    if value is None or value is False:
+        return option.default
+    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(part, Mapping) for part in value)):
+        tables = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, Mapping)]
+        texts = [f"{key}={entry}" for table in tables for key, entry in table.items()] or ["key=value"]
+        raise ValueError(f"a list of texts, not a table: write {option.name} = {describe_value(texts)}")
+    if option.name == "text_encoder_lr" and isinstance(value, (int, float)) and value is not True:
+        return value  # one rate for all text encoders, which sd-scripts takes without a list
+    entries = value if isinstance(value, list) else [value]
+    if option.kind is not str:
+        return [_parse_number(entry, "a list of numbers") for entry in entries]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise ValueError('a list of texts, such as ["key=value"]' if option.name in _KEY_VALUE_LISTS else "a list of texts")
+    if option.name in _KEY_VALUE_LISTS:
+        return [_key_value(part) for entry in entries for part in _pairs(entry)]
+    return [entry for entry in entries if entry.strip()]
+
+
+def _list_of_text(option: HostOption, text: str) -> Any:
+    """The list that is meant by a text: several values with spaces between them, one a line, or a list in Python's spelling."""
+    if not text.strip() or text.strip().lower() in _NONE_WORDS:
+        return None
+    if text.strip().startswith("["):
+        try:
+            return list(ast.literal_eval(text.strip()))
+        except (ValueError, SyntaxError):
+            raise ValueError("a list") from None
+    if option.kind is not str:
+        return re.split(r"[\s,]+", text.strip())
+    return [text] if option.name in _KEY_VALUE_LISTS else [line.strip() for line in text.splitlines()]
+
+
+def _pairs(text: str) -> list[str]:
+    """The parts of `text` that are each a pair key=value; a value may have spaces, as in betas=0.9, 0.99."""
+    parts = re.split(r"""\s+(?=["']?[A-Za-z_][\w.]*\s*=)""", text.strip())
+    return [part[1:-1] if part[:1] in ("'", '"') and part[-1:] == part[:1] else part for part in parts if part]
+
+
+def _key_value(text: str) -> str:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"a list of key=value, and {text!r} is none: {text!r} must be written key=value")
+    return f"{name.strip()}={value.strip()}"
