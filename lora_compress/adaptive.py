@@ -6,24 +6,27 @@
 A history has an entry for each evaluation, the oldest first: {"fid": 31.2}. fid_gap also wants "fid_full", the same with the
 uncompressed weights of that step, and the "rank_ratio" and "bits" that were measured. A metric that is not FID comes with its
 "floor", the distance of two sets of as many pictures of one source.
+
+Nothing is decided without evidence. An entry says how sure it is by "fid_jackknife" and "fid_full_jackknife", the replicates of
+`evaluation.intervals.jackknife`, or by "fid_interval", the two ends of a 95 % interval. From these the rules compute the interval
+of what they decide by, and that whole interval must lie within the bounds of a decision. Replicates are much better than
+intervals: evaluations draw the same prompts from the same noise, so most of their errors are common to them and cancel.
+A number that comes with neither is taken as exact.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from .evaluation.history import Entry, History, measured_gap, measured_value, number, succeeded
+from .evaluation.intervals import interval_of
 from .settings import AdaptiveSettings, allows_bits
 
-__all__ = ["CONTROLLERS", "Compression", "Decision", "adaptive_compression_strategy", "decide", "fid_gap"]
+__all__ = ["CONTROLLERS", "Compression", "Decision", "adaptive_compression_strategy", "decide", "fid_gap", "slope"]
 
-Entry = Mapping[str, Any] | None  # None, NaN, infinity or no value: the evaluation failed
-History = Sequence[Entry]
-
-_LEAST = 3  # measurements before anything changes
 _DIGITS = 6  # of rank_ratio: 0.75 + 0.05 is 0.8
 
 
@@ -67,10 +70,11 @@ def adaptive_compression_strategy(
 ) -> Decision:
     """Follow the trend of the validation FID: mode fid_trend.
 
-    With the slope of the least-squares line through the last `window` values, per evaluation: above relax_slope (0.5) relax,
-    within +/- compress_slope (0.2) compress, otherwise keep. Relaxing: rank_ratio + 0.1, at most 0.9; bits + 2, at most 8.
-    Compressing: rank_ratio - 0.05, at least 0.3; bits - 2, at least 4. Fewer than 3 measurements change nothing, nor does an
-    evaluation that failed; a failed one before it is left out of the line, and the others keep their places.
+    What decides is the 95 % interval of the slope of the least-squares line through the last `window` values, per evaluation. If
+    all of it is above relax_slope (0.5), relax; if all of it is within +/- compress_slope (0.2), compress; otherwise keep.
+    Relaxing: rank_ratio + 0.1, at most 0.9; bits + 2, at most 8. Compressing: rank_ratio - 0.05, at least 0.3; bits - 2, at
+    least 4. Fewer than 3 measurements change nothing, nor does an evaluation that failed; a failed one before it is left out of
+    the line, and the others keep their places.
 
     The widely copied snippet of this name differs from its own words, and is mended here:
     - its max(bits + 2, 8) makes 8 the least, not the most: 4 jumps to 8, 8 to 10, and so on without end;
@@ -82,46 +86,57 @@ def adaptive_compression_strategy(
     A falling FID stops to fall because training converges, not because of compression: that is what fid_gap is for.
     """
     settings = settings or AdaptiveSettings(mode="fid_trend")
-    found = _measured(metrics_history, lambda entry: _in_units(entry, settings))
+    found = succeeded(metrics_history, lambda entry: measured_value(entry, settings.metric))
     if isinstance(found, str):
         return Decision(current_compression, "keep", found)
-    slope = _slope(found[-settings.window :])
-    text = f"{settings.metric} changes by {slope:+.3g} per evaluation"
-    if slope > settings.relax_slope:
+    places, values = zip(*found[-settings.window :], strict=True)
+    change = slope([(place, value.value) for place, value in zip(places, values, strict=True)])
+    low, high = interval_of(lambda numbers: slope(list(zip(places, numbers, strict=True))), values)
+    text = f"{settings.metric} changes by {change:+.3g} per evaluation{_interval_text(low, high, '+.3g')}"
+    if low > settings.relax_slope:
         return _relaxed(current_compression, settings, text)
-    if abs(slope) < settings.compress_slope:
+    if -settings.compress_slope < low and high < settings.compress_slope:
         return _compressed(current_compression, settings, text)
+    if change > settings.relax_slope or abs(change) < settings.compress_slope:
+        text += "; the interval is too wide to decide"
     return Decision(current_compression, "keep", text)
 
 
 def fid_gap(metrics_history: History, current_compression: Compression, settings: AdaptiveSettings | None = None) -> Decision:
     """Hold what compression itself costs under max_fid_gap: gap = (FID compressed - FID full) / FID full, same step, same seeds.
 
-    Above max_fid_gap in `patience` evaluations in a row: relax. Under hysteresis * max_fid_gap in as many: compress. Only
-    evaluations of the current compression count. One that had to be relaxed, and all below it, are not tried again for
-    retry_after evaluations, doubled with each time that it failed: changes become ever rarer.
+    Above max_fid_gap in `patience` evaluations in a row: relax. Under hysteresis * max_fid_gap in as many: compress. The whole
+    95 % interval of their mean must lie there too. Only evaluations of the current compression count. One that had to be relaxed,
+    and all below it, are not tried again for retry_after evaluations, doubled with each time that it failed: changes become ever
+    rarer.
 
     The gap is relative to the floor where the metric of the full weights is smaller than that. Other settings as in
     `adaptive_compression_strategy`.
     """
     settings = settings or AdaptiveSettings(mode="fid_gap")
-    found = _measured(metrics_history, lambda entry: _gap(entry, settings.metric))
+    found = succeeded(metrics_history, lambda entry: measured_gap(entry, settings.metric))
+    most = settings.hysteresis * settings.max_fid_gap
     if isinstance(found, str):
-        return Decision(current_compression, "keep", found)
+        return Decision(current_compression, "keep", found + _unsure_text(metrics_history, settings.metric, most))
     begin = _begin(metrics_history, current_compression)
-    gaps = [gap for place, gap in found if place >= begin]
-    text = f"{settings.metric} is {gaps[-1]:+.1%} from that of the full weights" if gaps else "nothing measured yet"
-    recent = gaps[-settings.patience :]
+    recent = [measurement for place, measurement in found if place >= begin][-settings.patience :]
     if len(recent) < settings.patience:
-        return Decision(current_compression, "keep", f"{text}; {len(recent)} of {settings.patience} evaluations")
-    if min(recent) > settings.max_fid_gap:
+        return Decision(current_compression, "keep", f"{len(recent)} of {settings.patience} evaluations of this compression")
+    values = [measurement.value for measurement in recent]
+    mean = _mean(values)
+    low, high = interval_of(_mean, recent)
+    text = f"{settings.metric} is {mean:+.1%} from that of the full weights{_interval_text(low, high, '+.1%')}"
+    if min(values) > settings.max_fid_gap < low:
         return _relaxed(current_compression, settings, text)
-    if max(recent) < settings.hysteresis * settings.max_fid_gap:
+    if max(values) < most > high:
         decision = _compressed(current_compression, settings, text)
         wait = _evaluations_to_wait(metrics_history, decision.compression, settings)
         if decision.action == "compress" and wait > 0:
             return Decision(current_compression, "keep", f"{text}; less had cost too much, tried again in {wait} evaluations")
         return decision
+    if min(values) > settings.max_fid_gap or max(values) < most:
+        room = mean - settings.max_fid_gap if mean > settings.max_fid_gap else most - mean
+        text += f"; the interval is too wide to decide{_pictures_text(metrics_history, high - mean, room)}"
     return Decision(current_compression, "keep", text)
 
 
@@ -131,41 +146,37 @@ CONTROLLERS: dict[str, Callable[[History, Compression, AdaptiveSettings], Decisi
 }
 
 
-def _measured(history: History, value: Callable[[Mapping[str, Any]], float]) -> list[tuple[int, float]] | str:
-    """(place, value) of the evaluations that succeeded, or why nothing can be decided."""
-    values = [math.nan if entry is None else value(entry) for entry in history]
-    found = [(place, value) for place, value in enumerate(values) if math.isfinite(value)]
-    if values and not math.isfinite(values[-1]):
-        return "the last evaluation failed"
-    if len(found) < _LEAST:
-        return f"{len(found)} of {_LEAST} measurements"
-    return found
+def _interval_text(low: float, high: float, digits: str) -> str:
+    return f" (95 % interval {low:{digits}} to {high:{digits}})" if low < high else ""
 
 
-def _number(entry: Mapping[str, Any], name: str) -> float:
-    value = entry.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def _in_units(entry: Mapping[str, Any], settings: AdaptiveSettings) -> float:
-    """The metric; one that is not FID in units of its floor, which thresholds can then be the same for."""
-    value, floor = _number(entry, settings.metric), _number(entry, "floor")
-    if settings.metric == "fid":
-        return value
-    return value / floor if floor > 0.0 else math.nan
-
-
-def _gap(entry: Mapping[str, Any], metric: str) -> float:
-    value, full, floor = _number(entry, metric), _number(entry, f"{metric}_full"), _number(entry, "floor")
-    least = max(full, floor) if math.isfinite(floor) else full
-    return (value - full) / least if least > 0.0 else math.nan
-
-
-def _slope(points: Sequence[tuple[int, float]]) -> float:
-    """Of the least-squares line, by the distance of places."""
+def slope(points: Sequence[tuple[int, float]]) -> float:
+    """Returns the slope of the least-squares line through (place, value) points, per evaluation."""
     middle = math.fsum(place for place, _ in points) / len(points)
     spread = math.fsum((place - middle) ** 2 for place, _ in points)
     return math.fsum((place - middle) * value for place, value in points) / spread
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _unsure_text(history: History, metric: str, most: float) -> str:
+    """Returns that the newest gap is less sure than compressing takes, and how many pictures would do, or "" if it is sure."""
+    if not history or not math.isfinite((newest := measured_gap(history[-1] or {}, metric)).value):
+        return ""
+    low, high = interval_of(_mean, [newest])
+    reach = (high - low) / 2.0
+    text = f"; the gap is known to +/- {reach:.1%}, compressing takes {most:.1%}{_pictures_text(history, reach, most)}"
+    return text if reach > most else ""
+
+
+def _pictures_text(history: History, reach: float, allowed: float) -> str:
+    """Returns how many pictures an evaluation needs for half an interval of `allowed`: it falls as 1 / sqrt(pictures)."""
+    pictures = number(history[-1] or {}, "pictures")
+    if not (math.isfinite(pictures) and math.isfinite(reach) and allowed > 0.0):
+        return ""
+    return f": about {math.ceil(pictures * (reach / allowed) ** 2)} pictures would do"
 
 
 def _relaxed(current: Compression, settings: AdaptiveSettings, reason: str) -> Decision:
@@ -215,10 +226,10 @@ def _possible_bits(current: Compression, bits: float | None, way: int, settings:
 
 def _level(entry: Entry) -> tuple[float, float] | None:
     """The rank_ratio and bits that an entry was measured with, None where it does not say."""
-    if entry is None or not math.isfinite(_number(entry, "rank_ratio")):
+    if entry is None or not math.isfinite(number(entry, "rank_ratio")):
         return None
-    bits = _number(entry, "bits")
-    return round(_number(entry, "rank_ratio"), _DIGITS), bits if math.isfinite(bits) else 0.0
+    bits = number(entry, "bits")
+    return round(number(entry, "rank_ratio"), _DIGITS), bits if math.isfinite(bits) else 0.0
 
 
 def _begin(history: History, current: Compression) -> int:

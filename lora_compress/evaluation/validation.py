@@ -17,15 +17,16 @@ from ..files import atomic_path
 from ..settings import EvaluationSettings
 from .extractors import FeatureExtractor, load_extractor
 from .frechet import frechet_distance
-from .intervals import jackknife_interval
+from .intervals import Measurement, interval_of, jackknife, jackknife_interval
 from .kernels import kernel_distance
 from .pictures import PictureFolder, read_pictures
 from .prompts import read_prompts
 from .reference import cache_folder, reference_features
 
-__all__ = ["Validation", "read_history", "write_history"]
+__all__ = ["DISTANCES", "Validation", "comparable", "distance_floor", "read_history", "write_history"]
 
-_DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {"fd": frechet_distance, "kd": kernel_distance}
+DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {"fd": frechet_distance, "kd": kernel_distance}
+_CIRCUMSTANCES = ("extractor", "pictures", "reference", "size", "steps")  # of a measurement, besides the weights
 _OTHER_SEEDS = 1_000_003  # added to a seed: noise that no other picture starts from
 
 
@@ -78,11 +79,21 @@ class Validation:
     @property
     def metrics(self) -> list[str]:
         """Names of all distances that are told."""
-        return [self.extractor.metric(kind) for kind in _DISTANCES]
+        return [self.extractor.metric(kind) for kind in DISTANCES]
 
-    def distances(self, features: Tensor) -> dict[str, float]:
-        """Each distance of features (N, d) to the reference, by name."""
-        return {self.extractor.metric(kind): distance(features, self.reference) for kind, distance in _DISTANCES.items()}
+    def distances(self, features: Tensor, suffix: str = "") -> dict[str, Any]:
+        """Returns each distance of features (N, d) to the reference as <metric><suffix>, and its jackknife replicates as
+        <metric><suffix>_jackknife: a list for the pictures and one for the reference.
+
+        Raises:
+            EvaluationError: features are NaN or infinite.
+        """
+        found: dict[str, Any] = {}
+        for kind, distance in DISTANCES.items():
+            name = self.extractor.metric(kind) + suffix
+            found[name] = distance(features, self.reference)
+            found[f"{name}_jackknife"] = [list(side) for side in jackknife(distance, features, self.reference)]
+        return found
 
     def host_prompts(self, *, other_noise: bool = False) -> list[dict[str, Any]]:
         """The pictures as sd-scripts' prompt files have them; `other_noise`: from seeds that are used nowhere else."""
@@ -98,14 +109,13 @@ class Validation:
         """Floors of an earlier entry whose numbers can be compared with ours; None where they are still to be measured."""
         names = [f"{name}_floor" for name in self.metrics]
         for entry in reversed(history):
-            if all(name in entry for name in names) and all(
-                entry.get(key) == value for key, value in self._circumstances().items()
-            ):
+            if all(name in entry for name in names) and comparable(entry, self._circumstances()):
                 return {name: entry[name] for name in names}
         return None
 
     def measure(self, features: Tensor, floors: Mapping[str, float] | Tensor) -> dict[str, Any]:
-        """An entry of the history: distances with their intervals, null where there are too few pictures for one, and floors.
+        """An entry of the history: distances with their jackknife replicates, their intervals, null where there are too few
+        pictures for one, and their floors.
 
         Args:
             features: (N, d) of the pictures.
@@ -115,15 +125,14 @@ class Validation:
         Raises:
             EvaluationError: features are NaN or infinite.
         """
-        entry: dict[str, Any] = dict(self._circumstances())
-        for kind, distance in _DISTANCES.items():
+        entry: dict[str, Any] = self._circumstances() | self.distances(features)
+        for kind, distance in DISTANCES.items():
             name = self.extractor.metric(kind)
-            value = distance(features, self.reference)
-            interval = jackknife_interval(distance, features, self.reference, value=value)
-            entry[name], entry[f"{name}_interval"] = value, [end if math.isfinite(end) else None for end in interval]
+            measured = Measurement(entry[name], tuple(map(tuple, entry[f"{name}_jackknife"])))
+            interval = interval_of(lambda values: values[0], [measured])
+            entry[f"{name}_interval"] = [end if math.isfinite(end) else None for end in interval]
             if isinstance(floors, Tensor):
-                floor = distance(features, floors)
-                entry[f"{name}_floor"] = floor if kind == "fd" else jackknife_interval(distance, features, floors, value=floor)[1]
+                entry[f"{name}_floor"] = distance_floor(distance, features, floors)
             else:
                 entry[f"{name}_floor"] = floors[f"{name}_floor"]
         return entry
@@ -135,13 +144,25 @@ class Validation:
 
     def _circumstances(self) -> dict[str, Any]:
         settings = self.settings
-        return {
-            "extractor": settings.extractor,
-            "pictures": len(self.prompts),
-            "reference": len(self.reference),
-            "size": settings.size,
-            "steps": settings.steps,
-        }
+        values = (settings.extractor, len(self.prompts), len(self.reference), settings.size, settings.steps)
+        return dict(zip(_CIRCUMSTANCES, values, strict=True))
+
+
+def distance_floor(distance: Callable[[Tensor, Tensor], float], first: Tensor, second: Tensor) -> float:
+    """Returns what two drawings from different noise are apart; of a distance that is unbiased the upper end of its interval.
+
+    Args:
+        distance: of two sets of features.
+        first: features (N, d) of one drawing.
+        second: features (N, d) of the other drawing.
+    """
+    value = distance(first, second)
+    return value if distance is frechet_distance else jackknife_interval(distance, first, second, value=value)[1]
+
+
+def comparable(entry: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Returns whether two entries of a history were measured in the same way: numbers of pictures, size, steps and extractor."""
+    return all(entry.get(name) == other.get(name) for name in _CIRCUMSTANCES)
 
 
 def write_history(path: str | os.PathLike[str], history: Sequence[Mapping[str, Any]]) -> None:

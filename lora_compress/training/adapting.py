@@ -8,6 +8,7 @@ from typing import Any
 
 from ..adaptive import Compression, decide
 from ..errors import SettingsError
+from ..evaluation.validation import comparable
 from ..settings import AdaptiveSettings, CompressionSettings
 from .session import TrainingSession
 
@@ -65,7 +66,8 @@ class SessionController:
         assert session.timeline is not None
         if session.step >= session.timeline.frozen:
             return told | {"action": "keep", "reason": "scales are frozen"}
-        measured = [self._read(each) for each in (*history, {**entry, **told}) if "rank_ratio" in each]
+        decided = [each for each in (*history, {**entry, **told}) if "rank_ratio" in each]
+        measured = [self._read(each) if "error" in each or comparable(each, entry) else None for each in decided]
         decision = decide(measured, now, self.settings)
         told |= {"action": decision.action, "reason": decision.reason}
         return told | ({"next": _as_entry(decision.compression)} if decision.compression != now else {})
@@ -93,7 +95,8 @@ class SessionController:
 
     def _read(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         metric = self.settings.metric
-        names = {metric: metric, f"{metric}_full": f"{metric}_full", f"{metric}_floor": "floor"}
+        names = {f"{metric}{kind}": f"{metric}{kind}" for kind in ("", "_interval", "_jackknife", "_full", "_full_jackknife")}
+        names |= {f"{metric}_floor": "floor", "pictures": "pictures"}
         return {new: entry[old] for old, new in names.items() if old in entry} | {
             name: entry[name] for name in ("rank_ratio", "bits") if entry[name] is not None
         }

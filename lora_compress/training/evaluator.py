@@ -20,6 +20,7 @@ from ..report.html import write_page
 from ..report.html_history import history_page
 from ..settings import AdaptiveSettings
 from .adapting import SessionController
+from .evidence import pictures_warning
 from .session import TrainingSession
 
 __all__ = ["Evaluator", "kept_random_states", "undisturbed"]
@@ -57,6 +58,8 @@ class Evaluator:
             if self._adaptive.metric not in validation.metrics:
                 measured = f"{validation.settings.extractor} gives {', '.join(validation.metrics)}"
                 raise SettingsError([f"metric={self._adaptive.metric}: extractor={measured}: choose one of these"], "[adaptive]")
+            if warning := pictures_warning(validation, self._adaptive):
+                logger.warning("%s", warning)
 
     def lead(self, session: TrainingSession) -> None:
         """Let the controller, if there is to be one, take over a session."""
@@ -153,9 +156,8 @@ class Evaluator:
         if not PartialState().is_main_process:
             return {}
         try:
-            full = validation.distances(drawn["full"]) if "full" in drawn else {}
-            entry = validation.measure(drawn["compressed"], drawn["other noise"] if floors is None else floors)
-            return entry | {f"{name}_full": value for name, value in full.items()}
+            full = validation.distances(drawn["full"], "_full") if "full" in drawn else {}
+            return validation.measure(drawn["compressed"], drawn["other noise"] if floors is None else floors) | full
         except Exception as error:  # as in _features
             return {"error": f"{type(error).__name__}: {error}"}
 

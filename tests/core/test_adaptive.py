@@ -149,6 +149,87 @@ def test_training_progress_is_not_room_to_compress() -> None:
     assert fid_gap(history, Compression(0.5, 4)).action == "relax"
 
 
+def uncertain(value: float, spread: float) -> dict[str, Any]:
+    """An entry of which one half of the replicates is `spread` below the value, the other half as far above it."""
+    return {"fid": value, "fid_jackknife": [[value - spread, value + spread] * 10, [value] * 20]}
+
+
+def test_a_trend_is_followed_only_where_its_whole_interval_says_so() -> None:
+    level = Compression(0.6, 6)
+    flat = [uncertain(50.0, 0.01), uncertain(50.0, -0.01), uncertain(50.0, 0.01)]
+    assert adaptive_compression_strategy(flat, level).action == "compress"
+    rough = [uncertain(50.0, 5.0), uncertain(50.0, -5.0), uncertain(50.0, -5.0)]
+    decision = adaptive_compression_strategy(rough, level)
+    assert decision.action == "keep" and "too wide to decide" in decision.reason and "95 % interval" in decision.reason
+    rising = [uncertain(50.0 + 2 * place, spread) for place, spread in enumerate((0.1, -0.1, 0.1))]
+    assert adaptive_compression_strategy(rising, level).action == "relax"
+    doubtful = [uncertain(50.0 + 2 * place, spread) for place, spread in enumerate((9.0, 0.0, -9.0))]
+    assert adaptive_compression_strategy(doubtful, level).action == "keep"
+
+
+def test_errors_that_all_evaluations_have_in_common_do_not_count() -> None:
+    """Each value is known to +/- 20, and yet it is certain that nothing changes: the same pictures moved all of them."""
+    same = [uncertain(50.0, 10.0)] * 3
+    assert adaptive_compression_strategy(same, Compression(0.6, 6)).action == "compress"
+    as_wide = [{"fid": 50.0, "fid_interval": [30.0, 70.0]}] * 3  # an interval alone does not tell what is common
+    assert adaptive_compression_strategy(as_wide, Compression(0.6, 6)).action == "keep"
+    sharp = [{"fid": 50.0, "fid_interval": [49.99, 50.01]}] * 3
+    assert adaptive_compression_strategy(sharp, Compression(0.6, 6)).action == "compress"
+
+
+@pytest.mark.parametrize("mode", CONTROLLERS)
+@pytest.mark.parametrize(
+    "unknown", [{"fid_interval": [None, None]}, {"fid_jackknife": [[], []]}, {"fid_jackknife": [[1.0] * 4, []]}]
+)
+def test_too_few_pictures_for_an_interval_decide_nothing(mode: str, unknown: dict[str, Any]) -> None:
+    entry = {"fid": 50.0, "fid_full": 50.0, **unknown}
+    assert decide([entry] * 5, Compression(0.6, 6), AdaptiveSettings(mode=mode)).action == "keep"
+
+
+def paired(gap: float, spread: float, common: float = 0.0) -> dict[str, Any]:
+    """Compressed and full weights whose gap differs by `spread` with the pictures, and which both move by `common`."""
+    ways = [-1.0, 1.0] * 10
+    full = [50.0 + common * way for way in ways]
+    compressed = [value * (1 + gap + spread * way) for value, way in zip(full, ways, strict=True)]
+    return {
+        "fid": 50.0 * (1 + gap),
+        "fid_full": 50.0,
+        "fid_jackknife": [compressed, [50.0 * (1 + gap)] * 20],
+        "fid_full_jackknife": [full, [50.0] * 20],
+        "pictures": 24,
+        "rank_ratio": 0.6,
+        "bits": 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("gap", "spread", "common", "action"),
+    [
+        (0.0, 0.001, 0.0, "compress"),
+        (0.0, 0.001, 10.0, "compress"),  # what both drawings have in common cancels
+        (0.0, 0.02, 0.0, "keep"),
+        (0.1, 0.001, 10.0, "relax"),
+        (0.1, 0.02, 0.0, "keep"),
+    ],
+)
+def test_a_gap_counts_only_where_its_whole_interval_says_so(gap: float, spread: float, common: float, action: str) -> None:
+    decision = fid_gap([paired(gap, spread, common)] * 3, Compression(0.6, 6))
+    assert decision.action == action
+    if action == "keep":
+        assert "too wide to decide: about " in decision.reason and "pictures would do" in decision.reason
+
+
+def test_the_first_gap_already_says_how_many_pictures_it_takes() -> None:
+    """Half the interval falls as one over the root of the pictures: with as many as it names, it would be as wide as allowed."""
+    spread = 0.02
+    reason = fid_gap([paired(0.0, spread)], Compression(0.6, 6)).reason
+    named = int(reason.split("about ")[1].split(" ")[0])
+    half = float(reason.split("+/- ")[1].split("%")[0]) / 100
+    assert reason.startswith("1 of 3 measurements; ")
+    assert half * math.sqrt(24 / named) == pytest.approx(0.025, rel=0.02)
+    assert fid_gap([paired(0.0, 0.0001)], Compression(0.6, 6)).reason == "1 of 3 measurements"
+
+
 def simulate(
     mode: str, response: Callable[[int, Compression], dict[str, Any] | None], steps: int = 60, start: Compression = START
 ) -> list[Compression]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lora_compress import EvaluationError
 from lora_compress.evaluation.frechet import FeatureStatistics, frechet_distance, frechet_infinity
-from lora_compress.evaluation.intervals import _student_quantile, bootstrap_interval, jackknife_interval, same_size_floor
+from lora_compress.evaluation.intervals import (
+    Measurement,
+    _student_quantile,
+    bootstrap_interval,
+    interval_of,
+    jackknife,
+    jackknife_interval,
+    same_size_floor,
+)
 from lora_compress.evaluation.kernels import clip_mmd, kernel_distance
 
 
@@ -211,3 +219,36 @@ def test_the_floor_is_what_two_sets_of_one_source_are_apart() -> None:
     assert same_size_floor(frechet_distance, pool, 25) > 2 * floor
     with pytest.raises(EvaluationError, match="the floor at 201 needs 402"):
         same_size_floor(frechet_distance, pool, 201)
+
+
+def test_the_interval_of_a_mean_is_the_textbook_s() -> None:
+    """20 pictures, each a group: the jackknife of a mean is t s / sqrt(n) exactly."""
+    values = features(40, 1, seed=5)[:, 0].double()
+
+    def mean_of(first: Tensor, second: Tensor) -> float:
+        return float(first.mean() - second.mean())
+
+    first, second = values[:20].unsqueeze(1), torch.zeros(8, 1, dtype=torch.float64)
+    (one_out, other), value = jackknife(mean_of, first.repeat_interleave(2, dim=0), second), mean_of(first, second)
+    assert len(one_out) == 20 and set(other) == {value}  # two pictures a group, in random order
+    exact = tuple(float((first.sum() - one) / 19) for one in first)
+    low, high = interval_of(lambda values: values[0], [Measurement(value, (exact,))])
+    reach = 2.093024 * float(first.std()) / math.sqrt(20)  # Student's t of 19 degrees of freedom
+    assert (low, high) == pytest.approx((value - reach, value + reach), rel=1e-4)
+
+
+def test_common_errors_cancel_and_independent_ones_add() -> None:
+    replicates = ((1.0, 2.0, 3.0, 4.0), (2.5, 2.5, 2.5, 2.5))
+    same = Measurement(2.5, replicates)
+    assert interval_of(lambda values: values[0] - values[1], [same, same]) == (0.0, 0.0)
+    other = Measurement(2.5, ((1.0, 2.0, 3.0, 4.0, 2.5), replicates[1]))  # other groups: other pictures
+    alone = interval_of(lambda values: values[0], [same])
+    both = interval_of(lambda values: values[0] - values[1], [same, other])
+    assert both[1] - both[0] > alone[1] - alone[0]
+    exact, rough = Measurement(3.0), Measurement(3.0, deviation=2.0)
+    assert interval_of(lambda values: values[0], [exact]) == (3.0, 3.0)
+    assert interval_of(lambda values: 2 * values[0] + values[1], [rough, exact]) == pytest.approx(
+        (9 - 1.96 * 4, 9 + 1.96 * 4), rel=1e-3
+    )
+    assert interval_of(lambda values: values[0], [Measurement(1.0, deviation=math.inf)]) == (-math.inf, math.inf)
+    assert interval_of(lambda values: values[0], [Measurement(1.0, ((), ()))]) == (-math.inf, math.inf)

@@ -198,6 +198,24 @@ def test_a_failed_evaluation_changes_nothing() -> None:
         assert "next" not in found and found["reason"] == "the last evaluation failed"
 
 
+def test_a_session_reads_how_sure_its_metric_is_and_leaves_out_what_cannot_be_compared() -> None:
+    run = Run(**QAT)
+    controller = led(run, mode="fid_trend")
+    run.train(12)
+
+    def decided(**more: Any) -> dict[str, Any]:
+        history: list[dict[str, Any]] = []
+        for step in (10, 11, 12):
+            found = entry(step, 5.0) | more | ({"pictures": step} if more.get("pictures") == 0 else {})
+            history.append(found | controller.decide(history, found))
+        return history[-1]
+
+    spread = {"fid_jackknife": [[1.0, 9.0] * 10, [5.0] * 20]}
+    assert decided()["action"] == decided(**spread)["action"] == "compress"  # the spread is common to all three
+    assert decided(fid_interval=[1.0, 9.0])["action"] == "keep"
+    assert decided(pictures=0)["reason"] == "1 of 3 measurements"  # with other numbers of pictures
+
+
 def test_bits_that_a_strategy_does_not_have_switch_it() -> None:
     run = Run(**{**QAT, "strategy": "nf4", "bits": 4})
     controller = led(run, mode="fid_trend", relax_slope=0.5)
