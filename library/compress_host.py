@@ -138,8 +138,7 @@ def _remedy(name: str, value: Any, options: Collection[str]) -> str:
         return " (a table within a table, of which nothing is read: move its keys one level up)"
     if name in setting_names():
         return " (a setting of LoRA Compress: put it into [pruning] or [quantization])"
-    if close := difflib.get_close_matches(name, options, n=1):
-        return f" (did you mean {close[0]}?)"
     if networks_with_argument(name):
         return f' (an argument of the network: network_args = ["{name}={value}"])'
-    return ""
+    close = difflib.get_close_matches(name, options, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
