@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ import torch
 
 from ..errors import LoraCompressError, SettingsError
 from ..evaluation.pictures import PICTURE_ENDINGS
-from ..settings import AdaptiveSettings, CompressionSettings, EvaluationSettings, setting_names
+from ..settings import (
+    AdaptiveSettings,
+    CompressionSettings,
+    EvaluationSettings,
+    HostOption,
+    describe_value,
+    is_same_value,
+    read_host_value,
+    setting_names,
+)
 
 __all__ = ["DEFAULTS", "Plan", "find_pictures", "make_optimizer", "read_plan"]
 
@@ -25,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "resolution": "512,512",
     "train_batch_size": 1,
     "max_train_steps": 1600,
+    "max_train_epochs": None,
     "network_dim": 4,
     "network_alpha": 1.0,
     "learning_rate": None,
@@ -61,8 +71,12 @@ _CHOICES = {
 _NUMBERS: dict[str, type] = {
     **{name: type(default) for name, default in DEFAULTS.items() if type(default) in (int, float)},
     **dict.fromkeys(("learning_rate", "unet_lr", "text_encoder_lr"), float),
-    **dict.fromkeys(("save_every_n_steps", "sample_every_n_steps", "validate_every_n_steps"), int),
+    **dict.fromkeys(("max_train_epochs", "save_every_n_steps", "sample_every_n_steps", "validate_every_n_steps"), int),
 }
+_OPTIONS = {
+    name: HostOption(name, _NUMBERS.get(name, bool if default is False else str), default, _CHOICES.get(name, ()))
+    for name, default in DEFAULTS.items()
+} | {"network_args": HostOption("network_args", str, many=True)}
 _RATES = {"unet_lr": 1e-4, "text_encoder_lr": 1e-5}  # unless learning_rate says otherwise
 _REQUIRED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 _SAME_HERE = {  # what they ask for is done here in any case
@@ -90,35 +104,38 @@ class Plan:
         """A path in output_dir that begins with output_name."""
         return Path(self.options["output_dir"]) / f"{self.options['output_name']}{suffix}"
 
+    def in_steps(self, per_epoch: int) -> Plan:
+        """The same plan with max_train_epochs and a share in lr_warmup_steps turned into steps, as sd-scripts does.
+
+        Args:
+            per_epoch: steps that an epoch takes.
+        """
+        options = dict(self.options)
+        if options["max_train_epochs"]:
+            options["max_train_steps"] = options["max_train_epochs"] * per_epoch
+        if isinstance(options["lr_warmup_steps"], float):
+            options["lr_warmup_steps"] = int(options["lr_warmup_steps"] * options["max_train_steps"])
+        return replace(self, options=options)
+
 
 def read_plan(config: Mapping[str, Any]) -> Plan:
-    """From a TOML; keys that are not known are named in one warning.
+    """From a TOML; values that have to be converted and keys that are not known are named in one warning each.
 
     Raises:
         SettingsError: one that is required is missing, or a value that is not to be had here.
     """
-    own: dict[str, Any] = {}
-    flat: dict[str, Any] = {}
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in config.items():
-        if name in ("pruning", "quantization", "evaluation", "adaptive"):
-            section = dict(value)
-            if section.pop("enabled", True) not in (False, "false"):
-                sections[name] = section
-        else:
-            flat |= value if isinstance(value, Mapping) else {name: value}
-    given = dict(pair.partition("=")[::2] for pair in flat.pop("network_args", None) or ())
-    own |= {name: value for name, value in given.items() if name in setting_names()}
+    flat, sections, problems = _flatten(config)
+    values, wrong = _read_values(flat, config.get("command line", {}))
+    problems += wrong
+    given = dict(pair.partition("=")[::2] for pair in values.pop("network_args", None) or ())
+    own: dict[str, Any] = {name: value for name, value in given.items() if name in setting_names()}
     own |= sections.pop("pruning", {}) | sections.pop("quantization", {})
-    unknown = sorted({*flat} - {*DEFAULTS} - _SAME_HERE) + [f"network_args {name}" for name in given if name not in own]
+    unknown = sorted({*flat} - {*_OPTIONS} - _SAME_HERE) + [f"network_args {name}" for name in given if name not in own]
     if unknown:
         logger.warning("--host diffusers does not know and leaves out: %s", ", ".join(unknown))
-    options = {name: flat.get(name, default) for name, default in DEFAULTS.items()}
-    problems = [f"{name} is missing: set it" for name in _REQUIRED if not options[name]]
-    problems += _read_numbers(options)
-    for name, choices in _CHOICES.items():
-        if options[name] not in choices:
-            problems.append(f"{name}={options[name]}: must be one of {', '.join(choice for choice in choices if choice)}")
+    options = {**DEFAULTS, **values}
+    problems += [f"{name} is missing: set it" for name in _REQUIRED if not options[name]]
+    problems += _read_resolution(options)
     if "adaptive" in sections and "evaluation" not in sections:
         problems.append("[adaptive] follows the evaluations of the training, and there are none: add a section [evaluation]")
     if problems:
@@ -132,20 +149,62 @@ def read_plan(config: Mapping[str, Any]) -> Plan:
     return Plan(options, CompressionSettings.parse(own), evaluation, sections.get("adaptive"))
 
 
-def _read_numbers(options: dict[str, Any]) -> list[str]:
-    """Make numbers of those options that are, in place; what is wrong with them."""
+def _flatten(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]], list[str]]:
+    """All keys of the trainer at one level, our sections that are not off, and what is wrong with their switches."""
+    flat: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
     problems = []
-    for name, kind in _NUMBERS.items():
+    for name, value in config.items():
+        if name in ("pruning", "quantization", "evaluation", "adaptive") and isinstance(value, Mapping):
+            section = dict(value)
+            enabled = str(section.pop("enabled", True)).lower()
+            if enabled not in ("true", "false"):
+                problems.append(f"[{name}] enabled={enabled}: must be true or false")
+            if enabled != "false":
+                sections[name] = section
+        elif isinstance(value, Mapping) and (name != "network_args" or value.keys() <= {*_OPTIONS, *_SAME_HERE}):
+            flat |= value
+        else:
+            flat[name] = value
+    return flat, sections, problems
+
+
+def _read_values(flat: Mapping[str, Any], on_command_line: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values of the options that are given, and what is wrong with others. Conversions are named in one warning.
+
+    Args:
+        flat: keys and values of the config file and of the command line.
+        on_command_line: names of those whose values are texts by nature.
+    """
+    values, problems, notes = {}, [], []
+    for name, value in flat.items():
+        if name not in _OPTIONS:
+            continue
+        if name in _RATES and isinstance(value, list) and len(set(map(str, value))) == 1:
+            value = value[0]  # the same rate for each text encoder
         try:
-            options[name] = None if options[name] is None else kind(options[name])
-        except ValueError:
-            problems.append(f"{name}={options[name]}: must be a number{' without a fraction' if kind is int else ''}")
+            usable = read_host_value(_OPTIONS[name], value)
+        except ValueError as error:
+            problems.append(f"{name}={value}: must be {error}")
+            continue
+        if usable == "":
+            usable = DEFAULTS.get(name)
+        values[name] = float(usable) if _NUMBERS.get(name) is float and usable is not None else usable
+        if not is_same_value(usable, value) and name not in on_command_line:
+            notes.append(f"{name} = {describe_value(value)} is read as {describe_value(usable)}")
+    if notes:
+        logger.warning("--host diffusers: %s", "; ".join(notes))
+    return values, problems
+
+
+def _read_resolution(options: dict[str, Any]) -> list[str]:
+    """Make (width, height) of the resolution, in place; what is wrong with it."""
     try:
         sizes = [int(part) for part in str(options["resolution"]).split(",")]
         options["resolution"] = sizes[0], sizes[-1]
     except ValueError:
-        problems.append(f"resolution={options['resolution']}: must be width,height, such as 512,512")
-    return problems
+        return [f"resolution={options['resolution']}: must be width,height, such as 512,512"]
+    return []
 
 
 def find_pictures(options: Mapping[str, Any]) -> list[tuple[Path, str]]:

@@ -15,7 +15,12 @@ from ..files import write_safetensors
 from ..layouts import as_kohya
 from ..training import TrainingSession
 
-__all__ = ["Batches", "Progress"]
+__all__ = ["Batches", "Progress", "steps_of_epoch"]
+
+
+def steps_of_epoch(pictures: int, batch: int, processes: int) -> int:
+    """Steps until every picture has been seen, by processes that take a batch each."""
+    return -(-pictures // (batch * processes))
 
 
 class Batches:
@@ -37,7 +42,7 @@ class Batches:
     @property
     def per_epoch(self) -> int:
         """Steps until every picture has been seen."""
-        return -(-len(self._pictures) // (self._size * self._world))
+        return steps_of_epoch(len(self._pictures), self._size, self._world)
 
     def take(self) -> tuple[Tensor, list[str]]:
         """The next batch: latents (N, c, h, w) and N captions."""

@@ -23,7 +23,7 @@ from .base import add_adapters
 from .denoising import Denoiser, load_denoiser
 from .drawing import draw_share, read_samples, save_samples
 from .options import Plan, find_pictures, make_optimizer, read_plan
-from .progress import Batches, Progress
+from .progress import Batches, Progress, steps_of_epoch
 
 __all__ = ["train"]
 
@@ -50,10 +50,11 @@ def train(config: Mapping[str, Any]) -> Path:
     except ImportError as error:
         raise LoraCompressError(f"--host diffusers needs accelerate, diffusers and peft ({error}): pip install them") from error
     plan = read_plan(config)
+    accelerator = Accelerator(mixed_precision=plan.options["mixed_precision"])
+    torch.manual_seed(plan.options["seed"])
+    files = find_pictures(plan.options)
+    plan = plan.in_steps(steps_of_epoch(len(files), plan.options["train_batch_size"], accelerator.num_processes))
     options = plan.options
-    accelerator = Accelerator(mixed_precision=options["mixed_precision"])
-    torch.manual_seed(options["seed"])
-    files = find_pictures(options)
     evaluator = _evaluator(plan)
     denoiser = load_denoiser(
         str(options["pretrained_model_name_or_path"]), options["resolution"], _PRECISIONS[options["mixed_precision"]]

@@ -172,6 +172,8 @@ def _read_flag(value: Any) -> bool:
 
 def _read_number(option: HostOption, value: Any) -> Any:
     number = _parse_number(value, "a whole number" if option.kind is int else "a number")
+    if option.kind is float and isinstance(value, str):
+        number = float(number)
     if option.kind is int and isinstance(number, float) and option.name not in _FRACTIONS:
         if not number.is_integer():
             raise ValueError("a whole number")
@@ -260,7 +262,8 @@ def _read_list(option: HostOption, value: Any) -> Any:
         return value  # one rate for all text encoders, which sd-scripts takes without a list
     entries = value if isinstance(value, list) else [value]
     if option.kind is not str:
-        return [_parse_number(entry, "a list of numbers") for entry in entries]
+        numbers = [_parse_number(entry, "a list of numbers") for entry in entries]
+        return [float(number) if isinstance(entry, str) else number for number, entry in zip(numbers, entries, strict=True)]
     if not all(isinstance(entry, str) for entry in entries):
         raise ValueError('a list of texts, such as ["key=value"]' if option.name in _KEY_VALUE_LISTS else "a list of texts")
     if option.name in _KEY_VALUE_LISTS:

@@ -23,6 +23,7 @@ declare_missing_operators()
 peft = pytest.importorskip("peft")
 
 from lora_compress.diffusers import training  # noqa: E402
+from lora_compress.diffusers.options import read_plan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_SD = ROOT / "assets" / "tiny-sd"
@@ -279,6 +280,62 @@ def test_a_base_that_another_library_stores_is_learned_on(
     layers = [layer.base_layer for layer in loaded[0].models["unet"].modules() if hasattr(layer, "base_layer")]
     stored = [layer.weight for layer in layers if isinstance(layer, torch.nn.Linear)]
     assert len(stored) > 100 and all(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in stored)
+
+
+AS_PEOPLE_WRITE_IT = {  # a value, and what the training goes by
+    "train_batch_size": ("2", 2),
+    "max_train_steps": (20.0, 20),
+    "network_dim": ("8", 8),
+    "network_alpha": ("4", 4.0),
+    "unet_lr": ("1e-4", 1e-4),
+    "text_encoder_lr": ([5e-5, 5e-5], 5e-5),
+    "lr_warmup_steps": ("10%", 2),
+    "gradient_checkpointing": ("false", False),
+    "load_8bit_text_encoder": (0, False),
+    "save_state": (1, True),
+    "save_precision": ("", "fp16"),
+    "mixed_precision": ("BF16", "bf16"),
+    "save_every_n_steps": (0, None),
+    "sample_prompts": (False, None),
+    "resume": ("", None),
+    "base_quantize": ("none", None),
+    "resolution": ([64, 128], (64, 128)),
+    "seed": ("7", 7),
+    "output_name": ("star", "star"),
+}
+
+
+def test_values_are_read_as_those_of_sd_scripts_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {**_config(tmp_path), "kohya": {name: value for name, (value, _) in AS_PEOPLE_WRITE_IT.items()}}
+    config["network"] = {"network_args": "bits=4 rank_ratio=0.5 conv_dim=4", "dynamo_backend": "no", "xformers": True}
+    plan = read_plan(config).in_steps(per_epoch=3)
+    for name, (value, meant) in AS_PEOPLE_WRITE_IT.items():
+        assert plan.options[name] == meant and type(plan.options[name]) is type(meant), name
+        if name not in ("resume", "save_precision", "text_encoder_lr") and not isinstance(value, type(meant)):
+            assert f"{name} = " in caplog.text
+    assert plan.compression.quantization.bits == 4
+    conversions, left_out = (record.getMessage() for record in caplog.records)
+    assert "is read as" in conversions and "leaves out: dynamo_backend, xformers, network_args conv_dim" in left_out
+
+
+def test_epochs_and_shares_are_steps(tmp_path: Path) -> None:
+    config = {**_config(tmp_path), "more": {"max_train_epochs": 5, "lr_warmup_steps": 0.1}}
+    plan = read_plan(config)
+    assert (plan.in_steps(4).options["max_train_steps"], plan.in_steps(4).options["lr_warmup_steps"]) == (20, 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"gradient_checkpointing": "maybe"}, "gradient_checkpointing=maybe: must be true or false"),
+        ({"max_train_steps": 1.5}, "max_train_steps=1.5: must be a whole number"),
+        ({"network_args": {"bits": 4}}, r'write network_args = \["bits=4"\]'),
+        ({"quantization": {"enabled": "maybe"}}, r"\[quantization\] enabled=maybe"),
+    ],
+)
+def test_values_without_a_meaning_are_refused(tmp_path: Path, more: dict[str, object], part: str) -> None:
+    with pytest.raises(SettingsError, match=part):
+        read_plan({**_config(tmp_path), **more})
 
 
 def test_network_args_are_settings_too(tmp_path: Path) -> None:
