@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -42,27 +44,29 @@ def stream_batches(
 
     Each worker runs torch on one thread of its own and without gradients: a LoRA has hundreds of matrices too small to share,
     and threads that wait for each other over them cost up to twenty times the work. The same holds for numpy's BLAS.
+
+    Several calls may overlap, in one thread or in several. None of them changes how many threads torch has anywhere else, and
+    numpy's BLAS has its own number of threads again when the last of them has ended.
     """
-    workers = threads = torch.get_num_threads()
+    with _setting:  # a new thread takes the number from a default that another call may be about to put back
+        workers = torch.get_num_threads()
     size = max(min(most, len(names) * most // (_TASKS * workers)), 1)
     pending: deque[tuple[Sequence[str], Future[Mapping[str, Result]]]] = deque()
     work = torch.no_grad()(function)
     _keep_freed_memory()
-    try:
-        with _libraries().limit(limits=1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                for first in range(0, len(names), size):
-                    batch = names[first : first + size]
-                    pending.append((batch, pool.submit(work, batch)))
-                    if len(pending) > 2 * workers:
-                        yield from _in_order(*pending.popleft())
-                while pending:
+    workers = max(min(workers, len(names)), 1)
+    with _single_threaded_blas(), _single_threaded_workers(workers) as pool:
+        try:
+            for first in range(0, len(names), size):
+                batch = names[first : first + size]
+                pending.append((batch, pool.submit(work, batch)))
+                if len(pending) > 2 * workers:
                     yield from _in_order(*pending.popleft())
-            finally:
-                for _, future in pending:
-                    future.cancel()
-    finally:
-        torch.set_num_threads(threads)  # what a worker set is also the default of every thread that starts later
+            while pending:
+                yield from _in_order(*pending.popleft())
+        finally:
+            for _, future in pending:
+                future.cancel()
 
 
 def _in_order(names: Sequence[str], future: Future[Mapping[str, Result]]) -> Iterator[tuple[str, Result]]:
@@ -77,7 +81,58 @@ def _keep_freed_memory() -> None:
     torch.empty(_LARGE, dtype=torch.uint8)
 
 
+_setting = threading.RLock()  # it may be asked for again in its own thread: a generator that nobody refers to ends anywhere
+_limits: list[Any] = []  # what holds each BLAS library at one thread, once for each call that is in need of it
+
+
+@contextmanager
+def _single_threaded_workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads, all of them begun, that run torch on one thread each; every other thread has what it had."""
+    all_begun = threading.Barrier(count)
+    with ThreadPoolExecutor(count, initializer=_run_torch_on_one_thread) as pool:
+        try:
+            for begun in [pool.submit(all_begun.wait) for _ in range(count)]:
+                begun.result()
+        finally:
+            all_begun.abort()  # nobody waits on if one of them cannot begin
+        yield pool
+
+
+def _run_torch_on_one_thread() -> None:
+    """For the calling thread, which must be a new one.
+
+    `torch.set_num_threads` also sets the number that threads get which start later. Another new thread puts that number back: a
+    thread keeps what was set in it.
+    """
+    with _setting:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        _in_a_new_thread(lambda: torch.set_num_threads(default))
+
+
+@contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """Hold each BLAS library of this process (numpy's) at one thread, from the first of overlapping calls to the end of the last.
+
+    threadpoolctl obeys a single thread as long as that lives, and the first call may end in another thread than the last.
+    """
+    with _setting:
+        _limits.append(_limits[-1] if _limits else _in_a_new_thread(lambda: _blas_libraries().limit(limits=1)))
+    try:
+        yield
+    finally:
+        with _setting:
+            limit = _limits.pop()
+            if not _limits:
+                with suppress(RuntimeError):  # the interpreter is about to exit, and starts no threads any more
+                    _in_a_new_thread(limit.restore_original_limits)
+
+
+def _in_a_new_thread(function: Callable[[], Result]) -> Result:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
 @cache
-def _libraries() -> ThreadpoolController:
-    """Those that have threads of their own."""
+def _blas_libraries() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
