@@ -154,6 +154,8 @@ def main() -> int:
         if host.timesteps and getattr(args, "show_timesteps", None):
             importlib.import_module(host.timesteps).show_timesteps(args)
             return 0
+        if not args.network_module:
+            raise LoraCompressError("network_module: not set: networks.lora_compress saves compressed, networks.lora as ever")
         host.adapt(args)
         trainer = getattr(_script(host), host.trainer)
         type(f"Compress{host.trainer}", (CompressTrainerMixin, ValidationMixin, BaseModelMixin, trainer), {})().train(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -22,6 +23,7 @@ from lora_compress import (
     setting_names,
 )
 from lora_compress.settings import read_toml as read_file
+from lora_compress.settings import split_pairs
 from networks.compress_bases import empty_arguments
 
 __all__ = [
@@ -71,6 +73,11 @@ def read_toml(path: str | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
+    if path.endswith(".json") and os.path.isfile(path):
+        raise SettingsError(
+            ["is JSON, and config files are TOML: the kohya_ss GUI writes config_lora-<time>.toml to the output folder"],
+            path,
+        )
     return read_file(path if path.endswith(".toml") else path + ".toml")
 
 
@@ -103,7 +110,8 @@ def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], spli
     Raises:
         SettingsError: settings that nobody knows, contradict each other, or go to a network that cannot use them.
     """
-    network_args = dict(_key_values(args.network_args or [], "network_args"))
+    given = [part for entry in args.network_args or [] for part in split_pairs(str(entry))]
+    network_args = dict(_key_values(given, "network_args"))
     below: dict[str, Any] = {}
     above: dict[str, Any] = {}
     for section, names in _SECTIONS.items():

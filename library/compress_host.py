@@ -136,6 +136,8 @@ def _remedy(name: str, value: Any, options: Collection[str]) -> str:
     """What to do about a key that sd-scripts does not have; "" where nothing can be told."""
     if isinstance(value, Mapping):
         return " (a table within a table, of which nothing is read: move its keys one level up)"
+    if name == "datasets":
+        return " (data sets stand in a file of their own, which dataset_config names)"
     if name in setting_names():
         return " (a setting of LoRA Compress: put it into [pruning] or [quantization])"
     if networks_with_argument(name):

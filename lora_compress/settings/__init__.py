@@ -4,7 +4,9 @@ from .adaptive import AdaptiveSettings
 from .budget import BudgetSettings, parse_size
 from .compression import SAVE_FORMATS, SECTIONS, CompressionSettings, setting_names, split_settings
 from .evaluation import EXTRACTOR_NAMES, EvaluationSettings
-from .host_values import HostOption, describe_value, is_same_value, read_host_value
+from .host_lists import split_pairs
+from .host_option import HostOption, describe_value, is_same_value
+from .host_values import read_host_value
 from .parsing import read_toml, refuse_setting
 from .pruning import PruningSettings
 from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
@@ -32,5 +34,6 @@ __all__ = [
     "read_toml",
     "refuse_setting",
     "setting_names",
+    "split_pairs",
     "split_settings",
 ]

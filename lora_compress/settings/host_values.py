@@ -7,19 +7,17 @@ thing only, such as the text "1e-4" for a learning rate or `false` for a path th
 
 from __future__ import annotations
 
-import ast
 import datetime
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["HostOption", "describe_value", "is_same_value", "read_host_value"]
+from .host_lists import read_host_list
+from .host_option import NONE_WORDS, HostOption, parse_number
 
-# What programs write for a field that was left empty: Python's None, JSON's null, JavaScript's undefined and NaN.
-_NONE_WORDS = ("none", "null", "undefined", "nan")
+__all__ = ["read_host_value"]
+
 _FLAG_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False, "": False}
 # Texts of the user's own, in which every word may be meant. An empty one is a text too, but for the two that name files and runs.
 _NAMES = ("output_name", "log_tracker_name")
@@ -34,17 +32,18 @@ _MAY_BE_EMPTY = (
 )
 # Texts of one or more numbers, or of tags, with commas between them.
 _COMMA_SEPARATED = ("resolution", "skip_image_resolution", "show_timesteps_resolution", "face_crop_aug_range", "metadata_tags")
-_KEY_VALUE_LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")
 # sd-scripts divides by these, or deletes the file that it has just written: 0 is how users write "never" and "keep all".
 _ZERO_IS_UNSET = re.compile(r"(save|sample|validate)_every_n_\w+|save_last_n_\w+|max_train_epochs")
 # Declared as whole numbers, but used in products and quotients alone: half a cycle of a cosine is a common setting.
 _FRACTIONS = ("lr_scheduler_num_cycles", "lr_scheduler_timescale", "save_n_epoch_ratio", "ddp_timeout")
+# Names of classes and functions: a space before or after one is a slip. Those of schedulers are in small letters.
+_NAMES_IN_CODE = ("lr_scheduler", "lr_scheduler_type", "optimizer_type", "network_module")
 _STEPS_OR_SHARE = ("lr_warmup_steps", "lr_decay_steps")
 # Values beyond the choices of the command line that sd-scripts can use: it reads the first only with torch_compile and hands it to
 # accelerate, and draws with DDIM where it does not know a sampler.
 _OPEN_CHOICES = ("dynamo_backend", "sample_sampler")
 _OTHER_WORDS = {
-    "dynamo_backend": {"false": "no", "": "no", "0": "no", **dict.fromkeys(_NONE_WORDS, "no")},
+    "dynamo_backend": {"false": "no", "": "no", "0": "no", **dict.fromkeys(NONE_WORDS, "no")},
     "mixed_precision": dict.fromkeys(("fp32", "float32", "float", "32"), "no")
     | dict.fromkeys(("float16", "16"), "fp16")
     | {"bfloat16": "bf16"},
@@ -52,25 +51,6 @@ _OTHER_WORDS = {
     | dict.fromkeys(("float16", "16"), "fp16")
     | {"bfloat16": "bf16"},
 }
-
-
-@dataclass(frozen=True)
-class HostOption:
-    """An option of the program that trains.
-
-    Args:
-        name: its key in a TOML file.
-        kind: bool for a flag; int, float or str; or a function that converts the text of a command line.
-        default: its value where it is not set.
-        choices: the values that are allowed; empty where all are.
-        many: whether it takes a list of values of that kind.
-    """
-
-    name: str
-    kind: Callable[[str], Any]
-    default: Any = None
-    choices: tuple[Any, ...] = ()
-    many: bool = False
 
 
 def read_host_value(option: HostOption, value: Any) -> Any:
@@ -83,7 +63,7 @@ def read_host_value(option: HostOption, value: Any) -> Any:
         ValueError: it has no meaning for this option. The text says what has one, such as "a whole number".
     """
     if option.many:
-        return _read_list(option, value)
+        return read_host_list(option, value)
     if isinstance(value, Mapping):
         raise ValueError("a single value, not a table")
     if isinstance(value, list):
@@ -106,32 +86,6 @@ def read_host_value(option: HostOption, value: Any) -> Any:
     return _read_text(option, value) if option.kind is str else _read_other(option, value)
 
 
-def is_same_value(one: Any, other: Any) -> bool:
-    """Whether two values are equal and of the same type, through lists: true is not 1, and 1.0 is not 1."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(is_same_value, one, other))
-    return type(one) is type(other) and bool(one == other)
-
-
-def describe_value(value: Any) -> str:
-    """A value as a TOML file would have it.
-
-    >>> describe_value(["a=1", True])
-    '["a=1", true]'
-    """
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
-        return f"[{', '.join(map(describe_value, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name} = {describe_value(entry)}' for name, entry in value.items())}}}"
-    return str(value)
-
-
 def _single(option: HostOption, values: list[Any]) -> Any:
     """The one value that is meant by a list where a single value belongs."""
     if len(values) == 1:
@@ -148,7 +102,7 @@ def _is_unset(option: HostOption, value: Any) -> bool:
         word = value.strip().lower()
         if not word:
             return value != "" or not (option.name in _MAY_BE_EMPTY or _is_free_text(option))
-        return word in _NONE_WORDS and word not in option.choices and option.name not in _NAMES and not _is_free_text(option)
+        return word in NONE_WORDS and word not in option.choices and option.name not in _NAMES and not _is_free_text(option)
     if value is False:
         return is_text or option.default is None
     return is_text and option.default is None and value == 0 and option.name not in _NAMES and not _is_free_text(option)
@@ -165,13 +119,13 @@ def _read_flag(value: Any) -> bool:
         return bool(value)
     if isinstance(value, str):
         word = value.strip().lower()
-        if word in (*_FLAG_WORDS, *_NONE_WORDS):
+        if word in (*_FLAG_WORDS, *NONE_WORDS):
             return _FLAG_WORDS.get(word, False)
     raise ValueError("true or false")
 
 
 def _read_number(option: HostOption, value: Any) -> Any:
-    number = _parse_number(value, "a whole number" if option.kind is int else "a number")
+    number = parse_number(value, "a whole number" if option.kind is int else "a number")
     if option.kind is float and isinstance(value, str):
         number = float(number)
     if option.kind is int and isinstance(number, float) and option.name not in _FRACTIONS:
@@ -183,30 +137,12 @@ def _read_number(option: HostOption, value: Any) -> Any:
     return number
 
 
-def _parse_number(value: Any, expected: str) -> int | float:
-    """The number that a value is or spells; true is none, since it is seldom meant to be 1."""
-    if value is True:
-        raise ValueError(expected)
-    if value is False:
-        return 0
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                value = kind(value)
-                break
-            except ValueError:
-                continue
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(expected)
-    return value
-
-
 def _read_steps(value: Any) -> int | float:
     """Steps as a whole number, or the share of all steps as a fraction. sd-scripts takes 100.0 for 100 times all steps."""
     expected = "a whole number of steps, or a share of them from 0 to 1"
     if isinstance(value, str) and value.strip().endswith("%"):
-        return float(_parse_number(value.strip()[:-1], expected)) / 100
-    number = _parse_number(value, expected)
+        return float(parse_number(value.strip()[:-1], expected)) / 100
+    number = parse_number(value, expected)
     if isinstance(number, float) and number > 1:
         if not number.is_integer():
             raise ValueError(expected)
@@ -222,7 +158,9 @@ def _read_text(option: HostOption, value: Any) -> Any:
     elif isinstance(value, str):
         text = value
     else:
-        raise ValueError(f'text, such as "{describe_value(value)}"')
+        raise ValueError(f'text, such as "{value}"')
+    if option.name in _NAMES_IN_CODE:
+        text = text.strip().lower() if option.name == "lr_scheduler" else text.strip()
     if not option.choices or text in option.choices or (not text and option.name in _MAY_BE_EMPTY):
         return text
     for choice in option.choices:
@@ -245,54 +183,3 @@ def _read_other(option: HostOption, value: Any) -> Any:
 def _short_number(value: Any) -> str:
     """512.0 as 512, since sizes in pixels are whole numbers; other values as they are written."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _read_list(option: HostOption, value: Any) -> Any:
-    if value == "" and option.kind is str:
-        return value  # sd-scripts finds no entries in it
-    if isinstance(value, str):
-        value = _list_of_text(option, value)
-    if value is None or value is False:
-        return option.default
-    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(part, Mapping) for part in value)):
-        tables = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, Mapping)]
-        texts = [f"{key}={entry}" for table in tables for key, entry in table.items()] or ["key=value"]
-        raise ValueError(f"a list of texts, not a table: write {option.name} = {describe_value(texts)}")
-    if option.name == "text_encoder_lr" and isinstance(value, (int, float)) and value is not True:
-        return value  # one rate for all text encoders, which sd-scripts takes without a list
-    entries = value if isinstance(value, list) else [value]
-    if option.kind is not str:
-        numbers = [_parse_number(entry, "a list of numbers") for entry in entries]
-        return [float(number) if isinstance(entry, str) else number for number, entry in zip(numbers, entries, strict=True)]
-    if not all(isinstance(entry, str) for entry in entries):
-        raise ValueError('a list of texts, such as ["key=value"]' if option.name in _KEY_VALUE_LISTS else "a list of texts")
-    if option.name in _KEY_VALUE_LISTS:
-        return [_key_value(part) for entry in entries for part in _pairs(entry)]
-    return [entry for entry in entries if entry.strip()]
-
-
-def _list_of_text(option: HostOption, text: str) -> Any:
-    """The list that is meant by a text: several values with spaces between them, one a line, or a list in Python's spelling."""
-    if not text.strip() or text.strip().lower() in _NONE_WORDS:
-        return None
-    if text.strip().startswith("["):
-        try:
-            return list(ast.literal_eval(text.strip()))
-        except (ValueError, SyntaxError):
-            raise ValueError("a list") from None
-    if option.kind is not str:
-        return re.split(r"[\s,]+", text.strip())
-    return [text] if option.name in _KEY_VALUE_LISTS else [line.strip() for line in text.splitlines()]
-
-
-def _pairs(text: str) -> list[str]:
-    """The parts of `text` that are each a pair key=value; a value may have spaces, as in betas=0.9, 0.99."""
-    parts = re.split(r"""\s+(?=["']?[A-Za-z_][\w.]*\s*=)""", text.strip())
-    return [part[1:-1] if part[:1] in ("'", '"') and part[-1:] == part[:1] else part for part in parts if part]
-
-
-def _key_value(text: str) -> str:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"a list of key=value, and {text!r} is none: {text!r} must be written key=value")
-    return f"{name.strip()}={value.strip()}"

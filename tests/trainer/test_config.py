@@ -237,6 +237,20 @@ def test_a_config_that_is_missing_or_no_toml_is_one_line_and_exit_status_2(
         assert error.startswith("error: ") and part in error and str(path) in error and "\n" not in error
 
 
+def test_a_training_without_a_network_is_one_line_and_exit_status_2(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoint(tmp_path / "model.safetensors", CHECKPOINTS["sd"])
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", "--pretrained_model_name_or_path", model])
+    assert ext.main() == 2
+    assert "error: network_module: not set" in capsys.readouterr().err
+
+
+def test_network_args_in_one_text_are_several(ext: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--network_module=networks.lora_compress", "--network_args", "conv_dim=4 conv_alpha=1", "bits=4"]
+    assert parse(ext, monkeypatch, *argv).network_args == ["conv_dim=4", "conv_alpha=1", "bits=4"]
+
+
 D = "model.diffusion_model."
 CHECKPOINTS = {
     "sd": ["cond_stage_model.transformer.x", D + "out.0.weight"],

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import toml
 
-from lora_compress import SettingsError, load_lora, setting_names
+from lora_compress import SettingsError, load_lora
 from lora_compress.evaluation.shapes import write_dataset
 from tests.trainer import gui_configs
 from tests.trainer.test_config import CHECKPOINTS, OURS, ROOT, checkpoint
@@ -125,15 +125,16 @@ def test_our_settings_at_the_wrong_place_are_told(
     ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(
-        'bits = 4\nconv_dim = 8\n[network]\n[network.more]\nnetwork_dim = 4\n[also]\n"network-dim" = 8\n', encoding="utf-8"
-    )
+    outside = ["bits = 4", "conv_dim = 8", "[[datasets]]", "batch_size = 1"]
+    inside = ["[network]", "[network.more]", "network_dim = 4", "[also]", '"network-dim" = 8']
+    path.write_text("\n".join([*outside, *inside]), encoding="utf-8")
     argv = ["--config_file", str(path)]
     monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
     ext.parse_arguments(argv, ext.HOSTS["sd"])
     (told,) = [record.getMessage() for record in caplog.records if record.name == "library.compress_host"]
-    assert "bits" in setting_names() and "put it into [pruning] or [quantization]" in told
+    assert "put it into [pruning] or [quantization]" in told
     assert 'network_args = ["conv_dim=8"]' in told
+    assert "which dataset_config names" in told
     assert "move its keys one level up" in told
     assert "did you mean network_dim?" in told
 
@@ -167,6 +168,12 @@ def test_a_file_that_cannot_be_read_is_told_with_the_remedy(
     (tmp_path / "config.toml").write_bytes(content)
     with pytest.raises(SettingsError, match=part):
         ext.choose_host(["--config_file", str(tmp_path / "config.toml")])
+
+
+def test_a_preset_of_the_gui_is_no_config_file(ext: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "preset.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"is JSON.*config_lora-<time>\.toml"):
+        ext.choose_host(["--config_file", str(tmp_path / "preset.json")])
 
 
 def test_the_command_line_wins_over_values_that_are_converted(

@@ -6,6 +6,7 @@ sd-scripts itself is the reference: its own reading of the file, and for texts w
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import importlib
 import re
@@ -55,6 +56,16 @@ MEANINGS: list[tuple[Any, Any, Any, Any, tuple[Any, ...]]] = [
     ([1], True, 1, 1, ("1",)),
     ([512, 768], REFUSED, REFUSED, REFUSED, (REFUSED, "512,768")),
 ]
+LITERALS = {  # values of optimizer_args, which sd-scripts evaluates as Python, and what it gets
+    "weight_decay=0.01": "weight_decay=0.01",
+    "betas=0.9, 0.99": "betas=0.9, 0.99",
+    "betas=(0.9,0.99)": "betas=(0.9,0.99)",
+    "decouple=true": "decouple=True",
+    "decouple=True": "decouple=True",
+    "d0=None": "d0=None",
+    "mode=min": "mode='min'",
+    "mode='min'": "mode='min'",
+}
 LISTS: list[tuple[Any, Any, Any]] = [  # likewise: a list of texts, a list of numbers
     (True, REFUSED, REFUSED),
     (False, UNSET, (UNSET, False)),
@@ -71,7 +82,7 @@ LISTS: list[tuple[Any, Any, Any]] = [  # likewise: a list of texts, a list of nu
     ("1e-5,2e-5", (["1e-5,2e-5"], REFUSED), [1e-5, 2e-5]),
     ([], [], []),
     ([""], [], REFUSED),
-    (["a=1", "b=2=3"], ["a=1", "b=2=3"], REFUSED),
+    (["a=1", "b=2=3"], (["a=1", "b=2=3"], ["a=1", "b='2=3'"]), REFUSED),
     (["a=1 b=2"], (["a=1", "b=2"], ["a=1 b=2"]), REFUSED),
     ([1.0, 2e-5], REFUSED, [1.0, 2e-5]),
     (["1e-5", "1"], (["1e-5", "1"], REFUSED), [1e-5, 1.0]),
@@ -134,6 +145,8 @@ def meanings_of(action: argparse.Action, value: Any) -> list[Any]:
         alternatives += {"": ["", "no"], False: ["no"]}.get(value, []) if not isinstance(value, list) else []
         if action.dest in ("dynamo_backend", "sample_sampler"):  # which sd-scripts does not check against its choices
             alternatives += [value, "no"]
+    if action.dest == "lr_scheduler" and isinstance(value, str):
+        alternatives += [value.lower()]  # the names of all schedulers are in small letters
     return [value if found is ITSELF else action.default if found is UNSET else found for found in alternatives]
 
 
@@ -164,3 +177,47 @@ def test_every_option_is_read_as_sd_scripts_reads_it_or_in_its_one_meaning(
         result, allowed = getattr(args, name), meanings_of(actions[name], value)
         assert any(is_same_value(result, meaning) for meaning in allowed), f"{name} = {value!r} is read as {result!r}"
         assert is_same_value(result, theirs[name]) or f"{name} = " in caplog.text
+
+
+def test_arguments_of_an_optimizer_are_what_sd_scripts_can_evaluate(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("optimizer_args", "lr_scheduler_args"):
+        args = read(ext, monkeypatch, "sd", write(tmp_path / "config.toml", {name: list(LITERALS)}))
+        assert getattr(args, name) == list(LITERALS.values())
+        for pair in getattr(args, name):
+            ast.literal_eval(pair.partition("=")[2])  # as sd-scripts does
+        with pytest.raises(SettingsError, match="weight_decay has no value"):
+            read(ext, monkeypatch, "sd", write(tmp_path / "config.toml", {name: ["weight_decay="]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("lr_scheduler", " Cosine", "cosine"),
+        ("optimizer_type", "AdamW ", "AdamW"),
+        ("dynamo_backend", "no", "no"),
+        ("dynamo_backend", "NO", "NO"),
+        ("save_precision", "fp32", "float"),
+        ("sample_sampler", "unipc", "unipc"),
+        ("output_name", 1.0, "1.0"),
+        ("output_name", "None", "None"),
+        ("lr_scheduler_num_cycles", 0.5, 0.5),
+        ("lr_warmup_steps", 0.1, 0.1),
+        ("lr_warmup_steps", 100.0, 100),
+        ("lr_warmup_steps", "5%", 0.05),
+        ("save_every_n_epochs", 0, None),
+        ("save_last_n_steps", "0", None),
+        ("keep_tokens", 0, 0),
+        ("max_token_length", 75, 75),
+        ("resolution", [512.0, 768.0], "512,768"),
+        ("text_encoder_lr", 1e-5, 1e-5),
+        ("base_weights", "a b.safetensors", ["a b.safetensors"]),
+        ("base_weights", "one.safetensors\ntwo.safetensors\n", ["one.safetensors", "two.safetensors"]),
+    ],
+)
+def test_what_options_mean_of_their_own(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: Any, meant: Any
+) -> None:
+    args = read(ext, monkeypatch, "sd", write(tmp_path / "config.toml", {name: value}))
+    assert is_same_value(getattr(args, name), meant)
