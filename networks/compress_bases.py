@@ -37,6 +37,8 @@ _BASES = {  # sd-scripts' network module by the class of the model it fits, or o
     "Anima": "networks.lora_anima",
 }
 _EMPTY_FIELDS = ("undefined", "null", "nan")  # of JavaScript and JSON, as the page of lora-scripts writes them
+# Written by the kohya_ss GUI whatever the algorithm; LyCORIS ignores them.
+_WITHOUT_EFFECT = {LYCORIS: ("rank_dropout_scale", "train_on_input")}
 _NUMBERS = re.compile(r"(dim|alpha|dropout|ratio|unit|factor)$")  # arguments that every network converts to a number
 
 
@@ -77,7 +79,7 @@ def import_base(name: str) -> ModuleType:
 
 def host_arguments(base: ModuleType) -> set[str]:
     """The network_args that `base` reads, as its source has them: it keeps no list and ignores unknown ones."""
-    return {"base", "dropout", *_read_arguments(inspect.getsource(base))}
+    return {"base", "dropout", *_read_arguments(inspect.getsource(base)), *_WITHOUT_EFFECT.get(base.__name__, ())}
 
 
 def split_arguments(values: Mapping[str, Any], base: ModuleType) -> tuple[CompressionSettings, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["KOHYA_FLUX", "KOHYA_SD", "KOHYA_SDXL", "LORA_SCRIPTS_FLUX", "LORA_SCRIPTS_PAGE", "LORA_SCRIPTS_SHELL"]
+__all__ = ["COLAB", "KOHYA_FLUX", "KOHYA_SD", "KOHYA_SDXL", "LORA_SCRIPTS_FLUX", "LORA_SCRIPTS_PAGE", "LORA_SCRIPTS_SHELL"]
 
 _KOHYA: dict[str, Any] = {  # kohya_ss: one flat file, sorted by key, without what is empty, false or zero
     "async_upload": True,
@@ -344,4 +344,50 @@ LORA_SCRIPTS_FLUX = {
     "network_args": ["train_t5xxl=False"],
     "fp8_base": True,
     "fp8_base_unet": True,
+}
+COLAB: dict[str, Any] = {  # notebooks that train in the browser: a section for each group of options of sd-scripts
+    "additional_network_arguments": {
+        "unet_lr": 5e-4,
+        "text_encoder_lr": 1e-4,
+        "network_dim": 16,
+        "network_alpha": 8,
+        "network_module": "networks.lora",
+        "network_args": ["conv_dim=8", "conv_alpha=4"],
+        "network_train_unet_only": False,
+    },
+    "optimizer_arguments": {
+        "learning_rate": 5e-4,
+        "lr_scheduler": "cosine_with_restarts",
+        "lr_scheduler_num_cycles": 3,
+        "lr_scheduler_power": 0,
+        "lr_warmup_steps": 50,
+        "optimizer_type": "AdamW8bit",
+        "optimizer_args": ["weight_decay=0.1", "betas=[0.9,0.99]"],
+    },
+    "training_arguments": {
+        "pretrained_model_name_or_path": "/content/model.safetensors",
+        "vae": "/content/vae.pt",
+        "max_train_epochs": 10,
+        "train_batch_size": 2,
+        "seed": 42,
+        "max_token_length": 225,
+        "xformers": True,
+        "max_data_loader_n_workers": 8,
+        "persistent_data_loader_workers": True,
+        "save_precision": "fp16",
+        "mixed_precision": "fp16",
+        "output_dir": "/content/drive/output",
+        "logging_dir": "/content/drive/log",
+        "output_name": "star",
+        "log_prefix": "star",
+        "lowram": True,
+        "gradient_checkpointing": False,
+        "clip_skip": 2,
+    },
+    "model_arguments": {"v2": False, "v_parameterization": False},
+    "saving_arguments": {"save_model_as": "safetensors", "save_every_n_epochs": 1, "save_last_n_epochs": 10, "save_state": False},
+    "dreambooth_arguments": {"prior_loss_weight": 1.0},
+    "dataset_arguments": {"dataset_config": "/content/dataset_config.toml", "cache_latents": True, "cache_latents_to_disk": True},
+    "logging_arguments": {"log_with": "tensorboard"},
+    "sample_prompt_arguments": {"sample_every_n_epochs": 1, "sample_sampler": "euler_a", "sample_prompts": "/content/prompts.txt"},
 }

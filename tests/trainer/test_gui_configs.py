@@ -34,6 +34,7 @@ CONFIGS: list[tuple[str, str, set[str], dict[str, Any]]] = [
         {"persistent_data_loader_workers": True},
     ),
     ("LORA_SCRIPTS_SHELL", "sd", {"lr_restart_cycles"}, {}),
+    ("COLAB", "sd", set(), {}),
     (
         "LORA_SCRIPTS_PAGE",
         "sd",
@@ -81,7 +82,7 @@ def written(tmp_path: Path, name: str, kind: str) -> Path:
     """The config file, with the path of a checkpoint that has the keys of the model, and nothing else."""
     config = getattr(gui_configs, name)
     model = checkpoint(tmp_path / "model.safetensors", CHECKPOINTS[kind])
-    place = config.get("model", config)
+    place = config.get("model", config.get("training_arguments", config))
     text = toml.dumps(config).replace(place["pretrained_model_name_or_path"], model)
     path = tmp_path / "config.toml"
     path.write_text(text, encoding="utf-8")
@@ -109,16 +110,43 @@ def test_a_whole_config_is_read_as_sd_scripts_reads_it(
     for record in caplog.records:
         assert record.levelno <= logging.WARNING
     told = [record.getMessage() for record in caplog.records if record.name == "library.compress_host"]
-    assert len(told) == bool(converted) + 1
+    assert len(told) == bool(converted) + bool(unknown)
     for key in unknown:
         assert f"{key} is not an option of sd-scripts" in told[-1]
-    assert told[-1].count("is not an option") == len(unknown)
+    assert "".join(told).count("is not an option") == len(unknown)
     for key, value in converted.items():
         assert f"{key} = " in told[0] and args[key] == value
         expected[key] = value
     assert args.pop("model_type") == kind
     expected.pop("model_type", None)
     assert args == expected
+
+
+LYCORIS_ARGUMENTS = {  # of the kohya_ss GUI, by algorithm
+    "locon": "bypass_mode=False dora_wd=True use_scalar=False rank_dropout_scale=False",
+    "loha": "bypass_mode=False dora_wd=False use_scalar=False rank_dropout_scale=False",
+    "lokr": "bypass_mode=False dora_wd=False factor=-1 use_cp=False use_scalar=False decompose_both=False rank_dropout_scale=False",
+    "glora": "rank_dropout_scale=False",
+    "dylora": "block_size=4",
+    "ia3": "train_on_input=True",
+    "diag-oft": "rank_dropout_scale=False constraint=0 rescaled=False",
+}
+
+
+@pytest.mark.parametrize("algorithm", LYCORIS_ARGUMENTS)
+def test_the_arguments_that_the_gui_writes_for_lycoris_are_taken(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, algorithm: str
+) -> None:
+    pytest.importorskip("lycoris")
+    common = (
+        f"preset=full conv_dim=4 conv_alpha=1 use_tucker=False rank_dropout=0 module_dropout=0 algo={algorithm} train_norm=False"
+    )
+    arguments = [*common.split(), *LYCORIS_ARGUMENTS[algorithm].split()]
+    config = {"network_module": "networks.lora_compress", "network_args": [*arguments, "base=lycoris.kohya", "bits=4"]}
+    (tmp_path / "config.toml").write_text(toml.dumps(config), encoding="utf-8")
+    argv = ["--config_file", str(tmp_path / "config.toml")]
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
+    assert ext.parse_arguments(argv, ext.HOSTS["sd"]).network_args == config["network_args"]
 
 
 def test_our_settings_at_the_wrong_place_are_told(
