@@ -261,6 +261,11 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
 def _problems(consumer: Consumer, file: PlannedFile) -> list[str]:
     if file.save_format == "packed":
         return _packed_problems(consumer, file)
+    if file.layout == "cloneofsimo":
+        remedy = (
+            f"write it again with `resize_lora_ext.py --for {consumer.name}`, which names the layers of Stable Diffusion 1 and 2"
+        )
+        return [f"{consumer.title} does not know modules by numbers, such as unet:0:up: {remedy}"]
     found = []
     float8 = file.save_format == "fp8" or file.dtype in _FP8
     if float8 and consumer.fp8 is not None and file.family not in consumer.fp8:

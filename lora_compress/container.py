@@ -18,6 +18,7 @@ from .files import DTYPE_NAMES, TensorSpec
 from .header import header_has, read_header
 from .index import Entry, PackedIndex, read_index
 from .layouts.families import family_of, part_of
+from .layouts.numbered import numbered_metadata
 from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
 from .plain import PlainKeys
@@ -141,10 +142,14 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """Keys of a plain file in the layout that the module came in."""
         return self._entries[name][1].keys
 
+    def leave_numbers(self) -> None:
+        """Nothing to do: layers that have names got them when the file was packed."""
+
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """The metadata for a plain file that holds these modules at these ranks."""
         metadata = {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
-        return PeftConfig.rewritten(metadata, ranks, self.path)
+        keys = [(self.plain_keys(name), rank) for name, rank in ranks.items()]
+        return numbered_metadata(PeftConfig.rewritten(metadata, ranks, self.path), keys)
 
     def close(self) -> None:
         """The file is open only while something is read."""

@@ -21,6 +21,7 @@ from .files import TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
+from .layouts.numbered import is_numbered
 from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
 from .pipeline import kohya_partner
 from .plain import FP8, PlainKeys
@@ -82,6 +83,8 @@ def compress_file(
     check_target(source, target, force)
     with _opened(source, repair) as lora:
         rules = ConsumerRules.named(consumers)
+        if rules.consumers or settings.save_format in ("packed", "both"):
+            lora.leave_numbers()
         of_plain = ConsumerRules() if settings.save_format == "packed" else rules
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
@@ -91,13 +94,18 @@ def compress_file(
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
         )
         parts = {name: lora.part(name) for name in lora}
-        chosen = plan(job, Frame(assembly.size, parts, weights, protected, of_plain.one_rank(lora.layout)))
+        numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
+        kept = frozenset((*protected, *numbered))
+        chosen = plan(job, Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout)))
         if job.packed:
             stored = chosen.stored if chosen.stored is not None else dict(job.run(chosen.choices))
         else:
             stored = job.outline(chosen.choices)
         if not stored:
             raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"], str(source))
+        if lost := [name for name in numbered if name not in stored or (job.packed and stored[name].entry is None)]:
+            found = f"{lost[0]} is zero and would be left out of a file whose modules are known by their numbers"
+            raise SettingsError([f"{found}: use save_format=kohya, or a strategy other than entropy"], str(source))
         planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
         if problems := rules.problems(planned):
             raise SettingsError(problems, str(source))

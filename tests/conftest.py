@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +55,19 @@ def sd_scripts_at(request: pytest.FixtureRequest) -> Path:
             f"{_ABSENT} at {request.param}: python bootstrap.py test gets it, or check out {COMMITS[request.param]} in {folder}"
         )
     return root
+
+
+@pytest.fixture(scope="session")
+def real_lora() -> Callable[[str], Path]:
+    """The path of a real LoRA file by its name, from the folder REAL_LORA_DIR or ../shared/real; without it the test skips."""
+    folder = Path(os.environ.get("REAL_LORA_DIR") or ROOT.parent / "shared" / "real")
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"the real file {name} is absent: set REAL_LORA_DIR to the folder that has it")
+        return folder / name
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from .survey import Layout, Survey
 
 __all__ = ["DIFFUSERS"]
 
-_ENDINGS = (".lora", "_lora", ".lora_linear_layer")
+_ENDINGS = (".lora", "_lora", ".lora_linear_layer", ".lora_layer")
 _NUMBERED = re.compile(r"_lora\d$")  # qkv_lora1 and qkv_lora2: two updates of one attention processor
 
 

@@ -10,13 +10,21 @@ from .survey import ModuleShape
 
 __all__ = ["family_of", "part_of"]
 
-_TEXT = re.compile(r"^(lora_te|text_encoders?|text_model|lora_prior_te)(?P<number>[_.]?\d)?(?=[_.])")
+_TEXT = re.compile(
+    r"^(?:(?:base_model|model)\.)*(?:lora_te|text_encoders?|text_model|lora_prior_te|encoder[._]block[._]\d+[._]layer)"
+    r"(?P<number>[_.]?\d)?(?=[_.:])"
+)
 _SINGLE = re.compile(r"(^|[_.])(clip_l|clip_g|t5(xxl)?|qwen\w*|gemma\w*|llama\w*)[_.]transformer[_.]")  # OMI and ComfyUI
 _PREFIX = re.compile(
-    r"^((base_model|model|diffusion_model|transformer|unet|prior|dit)\.)*(lora_unet_+|lora_prior_unet_|lora_transformer_|lora_|lycoris_)?"
+    r"^((base_model|model|diffusion_model|transformer|unet|prior|dit)\.)*(lora_unet_+(?:unet_)?|lora_prior_unet_|lora_transformer_|lora_|lycoris_)?"
 )
+_WHOLE_LANGUAGE = re.compile(r"^(base_model[._]model[._])?(model[._](language_model[._])?layers|language_model)[._]")
 _SEVERAL_TEXT_ENCODERS = ("sdxl", "sd3", "flux1")
-_UNET = re.compile(r"(^|_)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)_")
+_UNET = re.compile(r"(^|_)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)_|^unet:\d")
+_LANGUAGE = re.compile(  # layers of a language model, which no diffusion model has without others beside them
+    r"^(?:(?:base_model|model|lora_te\d?|text_encoder(?:_\d)?)[._])*(?:language_model[._])?(?:model[._])?layers[._]\d+[._]"
+    r"(?:self_attn[._][qkvo]_proj|mlp[._](?:gate|up|down)_proj)$"
+)
 
 Shapes = Mapping[str, ModuleShape]  # of the denoiser, names with underscores and without prefixes
 
@@ -29,7 +37,7 @@ def part_of(name: str, family: str) -> str:
         number = (text["number"] or "").strip("_.")
         first = "1" if name.startswith("text_encoder.") and family in _SEVERAL_TEXT_ENCODERS else ""
         return f"text encoder {number or first}".rstrip()
-    if _SINGLE.search(name):
+    if _SINGLE.search(name) or (_LANGUAGE.match(name) and (family == "qwen" or _WHOLE_LANGUAGE.match(name))):
         return "text encoder"
     return "U-Net" if family in ("sd1", "sd2", "sdxl") or _UNET.search(_plain(name)) else "DiT"
 
@@ -38,11 +46,14 @@ def family_of(shapes: Mapping[str, ModuleShape]) -> str:
     """The model family by the names of its layers; where two share names, by their widths.
 
     Returns:
-        sd1, sd2, sdxl, sd3, flux1, flux2, lumina, hunyuan_image, anima, wan, qwen_image or unknown.
+        sd1, sd2, sdxl, sd3, flux1, flux2, lumina, hunyuan_image, anima, wan, qwen_image; of text encoders alone t5, qwen or
+        the Stable Diffusion that a CLIP belongs to; unknown.
     """
+    if shapes and all(map(_LANGUAGE.match, shapes)):
+        return _language_model(shapes)
     parts = {name: part_of(name, "") for name in shapes}
     denoiser = {_plain(name): shape for name, shape in shapes.items() if not parts[name].startswith("text")}
-    for rule in (_unet, _double_blocks, _mmdit, _blocks, _lumina):
+    for rule in (_numbered, _unet, _double_blocks, _mmdit, _blocks, _lumina):
         family = rule(denoiser)
         if family == "sd1" and _text_encoders(shapes, set(parts.values()) - {"U-Net", "DiT"}) == "sd2":
             return "sd2"
@@ -58,6 +69,14 @@ def _plain(name: str) -> str:
 def _matching(shapes: Shapes, pattern: str) -> dict[str, ModuleShape]:
     expression = re.compile(pattern)
     return {name: shape for name, shape in shapes.items() if expression.search(name)}
+
+
+def _numbered(shapes: Shapes) -> str:
+    """A U-Net whose layers have numbers (cloneofsimo/lora): its text has the width 768 in SD1, 1024 in SD2."""
+    if not shapes or not all(name.startswith("unet:") for name in shapes):
+        return ""
+    widths = {shape.inputs for shape in shapes.values()}
+    return "sd1" if 768 in widths else "sd2" if 1024 in widths else "unknown"
 
 
 def _unet(shapes: Shapes) -> str:
@@ -136,6 +155,8 @@ def _lumina(shapes: Shapes) -> str:
 
 def _text_encoders(shapes: Mapping[str, ModuleShape], parts: set[str]) -> str:
     """A LoRA of text encoders alone: one CLIP of SD1 or SD2 by its width, two of them SDXL; a third, or a T5, may be several."""
+    if shapes and all(re.search(r"encoder[._]block[._]\d+[._]layer[._]", name) for name in shapes):
+        return "t5"
     clip = {name: shape for name, shape in shapes.items() if "text_model" in name}
     if not clip or "text encoder 3" in parts:
         return "unknown"
@@ -145,3 +166,9 @@ def _text_encoders(shapes: Mapping[str, ModuleShape], parts: set[str]) -> str:
     if parts == {"text encoder"}:
         return "sd1" if 768 in widths else "sd2" if 1024 in widths else "unknown"
     return "unknown"
+
+
+def _language_model(shapes: Mapping[str, ModuleShape]) -> str:
+    """Qwen by its width and that of its keys: 2.5-VL 7B (3584, 512) of Qwen-Image, 3 4B and 8B (2560 and 4096, 1024), 3 0.6B."""
+    sizes = {(s.inputs, s.outputs) for name, s in shapes.items() if name.endswith("k_proj")}
+    return "qwen" if sizes & {(3584, 512), (2560, 1024), (4096, 1024), (1024, 1024)} else "unknown"

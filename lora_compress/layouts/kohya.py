@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -16,10 +17,27 @@ __all__ = ["KOHYA", "as_kohya", "from_kohya"]
 
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _STYLE = PairStyle("kohya", _DOWN, _UP, mid=".lora_mid.weight", keeps_alpha=True)
+# Converters that make every dot an underscore, the last one of a module's name too. Other prefixes mean other things there.
+_JOINED = tuple(
+    PairStyle("kohya", f"_{down}.weight", f"_{up}.weight", alphas=(".alpha", f"_{down}.alpha"), keeps_alpha=True)
+    for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B"))
+)
+_NAME = re.compile(r"^lora_(unet|te\d?|transformer|prior_unet|prior_te)_[^.]+$")
+_TWICE = re.compile(r"^lora_(unet_unet|te_text_encoder)_")
 
 
 def _find(survey: Survey) -> None:
     find_pairs(survey, _STYLE)
+    for style in _JOINED:
+        find_pairs(survey, style, names=_NAME)
+    free = survey.free()
+    for name, module in [*survey.modules.items()]:
+        match = _TWICE.match(name)
+        if match and not any(key.startswith(f"{name}.") for key in free):
+            once = f"lora_{match[1].partition('_')[0]}_{name[match.end() :]}"
+            if once not in survey.modules:
+                survey.rename(name, once, module.plain)
+                survey.tell("a prefix that stands twice in the names of layers was taken once, as programs know them", once)
 
 
 KOHYA = Layout("kohya", _find)

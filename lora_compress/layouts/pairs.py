@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,11 +53,14 @@ class _Plan:
     inner: int
 
 
-def find_pairs(survey: Survey, style: PairStyle, scale_of: Scale | None = None) -> None:
-    """Add the pairs of a style. `scale_of(name, rank)` is asked where the file has no alpha; its answer None means 1."""
-    for name in [*survey.names(style.down)]:
+def find_pairs(survey: Survey, style: PairStyle, scale_of: Scale | None = None, names: re.Pattern[str] = re.compile("")) -> None:
+    """Add the pairs of a style, those of modules whose names match.
+
+    `scale_of(name, rank)` is asked where the file has no alpha; its answer None means 1.
+    """
+    for name in [*filter(names.search, survey.names(style.down))]:
         _add_pair(survey, style, name, scale_of)
-    for name in [*survey.names(style.up)]:  # the rest has no down
+    for name in [*filter(names.search, survey.names(style.up))]:  # the rest has no down
         survey.refuse(name + style.up, f"has no {style.down.lstrip('.')} beside it", "both factors", "the module is left out")
         survey.drop(name, [name + style.up])
 

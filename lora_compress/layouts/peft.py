@@ -31,6 +31,7 @@ def _find(survey: Survey) -> None:
 
     for ending in endings:
         find_pairs(survey, PairStyle("peft", f".lora_A{ending}", f".lora_B{ending}"), scale_of)
+    find_pairs(survey, PairStyle("peft", ".lora_a.weight", ".lora_b.weight"), scale_of)  # torchtune and its like
 
 
 PEFT = Layout("peft", _find)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..recognition import is_torch, what_is
+from .numbered import keys_of_list
 
 __all__ = ["load_pickled"]
 
@@ -25,8 +26,8 @@ _CODE = re.compile(r"Unsupported (?:global|class|operand)[^\n]*?(?:GLOBAL )?([A-
 def load_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file of torch.save by key, and the metadata that stand for its structure.
 
-    Dictionaries within dictionaries become keys with dots; a dictionary of weights among other things (`state_dict`, `model`, ...)
-    is taken alone. An alpha that is a bare number becomes a tensor.
+    A list is one of cloneofsimo/lora, which names no layer. Dictionaries within dictionaries become keys with dots; a dictionary
+    of weights among other things (`state_dict`, `model`, ...) is taken alone. An alpha that is a bare number becomes a tensor.
 
     Raises:
         FormatError: it is no such file, holds anything but weights, or a tensor that is more than the file holds.
@@ -34,6 +35,12 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not is_torch(path):
         raise FormatError(f"{path}: no file of weights: {what_is(path) or 'give a LoRA as .safetensors or as a PyTorch file'}")
     loaded = _unwrapped(_load(path))
+    if isinstance(loaded, list | tuple) and loaded and all(isinstance(item, Tensor) for item in loaded):
+        try:
+            keyed, metadata = keys_of_list([_checked(path, str(i), item.detach()) for i, item in enumerate(loaded)])
+        except ValueError as error:
+            raise FormatError(f"{path}: holds {_described(loaded)}, {error}: it is no LoRA") from None
+        return keyed, metadata
     if not isinstance(loaded, Mapping):
         raise FormatError(f"{path}: holds {_described(loaded)}, not weights by key: it is no LoRA")
     tensors = dict(_flat(loaded, "", 0))

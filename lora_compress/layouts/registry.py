@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .cloneofsimo import CLONEOFSIMO
 from .control_lora import CONTROL_LORA
 from .diffusers import DIFFUSERS
 from .foreign import FOREIGN
@@ -21,6 +22,7 @@ LAYOUTS: tuple[Layout, ...] = (
     PEFT_METHODS,  # before PEFT: their keys are those of LoRA, and one more
     PEFT,
     DIFFUSERS,
+    CLONEOFSIMO,
     LOHA,
     LOKR,
     GLORA,

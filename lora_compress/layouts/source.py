@@ -6,17 +6,19 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..plain import PlainKeys
+from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
 from .families import family_of, part_of
 from .foreign import CARRIED
 from .identity import what_it_holds
+from .numbered import is_numbered, numbered_metadata
 from .peft_config import PeftConfig
 from .quantized import dequantized
 from .registry import LAYOUTS
@@ -84,7 +86,7 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         position = {key: index for index, key in enumerate(file)}
         self._modules = {module.name: module for module in sorted(survey.modules.values(), key=lambda m: position[m.keys[0]])}
         self.shapes: Mapping[str, ModuleShape] = {name: module.shape for name, module in self._modules.items()}
-        self.layout = Counter(module.layout for module in self._modules.values()).most_common(1)[0][0]
+        self.layout = _usual_layout(self._modules)
         self.family = family_of(self.shapes)
         self.dtype = _usual_dtype(file, self._modules)
         free = survey.free()
@@ -151,13 +153,25 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         """
         return self._modules[name].plain
 
+    def leave_numbers(self) -> None:
+        """Let modules that are known by their numbers (cloneofsimo/lora) have kohya's keys in a plain file, if all have names.
+
+        No program of today reads numbers, and packed files leave out modules that are zero.
+        """
+        numbered = [name for name, module in self._modules.items() if is_numbered(module.plain)]
+        if not any(self._modules[name].plain.down == f"{name}:down" for name in numbered):
+            for name in numbered:
+                self._modules[name] = replace(self._modules[name], plain=KOHYA_KEYS, layout="kohya")
+            self.layout = _usual_layout(self._modules)
+
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """The metadata for a plain file that holds these modules at these ranks.
 
         The configuration that PEFT and diffusers keep there is rewritten: its ranks are true and its scales are 1, because
         they have gone into the factors.
         """
-        return PeftConfig.rewritten(self.metadata, ranks, self.path)
+        keys = [(self.plain_keys(name), rank) for name, rank in ranks.items()]
+        return numbered_metadata(PeftConfig.rewritten(self.metadata, ranks, self.path), keys)
 
     def close(self) -> None:
         """Let go of the file, for instance to replace it; tensors that were read stay valid."""
@@ -190,6 +204,10 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._keys
+
+
+def _usual_layout(modules: Mapping[str, Module]) -> str:
+    return Counter(module.layout for module in modules.values()).most_common(1)[0][0]
 
 
 def _usual_dtype(file: TensorFile, modules: Mapping[str, Module]) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,7 +32,9 @@ _HARMLESS = re.compile(  # of DoRA, of norms, of a bias, and the layer's own wei
     r"(alpha|dora_scale|lora_magnitude_vector(\.[^.]+)*|reshape_weight|w_norm|b_norm|diff|diff_b|set_weight"
     r"|lora_(B|up)(\.[^.]+)?\.bias|(base_layer\.)?(weight|bias))"
 )
-_OF_AN_UPDATE = re.compile(r"\.(lora_(?!magnitude_vector|(B|up)(\.[^.]+)?\.bias)|lokr_|hada_)\w+(\.|$)|_lora_latent")
+_OF_AN_UPDATE = re.compile(
+    r"\.(lora_(?!magnitude_vector|(B|up)(\.[^.]+)?\.bias)|lokr_|hada_)\w+(\.|$)|_lora_latent|[._]lora_(down|up|[ABab])\.weight$"
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class Survey:
             self.refuse(module.keys[0], f"a second update of the module of {first}", "one for each", "the second is left out")
         else:
             self.modules[module.name] = module
+
+    def rename(self, old: str, new: str, plain: PlainKeys) -> None:
+        """Give a module another name than that of its keys, which it keeps in a plain file."""
+        self.modules[new] = replace(self.modules.pop(old), name=new, plain=plain)
 
     def refuse(self, key: str, found: str, allowed: str, fix: str) -> None:
         """Something is wrong with a key: a repair where repairs were asked for, otherwise the file will be refused."""

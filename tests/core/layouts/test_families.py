@@ -116,6 +116,14 @@ FILES: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {
     "Qwen-Image attention": ("qwen_image", {f"diffusion_model.transformer_blocks.{i}.attn.to_q": (3072, 3072) for i in range(60)}),
     "SimpleTuner LyCORIS FLUX.1": ("flux1", {"lycoris_single_transformer_blocks_0_attn_to_q": (3072, 3072)}),
     "something else": ("unknown", {"decoder.layers.0.mlp": LINEAR}),
+    "CLIP of PEFT": ("sd1", {"base_model.model.text_model.encoder.layers.0.self_attn.q_proj": (768, 768)}),
+    "CLIP of diffusers": ("sd2", {"text_model.encoder.layers.0.self_attn.q_proj": (1024, 1024)}),
+    "T5": ("t5", {"lora_te2_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}),
+    "T5 of PEFT": ("t5", {"base_model.model.encoder.block.3.layer.1.DenseReluDense.wo": (4096, 10240)}),
+    "Qwen": ("qwen", {"base_model.model.model.layers.0.self_attn.k_proj": (512, 3584)}),
+    "Qwen without its head": ("qwen", {"base_model.model.layers.0.self_attn.k_proj": (1024, 2560)}),
+    "cloneofsimo": ("sd1", {"unet:0": (320, 320), "unet:1": (320, 768)}),
+    "a U-Net named twice": ("sd2", {"lora_unet_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k": (320, 1024)}),
     "language model": ("unknown", {"base_model.model.model.layers.0.self_attn.q_proj": (4096, 4096)}),
 }
 
@@ -145,3 +153,26 @@ def test_the_family_is_known(family: str, names: dict[str, tuple[int, int]]) -> 
 )
 def test_the_part_of_a_module(name: str, family: str, part: str) -> None:
     assert part_of(name, family) == part
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("base_model.model.text_model.encoder.layers.0.self_attn.q_proj", (768, 768)),
+        ("base_model.model.encoder.block.0.layer.0.SelfAttention.q", (4096, 4096)),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_q", (4096, 4096)),
+        ("base_model.model.model.layers.0.self_attn.k_proj", (512, 3584)),
+        ("base_model.model.layers.0.self_attn.k_proj", (1024, 2560)),
+        ("base_model.model.model.layers.0.mlp.gate_proj", (11008, 4096)),
+        ("text_encoder:3", (768, 768)),
+    ],
+)
+def test_a_text_encoder_alone_is_no_dit(name: str, size: tuple[int, int]) -> None:
+    family = family_of({name: ModuleShape(*size, (), 4)})
+    assert part_of(name, family).startswith("text encoder")
+
+
+def test_layers_of_a_diffusion_model_are_no_language_model() -> None:
+    names = [f"base_model.model.layers.0.{attention}_attn.q_proj" for attention in ("self", "cross")]
+    family = family_of({name: ModuleShape(2048, 2048, (), 4) for name in names})
+    assert {part_of(name, family) for name in names} == {"DiT"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from core.layouts.files import FLOATS, PAIRS, assert_close, cp, dense, product, random, save, scaled, written_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_compress import LowRankUpdate
+from lora_compress import FormatError, LowRankUpdate
 from lora_compress.layouts import LoraSource, ModuleShape, open_lora
 
 sizes = st.integers(1, 9)
@@ -138,3 +139,43 @@ def test_the_update_is_that_of_a_forward_pass_through_two_layers(tmp_path: Path)
     source = open_lora(save({"x.lora_A.weight": down.weight.detach(), "x.lora_B.weight": up.weight.detach()}, tmp_path))
     x = random(7, 6)
     torch.testing.assert_close(forward(source, "x", x).float(), up(down(x)).detach())
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha"),
+    [
+        ("_lora_down.weight", "_lora_up.weight", ".alpha"),
+        ("_lora_down.weight", "_lora_up.weight", "_lora_down.alpha"),
+        ("_lora_A.weight", "_lora_B.weight", ".alpha"),
+        (".lora_down.weight", ".lora_up.weight", ".alpha"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["lora_unet_unet_", "lora_unet_"])
+def test_kohya_keys_of_other_converters_come_out_as_programs_know_them(
+    prefix: str, down: str, up: str, alpha: str, tmp_path: Path
+) -> None:
+    layer, one, two = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", random(4, 6), random(5, 4, seed=1)
+    name = prefix + layer
+    path = save({name + down: one, name + up: two, name + alpha: torch.tensor(2.0)}, tmp_path)
+    with open_lora(path) as source:
+        assert list(source) == [f"lora_unet_{layer}"] and not source.others and source.part(f"lora_unet_{layer}") == "U-Net"
+        assert_close(dense(source[f"lora_unet_{layer}"]), 0.5 * product(two, one), 1e-6)
+        assert source.plain_keys(f"lora_unet_{layer}").of_module(layer)[0] == f"{layer}.lora_down.weight"
+
+
+def test_endings_that_other_methods_use_as_well_are_refused(tmp_path: Path) -> None:
+    """Experts and shared halves: base_lora_down, fera_lora_down, shared_lora_A."""
+    good = {"g.lora_down.weight": random(2, 4), "g.lora_up.weight": random(3, 2)}
+    for ending in ("base_lora_down.weight", "shared_lora_A.weight"):
+        with pytest.raises(FormatError, match="is a part of an update that is not read here"):
+            open_lora(save({**good, f"x.{ending}": random(2, 4)}, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"), [(".lora_a.weight", ".lora_b.weight"), (".lora_layer.down.weight", ".lora_layer.up.weight")]
+)
+def test_other_spellings_of_the_same_factors(down: str, up: str, tmp_path: Path) -> None:
+    one, two = random(4, 6), random(5, 4, seed=1)
+    with open_lora(save({f"x{down}": one, f"x{up}": two}, tmp_path)) as source:
+        assert_close(dense(source["x"]), product(two, one), 1e-6)
+        assert source.plain_keys("x").of_module("x") == [f"x{down}", f"x{up}"]
