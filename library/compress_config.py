@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -22,8 +21,7 @@ from lora_compress import (
     refuse_setting,
     setting_names,
 )
-from lora_compress.settings import read_toml as read_file
-from lora_compress.settings import split_pairs
+from lora_compress.settings import read_config, split_pairs
 from networks.compress_bases import empty_arguments
 
 __all__ = [
@@ -66,19 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -
 
 
 def read_toml(path: str | None) -> dict[str, Any]:
-    """The config file as nested dicts; {} where none is given. The extension may be left out, as sd-scripts allows.
+    """The config file as nested dicts; {} where none is given.
 
     Raises:
         SettingsError: there is no such file, or it is no TOML.
     """
-    if path is None:
-        return {}
-    if path.endswith(".json") and os.path.isfile(path):
-        raise SettingsError(
-            ["is JSON, and config files are TOML: the kohya_ss GUI writes config_lora-<time>.toml to the output folder"],
-            path,
-        )
-    return read_file(path if path.endswith(".toml") else path + ".toml")
+    return {} if path is None else read_config(path)
 
 
 def check_host_values(

@@ -113,8 +113,8 @@ def split_arguments(values: Mapping[str, Any], base: ModuleType) -> tuple[Compre
 def empty_arguments(values: Mapping[str, Any]) -> dict[str, str]:
     """What is wrong with network_args that a form filled with the word for an empty field, or with nothing, by their names."""
     return {
-        name: f"{name}={value}: is no value, but what a program writes for a field that was left empty: "
-        f"remove {name}, or write a value such as {name}=4"
+        name: f"{name}={value}: not a value, but what programs write for a field that was left empty: remove {name}, or give it one"
+        + (f", such as {name}=4" if _NUMBERS.search(name) else "")
         for name, value in values.items()
         if str(value).strip().lower() in _EMPTY_FIELDS or (not str(value).strip() and _NUMBERS.search(name))
     }

@@ -23,7 +23,7 @@ from ..settings import (
     setting_names,
 )
 
-__all__ = ["DEFAULTS", "Plan", "find_pictures", "make_optimizer", "read_plan"]
+__all__ = ["DEFAULTS", "DONE_IN_ANY_CASE", "Plan", "find_pictures", "make_optimizer", "read_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ _OPTIONS = {
 } | {"network_args": HostOption("network_args", str, many=True)}
 _RATES = {"unet_lr": 1e-4, "text_encoder_lr": 1e-5}  # unless learning_rate says otherwise
 _REQUIRED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
-_SAME_HERE = {  # what they ask for is done here in any case
+DONE_IN_ANY_CASE = {  # options of sd-scripts: what they ask for is what is done here
     *("network_module", "save_model_as", "tokenizer_cache_dir", "cache_latents", "vae_batch_size", "max_data_loader_n_workers"),
 }
 
@@ -130,7 +130,7 @@ def read_plan(config: Mapping[str, Any]) -> Plan:
     given = dict(pair.partition("=")[::2] for pair in values.pop("network_args", None) or ())
     own: dict[str, Any] = {name: value for name, value in given.items() if name in setting_names()}
     own |= sections.pop("pruning", {}) | sections.pop("quantization", {})
-    unknown = sorted({*flat} - {*_OPTIONS} - _SAME_HERE) + [f"network_args {name}" for name in given if name not in own]
+    unknown = sorted({*flat} - {*_OPTIONS} - DONE_IN_ANY_CASE) + [f"network_args {name}" for name in given if name not in own]
     if unknown:
         logger.warning("--host diffusers does not know and leaves out: %s", ", ".join(unknown))
     options = {**DEFAULTS, **values}
@@ -162,7 +162,7 @@ def _flatten(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[
                 problems.append(f"[{name}] enabled={enabled}: must be true or false")
             if enabled != "false":
                 sections[name] = section
-        elif isinstance(value, Mapping) and (name != "network_args" or value.keys() <= {*_OPTIONS, *_SAME_HERE}):
+        elif isinstance(value, Mapping) and (name != "network_args" or value.keys() <= {*_OPTIONS, *DONE_IN_ANY_CASE}):
             flat |= value
         else:
             flat[name] = value

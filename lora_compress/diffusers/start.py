@@ -7,8 +7,8 @@ import logging
 import sys
 
 from ..errors import LoraCompressError, SettingsError
-from ..settings import read_toml
-from .options import DEFAULTS
+from ..settings import read_config
+from .options import DEFAULTS, DONE_IN_ANY_CASE
 
 __all__ = ["main"]
 
@@ -23,15 +23,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config_file", "--config", required=True, help="TOML: docs/training_diffusers.md lists its keys")
     for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", action="store_true" if default is False else "store", default=None)
-    for name in _SECTIONS:
+    for name in DONE_IN_ANY_CASE:
+        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+    for name in (*_SECTIONS, "network_args"):
         parser.add_argument(f"--{name}", nargs="*", metavar="KEY=VALUE", default=None)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     try:
-        config = dict(read_toml(given["config_file"]))
+        config = dict(read_config(given["config_file"]))
         for name in _SECTIONS:
             if name in given:
                 config[name] = {**config.get(name, {}), **dict(_pair(name, text) for text in given[name])}
-        over = {name: value for name, value in given.items() if name in DEFAULTS}
+        over = {name: value for name, value in given.items() if name in (*DEFAULTS, "network_args")}
         from .training import train
 
         logging.getLogger(__name__).info("%s", train({**config, "command line": over}))

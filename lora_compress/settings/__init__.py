@@ -7,7 +7,7 @@ from .evaluation import EXTRACTOR_NAMES, EvaluationSettings
 from .host_lists import split_pairs
 from .host_option import HostOption, describe_value, is_same_value
 from .host_values import read_host_value
-from .parsing import read_toml, refuse_setting
+from .parsing import read_config, read_toml, refuse_setting
 from .pruning import PruningSettings
 from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
 from .training import QatSettings, TrainingSettings
@@ -30,6 +30,7 @@ __all__ = [
     "describe_value",
     "is_same_value",
     "parse_size",
+    "read_config",
     "read_host_value",
     "read_toml",
     "refuse_setting",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from ..errors import SettingsError
 
-__all__ = ["names_of", "parse_section", "parse_values", "pick", "read_toml", "refuse_setting"]
+__all__ = ["names_of", "parse_section", "parse_values", "pick", "read_config", "read_toml", "refuse_setting"]
 
 Section = TypeVar("Section")
 
@@ -77,6 +77,19 @@ def read_toml(path: str) -> dict[str, Any]:
         raise SettingsError([f"not valid TOML: {error}{remedy}"], path) from error
     except OSError as error:
         raise SettingsError([f"cannot be read: {error.strerror}"], path) from error
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The config file of a training as nested dicts. The extension .toml may be left out, as in sd-scripts.
+
+    Raises:
+        SettingsError: there is no such file, or it is no TOML.
+    """
+    if path.endswith(".json") and Path(path).is_file():
+        raise SettingsError(
+            ["is JSON, and config files are TOML: the kohya_ss GUI writes config_lora-<time>.toml to the output folder"], path
+        )
+    return read_toml(path if path.endswith(".toml") else path + ".toml")
 
 
 def pick(parsed: Mapping[str, Any], settings: type) -> dict[str, Any]:

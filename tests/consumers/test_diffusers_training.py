@@ -76,13 +76,14 @@ def test_command_needs_no_sd_scripts_and_names_what_it_leaves_out(tmp_path: Path
     config = tmp_path / "config.toml"
     config.write_text('network_dim = 2\nresolution = "64,64"\nmax_train_steps = 1\nclip_skip = 2\nfoo = 1\n', encoding="utf-8")
     options = {"pretrained_model_name_or_path": TINY_SD, "train_data_dir": tmp_path / "data", "output_dir": tmp_path}
-    command = [sys.executable, "train_network_ext.py", "--host", "diffusers", f"--config_file={config}"]
+    command = [sys.executable, "train_network_ext.py", "--host", "diffusers", f"--config_file={config.with_suffix('')}"]
     command += [f"--{name}={value}" for name, value in options.items()]
+    command += ["--network_module", "networks.lora_compress", "--network_args", "bits=4", "save_format=packed"]
     environment = os.environ | {"SD_SCRIPTS_DIR": str(tmp_path / "nowhere")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("leaves out: clip_skip, foo") == 1
-    assert load_lora(tmp_path / "last.safetensors").updates
+    assert load_lora(tmp_path / "last.safetensors").metadata["ss_compress_bits"] == "4"
 
 
 def test_wrong_input_is_one_error(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ WRONG = [
     ({"network_args": [{"conv_dim": 4}]}, [], ['network_args = ["conv_dim=4"]']),
     ({"optimizer_args": {"weight_decay": 0.1}}, [], ['optimizer_args = ["weight_decay=0.1"]']),
     ({"optimizer_args": ["weight_decay"]}, [], ["optimizer_args", "'weight_decay' must be written key=value"]),
-    ({"network_args": ["conv_dim=undefined"]}, [], ["conv_dim=undefined", "remove conv_dim", "conv_dim=4"]),
+    ({"network_args": ["conv_dim=undefined"]}, [], ["conv_dim=undefined", "left empty", "remove conv_dim"]),
     (
         {"network_module": "networks.lora", "network_args": ["conv_dim=undefined"]},
         [],
