@@ -1,6 +1,10 @@
-"""What the host runs before its start: the entropy coder of packed files, where it is not there yet."""
+"""What the host runs before its start: installs those packages of requirements.txt that are not there yet."""
+
+import re
+from pathlib import Path
 
 import launch
 
-if not launch.is_installed("constriction"):
-    launch.run_pip("install constriction", "constriction, for LoRA Compress")
+for requirement in Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").split():
+    if not launch.is_installed(re.match(r"[\w-]+", requirement).group()):
+        launch.run_pip(f'install "{requirement}"', f"{requirement}, for LoRA Compress")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from ..layouts.families import part_of
 from ..update import relative_error
+
+if TYPE_CHECKING:  # rich is imported where a table is drawn: the plug-ins of other programs work without it
+    from rich.table import Table
 
 __all__ = ["CompressionReport", "PartReport", "render", "settings_table"]
 
@@ -80,6 +81,8 @@ class CompressionReport:
         return values | {"compress/relative_error": total.relative_error}
 
     def __str__(self) -> str:
+        from rich.table import Table
+
         table = Table(title="compressed LoRA")
         for heading in ("part", "modules", "components (rank)", "size", "relative error of the update"):
             table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -92,6 +95,8 @@ class CompressionReport:
 
 def settings_table(settings: Mapping[str, object], title: str) -> str:
     """Settings as a two-column table; None is shown as a dash."""
+    from rich.table import Table
+
     table = Table("setting", "value", title=title)
     for name, value in settings.items():
         table.add_row(name, "-" if value is None else str(value))
@@ -100,6 +105,8 @@ def settings_table(settings: Mapping[str, object], title: str) -> str:
 
 def render(table: Table) -> str:
     """A rich table as plain text for the log."""
+    from rich.console import Console
+
     stream = StringIO()
     Console(file=stream, width=110, no_color=True).print(table)
     return stream.getvalue().rstrip()
