@@ -1,4 +1,5 @@
-"""Programs that open LoRA, where a checkout of theirs is at hand: COMFYUI_DIR, A1111_DIR, FORGE_DIR, REFORGE_DIR.
+"""Programs that open LoRA, where a checkout of theirs is at hand: COMFYUI_DIR, A1111_DIR, FORGE_DIR, FORGE_NEO_DIR,
+REFORGE_DIR.
 
 REQUIRE_CONSUMERS=1 makes each skip a failure.
 """

@@ -1,4 +1,5 @@
-"""The extension in the loaders of AUTOMATIC1111, Forge and reForge: a packed file does to weights what the expanded one does."""
+"""The extension in the loaders of AUTOMATIC1111, Forge, Forge Neo and reForge: a packed file does what the expanded
+one does."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from core.factories import dense, random_update
 from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, LowRankUpdate, as_kohya, compress_file, expand_file, load_lora
-from lora_compress.container import is_packed
+from lora_compress.container import PAYLOAD_KEY, is_packed
 
 SETTINGS = (*FORMATS.values(), {"bits": 8, "channel_threshold": 0.5})
 
@@ -43,7 +44,7 @@ def write_files(folder: Path, host: str) -> Iterator[tuple[Path, Path]]:
         yield small, plain if is_packed(small) else small
 
 
-@pytest.fixture(params=["a1111", "forge", "reforge"])
+@pytest.fixture(params=["a1111", "forge", "forge_neo", "reforge"])
 def host(request: pytest.FixtureRequest) -> tuple[str, Path]:
     """A web page and its checkout."""
     variable = f"{request.param.upper()}_DIR"
@@ -77,6 +78,30 @@ def test_files_of_every_format_do_what_the_expanded_ones_do(host: tuple[str, Pat
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
             torch.testing.assert_close(ours[key], expected, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
             assert torch.equal(ours[key], before) == (STRENGTHS.get(number) == 0.0)
+
+
+def test_a_packed_file_that_cannot_be_applied_stops_the_page(host: tuple[str, Path], tmp_path: Path) -> None:
+    """A damaged one and one of another model, both again after a good one: the host keeps what it has loaded before."""
+    name, root = host
+    if name not in ("forge", "forge_neo"):
+        pytest.skip("the page of this host is not part of the worker")
+    extension = builder().build("a1111", tmp_path / "extensions")
+    good, _ = next(pair for pair in write_files(tmp_path, name) if is_packed(pair[0]))
+    damaged, foreign = tmp_path / "damaged.safetensors", tmp_path / "foreign.safetensors"
+    whole = load_file(good)
+    save_file(whole | {PAYLOAD_KEY: whole[PAYLOAD_KEY][:-7].clone()}, damaged)
+    other = {f"lora_unet_of_another_{number}": random_update(4, 24, 16) for number in range(20)}
+    save_file({key: tensor.contiguous() for key, tensor in as_kohya(other).items()}, tmp_path / "other.safetensors")
+    compress_file(tmp_path / "other.safetensors", foreign, CompressionSettings.parse({"bits": 4}))
+    worker = Path(__file__).with_name("webui_worker.py")
+    command = [sys.executable, worker, name, root, extension, good, damaged, foreign, "refuse"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    messages = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
+    assert len(messages) == 4, done.stdout + done.stderr
+    for first, second in (messages[:2], messages[2:]):
+        assert "the index speaks of" in first
+        assert "foreign.safetensors: the loaded model takes none of its 20 modules" in second
 
 
 def test_the_tensors_of_a_packed_file_become_one_key_for_each_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""Applies LoRA files with the loader of A1111, Forge or reForge, in a process of its own: their packages have names of ours.
+"""Applies LoRA files with the loader of A1111, Forge, Forge Neo or reForge, in a process of its own: their packages have names of
+ours.
 
-    python webui_worker.py a1111|forge|reforge HOST EXTENSION LORA... OUT
+    python webui_worker.py a1111|forge|forge_neo|reforge HOST EXTENSION LORA... OUT|refuse
 
 The model is a handful of layers under names of SD 1.5, SDXL and, but for A1111, which has no such model, FLUX. The files of the
 loader are the host's own; what they import of the web page, settings and model management is stood in for. Writes the weights
@@ -61,7 +62,7 @@ def fail(error: Exception, *_: Any, **__: Any) -> None:
 def no_files(files: list[str]) -> dict[str, Any]:
     """Settings with empty folders of LoRA: the loader lists them as it is imported."""
     folder = str(Path(files[0]).parent / "none")
-    options = SimpleNamespace(lora_dir=folder, lyco_dir_backcompat=folder)
+    options = SimpleNamespace(lora_dir=folder, lora_dirs=[], lyco_dir_backcompat=folder)
     return {"cmd_opts": options, "walk_files": lambda *_, **__: []}
 
 
@@ -109,39 +110,96 @@ def run_a1111(root: Path, extension: str, files: list[str]) -> dict[str, torch.T
     return found
 
 
+class Forge:
+    """The LoRA extension and the ModelPatcher of Forge or Forge Neo, with a handful of layers as the loaded model."""
+
+    def __init__(self, host: str, root: Path, extension: str, files: list[str]) -> None:
+        self.made = layers(host)
+        stand_in("modules", __path__=[str(root / "modules")])
+        options = SimpleNamespace(sd_lora="None", lora_add_hashes_to_infotext=False)
+        stand_in("modules.shared", opts=options, **no_files(files))
+        for name in ("sd_models", "scripts"):
+            stand_in(f"modules.{name}")
+        network = lambda name, disk: SimpleNamespace(name=name, network_on_disk=disk)  # noqa: E731
+        stand_in("network", Network=network, NetworkOnDisk=SimpleNamespace)
+        sys.path[:0] = [str(root), str(root / "extensions-builtin" / "sd_forge_lora")]
+        sys.argv[1:] = ["--always-cpu" if host == "forge" else "--cpu"]
+        self.networks: Any = __import__("networks")
+        from backend.patcher.base import ModelPatcher
+
+        register(extension)
+        register(extension)
+        self.keys = keys = {name: f"diffusion_model.{key}" for name, key in UNET.items()} | TEXT
+        models = [holder({keys[name]: self.made[name] for name in names}) for names in (UNET, TEXT)]
+        cpu = torch.device("cpu")
+        self.unet, text = (ModelPatcher(model, load_device=cpu, offload_device=cpu) for model in models)
+        self.clip = Clip(text)
+        models[0].storage_dtype = torch.float32  # type: ignore[assignment]
+        # These two know whole models alone.
+        self.networks.model_lora_keys_unet = lambda model: {name: f"{keys[name]}.weight" for name in UNET}
+        self.networks.model_lora_keys_clip = lambda model: {name: f"{keys[name]}.weight" for name in TEXT}
+
+    def apply(self, file: str, strength: float) -> list[tuple[Any, dict[str, str]]]:
+        """Two patchers with a LoRA, each with the layers that are its own."""
+        tensors = self.networks.load_lora_state_dict(file)
+        unet, clip = self.networks.load_lora_for_models(self.unet, self.clip, tensors, strength, strength, filename=file)
+        return [(unet, UNET), (clip.patcher, TEXT)]
+
+    def prompt(self, file: str) -> None:
+        """What a page does with <lora:file:1>."""
+        from modules import extra_networks, sd_models
+
+        if "lora" not in extra_networks.extra_network_registry:
+            objects = SimpleNamespace(unet=self.unet, clip=self.clip, shallow_copy=lambda: None)
+            model = SimpleNamespace(
+                forge_objects=SimpleNamespace(**vars(objects)), forge_objects_original=objects, current_lora_hash=""
+            )
+            sd_models.model_data = SimpleNamespace(get_sd_model=lambda: model)
+            extra_networks.register_extra_network(__import__("extra_networks_lora").ExtraNetworkLora())
+        disk = SimpleNamespace(filename=file, read_hash=lambda: None, alias="", shorthash="")
+        self.networks.available_networks[file] = self.networks.available_network_aliases[file] = disk
+        parameters = {"lora": [extra_networks.ExtraNetworkParams([file, "1"])]}
+        extra_networks.activate(SimpleNamespace(scripts=None, all_prompts=[]), parameters)
+
+
 def run_forge(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
     """Load and apply each file alone, by its LoRA extension's load_lora_for_models and its LoraLoader."""
-    made = layers("forge")
-    stand_in("modules")
-    stand_in("modules.shared", **no_files(files))
-    for name in ("sd_models", "errors", "scripts"):
-        stand_in(f"modules.{name}")
-    stand_in("network")
-    sys.path[:0] = [str(root), str(root / "extensions-builtin" / "sd_forge_lora")]
-    sys.argv[1:] = ["--always-cpu"]
-    networks: Any = __import__("networks")
-    from backend.patcher.base import ModelPatcher
-
-    register(extension)
-    register(extension)
-    keys = {name: f"diffusion_model.{key}" for name, key in UNET.items()} | TEXT
-    models = [holder({keys[name]: made[name] for name in names}) for names in (UNET, TEXT)]
-    cpu = torch.device("cpu")
-    unet, text = (ModelPatcher(model, load_device=cpu, offload_device=cpu) for model in models)
-    networks.model_lora_keys_unet = lambda model: {name: f"{keys[name]}.weight" for name in UNET}  # of whole models alone
-    networks.model_lora_keys_clip = lambda model: {name: f"{keys[name]}.weight" for name in TEXT}
-    clip = Clip(text)
+    host = Forge("forge", root, extension, files)
     found = {}
     for number, file in enumerate(files):
-        strength = STRENGTHS.get(number, 1.0)
-        tensors = networks.load_lora_state_dict(file)
-        patched, after = networks.load_lora_for_models(unet, clip, tensors, strength, strength, filename=file)
-        for patcher, names in ((patched, UNET), (after.patcher, TEXT)):
+        for patcher, names in host.apply(file, STRENGTHS.get(number, 1.0)):
             patcher.lora_loader.refresh(patcher.lora_patches, force_refresh=True)
             for name in names:
-                weight = patcher.model.get_parameter(f"{keys[name]}.weight")
+                weight = patcher.model.get_parameter(f"{host.keys[name]}.weight")
                 found[f"{number}.{name}"] = weight.detach().clone()
     return found
+
+
+def run_forge_neo(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
+    """Load and apply each file alone, by its LoRA extension's load_lora_for_models and its ModelPatcher."""
+    host = Forge("forge_neo", root, extension, files)
+    found = {}
+    for number, file in enumerate(files):
+        for patcher, names in host.apply(file, STRENGTHS.get(number, 1.0)):
+            for name in names:
+                key = f"{host.keys[name]}.weight"
+                patcher.patch_weight_to_device(key)
+                found[f"{number}.{name}"] = patcher.model.get_parameter(key).detach().clone()
+            patcher.unpatch_model()
+    return found
+
+
+def refuse(host: str, root: Path, extension: str, files: list[str]) -> None:
+    """Name the first file in a prompt, then each of the others twice: these must stop the page. Prints their messages."""
+    page = Forge(host, root, extension, files)
+    good, *others = files
+    page.prompt(good)
+    for file in (*others, *others):
+        try:
+            page.prompt(file)
+        except RuntimeError as error:
+            print(f"REFUSED {error}")
+        page.prompt(good)
 
 
 def run_reforge(root: Path, extension: str, files: list[str]) -> dict[str, torch.Tensor]:
@@ -198,4 +256,8 @@ def holder(layers: dict[str, nn.Module]) -> nn.Module:
 
 if __name__ == "__main__":
     host, root, extension, *files, out = sys.argv[1:]
-    save_file({"a1111": run_a1111, "forge": run_forge, "reforge": run_reforge}[host](Path(root), extension, files), out)
+    if out == "refuse":
+        refuse(host, Path(root), extension, files)
+        sys.exit()
+    run = {"a1111": run_a1111, "forge": run_forge, "forge_neo": run_forge_neo, "reforge": run_reforge}[host]
+    save_file(run(Path(root), extension, files), out)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import network
 import network_lora
 import torch
@@ -13,7 +9,8 @@ from modules import sd_models
 
 import networks
 
-from .opening import MODULE, by_module
+from .guard import recorded
+from .opening import MODULE, opening
 
 __all__ = ["register"]
 
@@ -56,12 +53,4 @@ def register() -> None:
     if any(type(known).__name__ == ModuleTypePacked.__name__ for known in networks.module_types):
         return
     networks.module_types.insert(0, ModuleTypePacked())
-    sd_models.read_state_dict = _opening(sd_models.read_state_dict)  # the loader asks it for the file's tensors
-
-
-def _opening(read: Callable[..., Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:
-    @functools.wraps(read)
-    def read_state_dict(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        return by_module(read(*args, **kwargs))
-
-    return read_state_dict
+    sd_models.read_state_dict = recorded(opening(sd_models.read_state_dict))  # the loader asks it for the tensors

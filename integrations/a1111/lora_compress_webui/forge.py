@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from backend.patcher import lora as host
 
-from .opening import MODULE, by_module
+import networks
+
+from .guard import applied_or_error, recorded
+from .opening import MODULE, opening
 
 __all__ = ["register"]
 
@@ -20,7 +23,6 @@ class PackedCollection:
 
     def load_lora(self, lora: Mapping[str, Any], to_load: Mapping[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
         """The patches by the keys of the model, and what is left of the file, for the host's next model."""
-        lora = by_module(lora)
         found, used = {}, set()
         for name, key in to_load.items():
             if (packed := f"{name}.{MODULE}") in lora:
@@ -46,3 +48,5 @@ def register() -> None:
     if _KIND not in host.extra_weight_calculators:
         host.extra_weight_calculators[_KIND] = add_update
         host.lora_collection_priority.insert(0, PackedCollection())
+        networks.load_lora_state_dict = recorded(opening(networks.load_lora_state_dict))
+        networks.load_lora_for_models = applied_or_error(networks.load_lora_for_models)

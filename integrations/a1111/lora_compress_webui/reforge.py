@@ -11,6 +11,8 @@ import torch
 from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
 from lora_compress.held import HeldModule, held_layers
 
+from .guard import recorded
+
 __all__ = ["PackedAdapter", "register"]
 
 
@@ -42,7 +44,7 @@ class PackedAdapter(host.WeightAdapterBase):  # type: ignore[misc, name-defined]
         keys = {INDEX_KEY, PAYLOAD_KEY}
         if loaded_keys is not None:
             loaded_keys.update(keys)
-        modules = held_layers(lora)
+        modules = recorded(held_layers)(lora)
         return cls(keys, (modules[x], dora_scale)) if x in modules else None
 
     def calculate_weight(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
