@@ -24,7 +24,7 @@ VENV = ROOT / ".venv"
 VERSIONS = ROOT / ".sd-scripts-versions"  # further sd-scripts that the tests run against
 REQUIREMENTS = {"demo": ROOT / "requirements" / "run.txt", "test": ROOT / "requirements" / "dev.txt"}
 OVERLAYS = {  # what some tests put before the environment: requirements that are at odds with its pins, and the folder they go to
-    ROOT / "requirements" / "diffusers-0.42.txt": ROOT / ".diffusers-0.42",
+    **{ROOT / "requirements" / f"diffusers-{minor}.txt": ROOT / f".diffusers-{minor}" for minor in ("0.35", "0.38", "0.42")},
     ROOT / "requirements" / "gui.txt": ROOT / ".gui",
 }
 if sys.platform == "linux":  # elsewhere DeepSpeed cannot be built without more

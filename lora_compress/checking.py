@@ -77,7 +77,7 @@ def _of_plain(consumer: Consumer, file: PlannedFile) -> Verdict:
     needed, reasons = rules.adaptation(file), rules.problems(file)
     remedy = f"write it again with `resize_lora_ext.py --for {consumer.name}`"
     if any(module.rank < needed.ranks[name] for name, module in file.modules.items()):
-        what = "ranks that differ" if rules.one_rank(file.layout) else f"ranks under {rules.least_rank}"
+        what = "ranks that differ" if rules.one_rank(file.layout, file.family) else f"ranks under {rules.least_rank}"
         reasons.append(f"{consumer.title} scales {what} wrongly: {remedy}")
     if needed.alpha is not None:
         reasons.append(f"{consumer.title} mixes up alphas that differ or are negative: {remedy}")

@@ -1,7 +1,7 @@
 """What the programs that load LoRA files ask of a plain file: what to adapt, what they refuse, what they drop.
 
-The rules were read in and run against ComfyUI 0.28, AUTOMATIC1111 1.10.1, Forge, diffusers 0.30 to 0.42, InvokeAI and
-stable-diffusion.cpp in 2026. A program is a row of data here; `ConsumerRules` merges the rows of several.
+The rules were read in and run against ComfyUI 0.28, AUTOMATIC1111 1.10.1, Forge, Forge Neo, diffusers 0.30 to 0.42, InvokeAI
+and stable-diffusion.cpp in 2026. A program is a row of data here; `ConsumerRules` merges the rows of several.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DIFFUSERS_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
 _INVOKE_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_")
 _INVOKE_SD_MARKS = re.compile(r"attn2_to_[kv]$|time_emb_proj$|self_attn")  # by these InvokeAI knows the model of an SD file
 _FORGE_UNMATCHED = 12
-_WEBUI_EXTENSION = "the extension for AUTOMATIC1111, Forge and reForge"
+_WEBUI_EXTENSION = "the extension for AUTOMATIC1111, Forge, Forge Neo and reForge"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Consumer:
         title: as messages name it.
         one_alpha: one value for the whole file is needed, because alphas that differ are mixed up.
         one_rank: modules of one part of the model need one rank, because ranks that differ are mis-scaled.
-        one_rank_without_alpha: the same where the layout of the file has no alpha, because the most frequent rank is taken for it.
+        alpha_read_in: the families in whose files alpha reaches the loader, provided that the layout of the file has one; in the
+            files of every other family ranks that differ are mis-scaled, because one rank is taken for the alpha of all modules.
+            None: all families.
+        all_modules_in: families whose files in kohya's layout it refuses when a module of a block is missing.
         least_rank: a smaller one is mis-scaled.
         fp8: families whose float8 files it loads; None: all.
         merges_mid: it multiplies lora_mid of CP-decomposed convolutions itself.
@@ -60,7 +63,8 @@ class Consumer:
     title: str
     one_alpha: bool = False
     one_rank: bool = False
-    one_rank_without_alpha: bool = False
+    alpha_read_in: frozenset[str] | None = None
+    all_modules_in: frozenset[str] = frozenset()
     least_rank: int = 1
     fp8: frozenset[str] | None = None
     merges_mid: bool = True
@@ -74,6 +78,11 @@ class Consumer:
         """Whether a key that it does not know makes it refuse a file of `family`."""
         return self.refuses_strange_keys is None or family in self.refuses_strange_keys
 
+    def needs_one_rank(self, layout: str, family: str) -> bool:
+        """Whether it mis-scales ranks that differ in a file of `layout` for a model of `family`."""
+        reads_alpha = self.alpha_read_in is None or (layout in _LAYOUTS_WITH_ALPHA and family in self.alpha_read_in)
+        return self.one_rank or not reads_alpha
+
     def strange(self, keys: Iterable[str]) -> list[str]:
         """The keys that it does not use, lora_mid apart, which is merged where it has to be."""
         return [key for key in keys if _MID not in key and not any(key.endswith("." + ending) for ending in self.reads)]
@@ -81,10 +90,14 @@ class Consumer:
 
 @dataclass(frozen=True)
 class _Diffusers(Consumer):
-    """What its releases share: kohya's keys are converted to PEFT's, and what is left over is an error."""
+    """What its releases share: kohya's keys are converted to PEFT's, and what is left over is an error.
+
+    Its converters for families other than SD and SDXL multiply alpha / rank into the factors and hand no alpha on.
+    """
 
     one_alpha: bool = True
-    one_rank_without_alpha: bool = True
+    alpha_read_in: frozenset[str] | None = _SD
+    all_modules_in: frozenset[str] = frozenset({"wan"})
     fp8: frozenset[str] | None = _SD
     merges_mid: bool = False
     reads: frozenset[str] = frozenset({"lora_magnitude_vector", "lora_magnitude_vector.weight"})
@@ -104,6 +117,7 @@ CONSUMERS: dict[str, Consumer] = {
         Consumer("a1111", "AUTOMATIC1111", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), packed_with=_WEBUI_EXTENSION),
         Consumer("forge", "Forge", reads=_COMFY_READS, tolerated=_FORGE_UNMATCHED, packed_with=_WEBUI_EXTENSION),
         _Diffusers("diffusers", "diffusers"),
+        _Diffusers("diffusers-0.40", "diffusers 0.40 and later", alpha_read_in=None),
         _Diffusers("diffusers-0.32", "diffusers 0.32", one_rank=True),
         Consumer("invokeai", "InvokeAI", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), refuses_strange_keys=_SD),
         Consumer("sdcpp", "stable-diffusion.cpp", least_rank=2, reads=frozenset({"diff"})),
@@ -196,15 +210,14 @@ class ConsumerRules:
         """The smallest rank that all of them scale right."""
         return max((consumer.least_rank for consumer in self.consumers), default=1)
 
-    def one_rank(self, layout: str) -> bool:
-        """Whether the modules of a part of the model need one rank in a file of `layout`."""
-        has_alpha = layout in _LAYOUTS_WITH_ALPHA
-        return any(consumer.one_rank or (consumer.one_rank_without_alpha and not has_alpha) for consumer in self.consumers)
+    def one_rank(self, layout: str, family: str) -> bool:
+        """Whether the modules of a part of the model need one rank in a file of `layout` for a model of `family`."""
+        return any(consumer.needs_one_rank(layout, family) for consumer in self.consumers)
 
     def adaptation(self, file: PlannedFile) -> Adaptation:
         """What must become of `file` so that all of them compute its update."""
         ranks = {name: max(module.rank, self.least_rank) for name, module in file.modules.items()}
-        if self.one_rank(file.layout):
+        if self.one_rank(file.layout, file.family):
             largest: dict[str, int] = {}
             for name, module in file.modules.items():
                 largest[module.part] = max(largest.get(module.part, 0), ranks[name])
@@ -246,12 +259,15 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
     """Which programs open a file of `save_format` (kohya, fp8 or packed) for a model of `family`, in words."""
     if save_format == "packed":
         return (
-            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI, AUTOMATIC1111, Forge and "
-            "reForge with our plug-ins, diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
+            "LoRA Compress alone: sd-scripts with --network_module networks.lora_compress, ComfyUI, AUTOMATIC1111, Forge, "
+            "Forge Neo and reForge with our plug-ins, "
+            "diffusers with lora_compress.diffusers.load_lora, lora_compress.load_lora in Python, "
             "or after `resize_lora_ext.py expand` everything that opens kohya LoRA"
         )
     float8 = save_format == "fp8"
-    consumers = [c for c in CONSUMERS.values() if c.name != "diffusers-0.32" and not (float8 and c.fp8 and family not in c.fp8)]
+    consumers = [
+        c for c in CONSUMERS.values() if not c.name.startswith("diffusers-") and not (float8 and c.fp8 and family not in c.fp8)
+    ]
     titles = [consumer.title for consumer in consumers] + ["sd-scripts"]
     if float8 and family == "unknown":
         titles.append("diffusers for SD and SDXL")

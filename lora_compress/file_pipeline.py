@@ -96,7 +96,7 @@ def compress_file(
         parts = {name: lora.part(name) for name in lora}
         numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
         kept = frozenset((*protected, *numbered))
-        chosen = plan(job, Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout)))
+        chosen = plan(job, Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family)))
         if job.packed:
             stored = chosen.stored if chosen.stored is not None else dict(job.run(chosen.choices))
         else:

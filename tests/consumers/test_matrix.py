@@ -21,7 +21,8 @@ from torch import Tensor
 from lora_compress import CompressionSettings, LowRankUpdate, SettingsError, compress_file
 from lora_compress.diffusers import load_lora
 
-RELEASE = "diffusers-0.32" if diffusers.__version__.startswith("0.32.") else "diffusers"
+VERSION = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
+RELEASE = "diffusers-0.32" if VERSION == (0, 32) else "diffusers-0.40" if VERSION >= (0, 40) else "diffusers"
 
 FORMATS: dict[str, dict[str, object]] = {
     "kohya": {"rank_ratio": 0.8, "min_rank": 1},

@@ -50,6 +50,8 @@ def test_all_means_every_program() -> None:
         (["sdcpp"], "kohya", None, (8, 2, 4)),
         (["diffusers"], "kohya", 1.0, (8, 1, 4)),
         (["diffusers"], "peft", None, (8, 8, 4)),
+        (["diffusers-0.40"], "kohya", 1.0, (8, 1, 4)),
+        (["diffusers-0.40"], "peft", None, (8, 1, 4)),
         (["diffusers-0.32"], "kohya", 1.0, (8, 8, 4)),
         (["sdcpp", "diffusers"], "kohya", 1.0, (8, 2, 4)),
         (["all"], "kohya", 1.0, (8, 8, 4)),
@@ -127,7 +129,7 @@ def test_packed_files_need_our_parts_in_the_programs() -> None:
     assert ours.problems(packed) == []
     assert [note.rpartition(" with ")[2] for note in ours.notes(packed)] == [
         "the plug-in for ComfyUI",
-        *["the extension for AUTOMATIC1111, Forge and reForge"] * 2,
+        *["the extension for AUTOMATIC1111, Forge, Forge Neo and reForge"] * 2,
         "lora_compress.diffusers.load_lora",
     ]
 

@@ -50,7 +50,7 @@ def test_the_remedy_that_is_told_helps(tmp_path: Path, capsys: pytest.CaptureFix
     path = lora(tmp_path / "in.safetensors", varied())
     status, found = check(capsys, path)
     refusing = [name for name, verdict in found.items() if not verdict["opens"]]
-    assert status == 1 and refusing == ["diffusers", "diffusers-0.32", "sdcpp"]
+    assert status == 1 and refusing == ["diffusers", "diffusers-0.40", "diffusers-0.32", "sdcpp"]
     assert "mixes up alphas" in found["diffusers"]["reasons"][0]
     assert "ranks under 2" in found["sdcpp"]["reasons"][0]
     for name in refusing:
