@@ -12,10 +12,12 @@ from .recognition import what_is
 
 __all__ = ["header_has", "parse_json", "read_header"]
 
-# A LoRA of SDXL has 1,014 modules: its header takes 0.4 MB and 45,000 values. Captions of a whole data set in the metadata can
-# take some MB more, as one text. Python needs up to 9 bytes for a byte of text and 80 for a value: 190 MB with both at their most.
-_LARGEST_HEADER = 1 << 24  # bytes
+# A LoRA of SDXL has 1,014 modules: its header takes 0.4 MB and 45,000 values. The tags of a whole data set (ss_tag_frequency) can
+# take many MB more, as one text, and safetensors itself reads headers of up to 100 MB. Python needs up to 80 bytes for a value, 4
+# for a byte of ASCII and 8 where a character beyond the basic plane is among them: 0.4 GB for 100 MB of tags, 0.8 GB at most.
+_LARGEST_HEADER = 100_000_000  # bytes
 _MOST_VALUES = 1 << 19  # numbers, texts, lists and objects; 35,000 tensors
+_PIECE = 1 << 18  # bytes that are counted at a time
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -25,18 +27,32 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         FormatError: no such file, no header of a safetensors file, or one far larger than that of any LoRA.
     """
     text, size = _read_text(path)
+    if (values := _count_values(text)) > _MOST_VALUES:
+        raise _too_large(path, f"more than {values - 1} values", _MOST_VALUES)
+    begin, escaped = 8 + len(text), b"\\u" in text
     try:
-        if (values := _count_values(text)) > _MOST_VALUES:
-            raise _too_large(path, f"{values} values", _MOST_VALUES)
-        header = parse_json(text)
+        decoded = text.decode()
+        del text  # of what may be 100 MB no more copies are kept than are needed
+        header = json.loads(decoded)
+        del decoded
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: no safetensors file, {_why_not(path)} ({error})") from None
     if not isinstance(header, dict):
         raise FormatError(f"{path}: no safetensors file, {_why_not(path)}")
     metadata = header.get("__metadata__") or {}
-    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if not texts or (escaped and not all(map(_is_text, (*header, *metadata, *metadata.values())))):
         raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
-    return header, 8 + len(text), size - 8 - len(text)
+    return header, begin, size - begin
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text is one, without half of a surrogate pair, which could not be written again."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def header_has(path: Path, key: str) -> bool:
@@ -84,13 +100,23 @@ def parse_json(text: bytes) -> Any:
 
 
 def _count_values(text: bytes) -> int:
-    """Texts, and commas and opening brackets outside of them: each value and key of JSON is one of these or follows one."""
-    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    texts = bare.count(b'"') // 2
-    if texts > _MOST_VALUES:
-        return texts
-    outside = b"".join(bare.split(b'"')[::2])
-    return texts + sum(map(outside.count, (b",", b"[", b"{")))
+    """Texts, and commas and opening brackets outside of them, up to one more than are allowed.
+
+    Each value and key of JSON is one of these or follows one. The text is looked at in pieces, for which it is never copied whole.
+    """
+    count, quotes, inside, rest = 0, 0, False, b""
+    for begin in range(0, len(text), _PIECE):
+        piece = rest + text[begin : begin + _PIECE]
+        whole = len(piece) - (len(piece) - len(piece.rstrip(b"\\"))) % 2  # a backslash belongs to what follows it
+        piece, rest = piece[:whole], piece[whole:]
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        outside = b"".join(parts[inside::2])
+        quotes += len(parts) - 1
+        inside ^= len(parts) % 2 == 0
+        count += sum(map(outside.count, (b",", b"[", b"{")))
+        if count + quotes // 2 > _MOST_VALUES:
+            return _MOST_VALUES + 1
+    return count + quotes // 2
 
 
 def _too_large(path: Path, found: str, allowed: int) -> FormatError:

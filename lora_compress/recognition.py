@@ -64,8 +64,6 @@ def what_is(path: Path) -> str:
         return "it is a PyTorch file under another name: rename it to end in .pt"
     if head[:4] == b"PK\x03\x04":
         return "it is a zip archive: unpack it first"
-    if is_safetensors(path):
-        return "it is a safetensors file under another name: rename it to end in .safetensors"
     if not head.strip(b"\0"):
         return f"it holds nothing but zeros, as an interrupted download does: {_AGAIN}"
     return _what_text(head)

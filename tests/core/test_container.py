@@ -329,10 +329,10 @@ def test_a_header_that_lies_is_refused(lie: str, tmp_path: Path) -> None:
 
 def test_large_and_long_headers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
-    large = rf"{path}: a header of \d+ (bytes|values), allowed: \d+: it is no LoRA"
+    large = rf"{path}: a header of (more than )?\d+ (bytes|values), allowed: \d+: it is no LoRA"
     for data, message in (
         (b"\xff" * 8 + b"{}", "no safetensors file, or cut short"),
-        ((2**25).to_bytes(8, "little") + b" " * 2**25, large),
+        ((2**27).to_bytes(8, "little") + b" " * 2**27, large),
         ((2**20).to_bytes(8, "little") + b"[" * 2**20, large),
         ((2**10).to_bytes(8, "little") + b"[" * 2**10, "no safetensors file, or cut short"),
     ):

@@ -41,19 +41,19 @@ EMPTY = '"%d":{"dtype":"F16","shape":[0],"data_offsets":[0,0]}'
 def refused() -> list[bytes]:
     """Headers that are too large, by their bytes or by their values, to be parsed at all."""
     tensors = "{" + ",".join(EMPTY % i for i in range(400_000)) + "}"
-    text = b'{"__metadata__":{"a":"' + b"a" * (1 << 24) + b'"}}'
+    text = b'{"__metadata__":{"a":"' + b"a" * 100_000_000 + b'"}}'
     return [tensors.encode(), text, *(filled(item, 1 << 24) for item in ('{"":0}', "-6", r'"\\"'))]
 
 
 def parsed() -> list[bytes]:
     """As large as is allowed, with a character for which Python needs four bytes in place of one."""
-    text = '{"__metadata__":{"a":"\U0001f600' + "a" * ((1 << 24) - 40) + '"}}'
+    text = '{"__metadata__":{"a":"\U0001f600' + "a" * (100_000_000 - 40) + '"}}'
     return [text.encode(), *(filled(item, 1 << 20) for item in ('{"":0}', "-6", r'"\\"'))]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures by /proc and limits address space")
 def test_a_hostile_header_takes_no_memory(tmp_path: Path) -> None:
-    """One error, of little memory if it is too large, and of no more than any fuzzed file may take if it is not quite so."""
+    """One error, of little memory if it is too large; 0.9 GB for the largest text that is allowed, four bytes a character."""
     headers, large = [*refused(), *parsed()], len(refused())
     paths = [tmp_path / f"{number}.safetensors" for number in range(len(headers) + 1)]
     for path, text in zip(paths, headers, strict=False):
@@ -62,7 +62,8 @@ def test_a_hostile_header_takes_no_memory(tmp_path: Path) -> None:
     save_file(modules, paths[-1])
     results = json.loads(worker("core.header_worker", *map(str, paths)))
     for (megabytes, told), path in zip(results, paths, strict=True):
-        assert megabytes <= MEMORY / 1e6, (path.name, megabytes, told)
+        allowed = 900 if path.stat().st_size > 90_000_000 else MEMORY / 1e6
+        assert megabytes <= allowed, (path.name, megabytes, told)
     assert all("allowed: " in told and "it is no LoRA" in told and megabytes < 120 for megabytes, told in results[:large])
     assert all("allowed: " not in told for _, told in results[large:])
     assert results[-1][1] == "opened"
