@@ -11,6 +11,8 @@ from .host_option import NONE_WORDS, HostOption, describe_value, parse_number
 
 __all__ = ["read_host_list", "split_pairs"]
 
+# Arguments of FLUX networks whose values are pairs themselves, with commas between them.
+_PAIRS_IN_VALUES = re.compile(r"network_reg_(dims|lrs)\s*=")
 _KEY_VALUE_LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")
 
 
@@ -39,7 +41,7 @@ def read_host_list(option: HostOption, value: Any) -> Any:
     if not all(isinstance(entry, str) for entry in entries):
         raise ValueError('a list of texts, such as ["key=value"]' if option.name in _KEY_VALUE_LISTS else "a list of texts")
     if option.name in _KEY_VALUE_LISTS:
-        return [_key_value(part, option.name != "network_args") for entry in entries for part in split_pairs(entry)]
+        return [_key_value(pair, option.name != "network_args") for entry in entries for pair in split_pairs(entry)]
     return [entry for entry in entries if entry.strip()]
 
 
@@ -58,8 +60,13 @@ def _list_of_text(option: HostOption, text: str) -> Any:
 
 
 def split_pairs(text: str) -> list[str]:
-    """The parts of `text` that are each a pair key=value; a value may have spaces, as in betas=0.9, 0.99."""
-    parts = re.split(r"""\s+(?=["']?[A-Za-z_][\w.]*\s*=)""", text.strip())
+    """The parts of `text` that are each a pair key=value. A value may have commas and spaces, as in betas=0.9, 0.99.
+
+    >>> split_pairs("weight_decay=0.1 betas=0.9, 0.99")
+    ['weight_decay=0.1', 'betas=0.9, 0.99']
+    """
+    between = r"\s+" if _PAIRS_IN_VALUES.search(text) else r"[\s,;]+"
+    parts = re.split(between + r"""(?=["']?[A-Za-z_][\w.]*\s*=)""", text.strip())
     return [part[1:-1] if part[:1] in ("'", '"') and part[-1:] == part[:1] else part for part in parts if part]
 
 
@@ -81,5 +88,7 @@ def _as_literal(name: str, value: str) -> str:
         ast.literal_eval(value)
         return value
     except (ValueError, SyntaxError):
+        if "=" in value:
+            raise ValueError(f"a list of key=value, and {name}={value} has two signs of equality") from None
         words = {"true": "True", "false": "False", "none": "None", "null": "None"}
         return words.get(value.lower(), repr(value))

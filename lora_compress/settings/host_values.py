@@ -32,6 +32,7 @@ _MAY_BE_EMPTY = (
 )
 # Texts of one or more numbers, or of tags, with commas between them.
 _COMMA_SEPARATED = ("resolution", "skip_image_resolution", "show_timesteps_resolution", "face_crop_aug_range", "metadata_tags")
+_SIZE = re.compile(r"(\d+)\s*[xX×*]\s*(\d+)")  # 512x768, as people write width and height
 # sd-scripts divides by these, or deletes the file that it has just written: 0 is how users write "never" and "keep all".
 _ZERO_IS_UNSET = re.compile(r"(save|sample|validate)_every_n_\w+|save_last_n_\w+|max_train_epochs")
 # Declared as whole numbers, but used in products and quotients alone: half a cycle of a cosine is a common setting.
@@ -71,7 +72,7 @@ def read_host_value(option: HostOption, value: Any) -> Any:
             return option.default
         value = _single(option, value)
     if option.kind is bool:
-        return _read_flag(value)
+        return _read_flag(option.name, value)
     words = _OTHER_WORDS.get(option.name, {})
     if not isinstance(value, float) and (word := str(value).strip().lower()) in words:
         return words[word]
@@ -112,15 +113,15 @@ def _is_free_text(option: HostOption) -> bool:
     return option.name in _FREE_TEXT or option.name.startswith("metadata_")
 
 
-def _read_flag(value: Any) -> bool:
+def _read_flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, (int, float)) and not math.isnan(value):
         return bool(value)
     if isinstance(value, str):
         word = value.strip().lower()
-        if word in (*_FLAG_WORDS, *NONE_WORDS):
-            return _FLAG_WORDS.get(word, False)
+        if word in (*_FLAG_WORDS, *NONE_WORDS, name):  # xformers = "xformers", as a choice of several has it
+            return _FLAG_WORDS.get(word, word == name)
     raise ValueError("true or false")
 
 
@@ -132,9 +133,9 @@ def _read_number(option: HostOption, value: Any) -> Any:
         if not number.is_integer():
             raise ValueError("a whole number")
         number = int(number)
-    if number == 0 and option.default is None and _ZERO_IS_UNSET.fullmatch(option.name):
-        return option.default
-    return number
+    never = number == 0 and option.default is None and _ZERO_IS_UNSET.fullmatch(option.name)
+    random = number < 0 and option.name == "seed"  # -1 in other programs; NumPy refuses it
+    return option.default if never or random else number
 
 
 def _read_steps(value: Any) -> int | float:
@@ -159,6 +160,8 @@ def _read_text(option: HostOption, value: Any) -> Any:
         text = value
     else:
         raise ValueError(f'text, such as "{value}"')
+    if option.name in _COMMA_SEPARATED and (size := _SIZE.fullmatch(text.strip())):
+        text = ",".join(size.groups())
     if option.name in _NAMES_IN_CODE:
         text = text.strip().lower() if option.name == "lr_scheduler" else text.strip()
     if not option.choices or text in option.choices or (not text and option.name in _MAY_BE_EMPTY):
