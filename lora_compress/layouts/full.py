@@ -13,13 +13,15 @@ from .tensors import TensorFile
 
 __all__ = ["FULL"]
 
+_TABLES = (".scale_shift_table", ".modulation")  # of LTX-Video, PixArt and Wan: programs know no pair of factors there
+
 
 def _find(survey: Survey) -> None:
     for name in [*survey.names(".diff")]:
         key = name + ".diff"
         shape = survey.file[key].shape
-        if len(shape) < 2:
-            continue  # of a norm or an embedding: nothing to factor
+        if len(shape) < 2 or name.endswith(_TABLES):
+            continue  # of a norm, or a parameter that is no layer's weight: nothing to factor
         if not survey.usable(name, key):
             continue
         if math.prod(shape) > LARGEST_CONVERSION or min(shape[0], math.prod(shape[1:])) > LARGEST_RANK:

@@ -36,6 +36,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r"(^|\.)motion_modules\.", "an AnimateDiff motion module"),
+    (r"\.lora_(down|up)$", "a LoRA for nunchaku (SVDQuant), which only nunchaku reads: give the one that it was converted from"),
     (r"\.(qweight|wscales|smooth_factor)$", "a model quantized by nunchaku (SVDQuant), GPTQ or AWQ"),
     (r"\.quant_state\.bitsandbytes|\.absmax$", "a model quantized by bitsandbytes"),
     (r"(^|\.)(exp_avg|exp_avg_sq|param_groups)(\.|$)", "the state of an optimizer"),

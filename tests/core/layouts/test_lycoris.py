@@ -257,3 +257,10 @@ def test_a_scale_of_its_own_replaces_alpha_here_as_well(layout: str, tmp_path: P
     plain = dense(open_lora(save(tensors, tmp_path))["m"])
     scaled = {**tensors, "m.alpha": torch.tensor(8.0), "m.scale": torch.tensor(0.25)}
     assert_close(dense(open_lora(save(scaled, tmp_path))["m"]), 0.25 * plain, 1e-5)
+
+
+def test_a_difference_of_a_table_stays_as_it_is(tmp_path: Path) -> None:
+    """A parameter that is no layer's weight has no pair of factors in any program."""
+    tensors = {"diffusion_model.scale_shift_table.diff": random(2, 8), "diffusion_model.blocks.0.modulation.diff": random(1, 6, 8)}
+    source = open_lora(save({**tensors, "diffusion_model.proj.diff": random(4, 8)}, tmp_path))
+    assert list(source) == ["diffusion_model.proj"] and source.others.keys() == tensors.keys()

@@ -73,6 +73,10 @@ TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
         {"transformer_blocks.0.qkv_proj.qweight": ONES.char(), "transformer_blocks.0.qkv_proj.wscales": ONES},
         "a model quantized by nunchaku",
     ),
+    "LoRA of nunchaku": (
+        {"transformer_blocks.0.attn.qkv_proj.lora_down": ONES, "transformer_blocks.0.attn.qkv_proj.lora_up": ONES},
+        "a LoRA for nunchaku",
+    ),
     "nothing known": ({"foo.bar": ONES}, "weights of an unknown kind"),
     "nothing": ({}, "a file without tensors"),
 }
