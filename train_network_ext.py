@@ -37,7 +37,7 @@ from library.compress_config import (
 )
 from library.compress_flags import parse_flags
 from library.compress_flux import adapt_flux_sizes
-from library.compress_host import read_as_sd_scripts
+from library.compress_host import check_dataset_config, read_as_sd_scripts
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
 from library.compress_trainer import CompressTrainerMixin
 from library.compress_validation import ValidationMixin
@@ -133,6 +133,7 @@ def parse_arguments(argv: list[str], host: Host) -> argparse.Namespace:
     if getattr(args, "attn_mode", None) == "sdpa":
         args.attn_mode = "torch"  # as the scripts of HunyuanImage and Anima do
     check_base_arguments(args)
+    check_dataset_config(args)
     return args
 
 

@@ -16,10 +16,11 @@ from lora_compress import SettingsError, setting_names
 from lora_compress.settings import HostOption, describe_value, is_same_value, read_host_value
 from networks.compress_bases import networks_with_argument
 
-__all__ = ["HostValues", "read_as_sd_scripts", "read_host_values"]
+__all__ = ["HostValues", "check_dataset_config", "read_as_sd_scripts", "read_host_values"]
 
 logger = logging.getLogger(__name__)
 
+_SECRETS = ("wandb_api_key", "huggingface_token")  # whose values do not belong into a log
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -45,8 +46,7 @@ def read_host_values(
 ) -> HostValues:
     """Check what a config file says of the options of `parser`.
 
-    Three kinds of keys are named in one warning each: values that had to be converted, keys that sd-scripts does not have, and
-    tables within tables, which it does not read.
+    One warning names all values that have to be converted, another one all keys that have no effect.
 
     Args:
         config: the config file as nested dicts.
@@ -66,17 +66,19 @@ def read_host_values(
             unknown.append(f"{where} is not an option of sd-scripts for this model{_remedy(name, value, options)}")
             continue
         found.converted.pop(name, None)  # of two sections with the same key, the last one counts
+        notes.pop(name, None)
         try:
             usable = read_host_value(options[name], value)
         except ValueError as error:
-            problems.append(f"{where} = {value!r}: must be {error}")
+            shown = "(not shown)" if name in _SECRETS else repr(value)
+            problems.append(f"{where} = {shown}: must be {error}")
             continue
         if is_same_value(usable, value):
             continue
         if name in own:
             problems.append(f"{where} = {value!r}: must be written {describe_value(usable)}")
         found.converted[name] = value, usable
-        notes[where] = f"{where} = {describe_value(value)} is read as {describe_value(usable)}"
+        notes[name] = f"{where} is converted" if name in _SECRETS else _conversion(where, value, usable)
     if problems:
         raise SettingsError(problems, str(path))
     if notes:
@@ -109,6 +111,23 @@ def read_as_sd_scripts(
         args = read(args, parser)
     args.config_file = os.path.splitext(path)[0]
     return args
+
+
+def _conversion(where: str, value: Any, usable: Any) -> str:
+    return f"{where} = {describe_value(value)} is read as {describe_value(usable)}"
+
+
+def check_dataset_config(args: argparse.Namespace) -> None:
+    """Refuse a data set config that begins with a byte order mark, which sd-scripts takes for a part of the first key.
+
+    Raises:
+        SettingsError: it does.
+    """
+    path = Path(args.dataset_config or "")
+    if path.is_file() and path.read_bytes().startswith(_BYTE_ORDER_MARK):
+        raise SettingsError(
+            ["begins with a byte order mark, which sd-scripts cannot read: save it as UTF-8 without one"], str(path)
+        )
 
 
 def _host_option(action: argparse.Action) -> HostOption:

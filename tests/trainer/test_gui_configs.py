@@ -198,6 +198,18 @@ def test_a_file_that_cannot_be_read_is_told_with_the_remedy(
         ext.choose_host(["--config_file", str(tmp_path / "config.toml")])
 
 
+def test_a_data_set_config_with_a_byte_order_mark_is_refused(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    argv = ["--dataset_config", str(tmp_path / "data.toml")]
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", *argv])
+    (tmp_path / "data.toml").write_bytes(b"[general]\nresolution = 64\n")
+    assert ext.parse_arguments(argv, ext.HOSTS["sd"])
+    (tmp_path / "data.toml").write_bytes(b"\xef\xbb\xbf[general]\nresolution = 64\n")
+    with pytest.raises(SettingsError, match=r"data\.toml.*byte order mark"):
+        ext.parse_arguments(argv, ext.HOSTS["sd"])
+
+
 def test_a_preset_of_the_gui_is_no_config_file(ext: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "preset.json").write_text("{}")
     with pytest.raises(SettingsError, match=r"is JSON.*config_lora-<time>\.toml"):

@@ -176,7 +176,7 @@ def test_every_option_is_read_as_sd_scripts_reads_it_or_in_its_one_meaning(
     for name in config:
         result, allowed = getattr(args, name), meanings_of(actions[name], value)
         assert any(is_same_value(result, meaning) for meaning in allowed), f"{name} = {value!r} is read as {result!r}"
-        assert is_same_value(result, theirs[name]) or f"{name} = " in caplog.text
+        assert is_same_value(result, theirs[name]) or f"{name} = " in caplog.text or f"{name} is converted" in caplog.text
 
 
 def test_arguments_of_an_optimizer_are_what_sd_scripts_can_evaluate(
@@ -227,3 +227,14 @@ def test_what_options_mean_of_their_own(
 ) -> None:
     args = read(ext, monkeypatch, "sd", write(tmp_path / "config.toml", {name: value}))
     assert is_same_value(getattr(args, name), meant)
+
+
+@pytest.mark.parametrize("name", ["wandb_api_key", "huggingface_token"])
+def test_secrets_are_not_shown(
+    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    args = read(ext, monkeypatch, "sd", write(tmp_path / "config.toml", {name: 271828}))
+    assert getattr(args, name) == "271828" and f"{name} is converted" in caplog.text and "271828" not in caplog.text
+    with pytest.raises(SettingsError, match="not shown") as caught:
+        read(ext, monkeypatch, "sd", write(tmp_path / "config.toml", {name: [271828, 314159]}))
+    assert "314159" not in str(caught.value)
