@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .chunks import Chunk
 from .container import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
@@ -15,9 +16,11 @@ from .files import TensorSpec, safetensors_size
 from .index import PackedIndex
 from .job import Job, Stored
 from .metadata import finish_metadata
-from .update import relative_error
+from .update import LowRankUpdate, relative_error
 
 __all__ = ["Assembly"]
+
+_ZEROS_RANK = 2  # of a module that was dropped, where it must be there: no program misreads the scale of rank 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Assembly:
         carried: tensors of the input that belong to no module.
         extras: and those that go with a module, by its name.
         more: to tell in the metadata, as ss_compress_* keys.
+        keeps_all: whether zeros of rank 2 stand for modules that were dropped: PEFT makes a layer for every module that its
+            configuration targets, and warns of those that it finds no weights for, or leaves them random.
     """
 
     job: Job
@@ -39,6 +44,7 @@ class Assembly:
     carried: Mapping[str, TensorSpec] = field(default_factory=dict)
     extras: Mapping[str, Mapping[str, TensorSpec]] = field(default_factory=dict)
     more: Mapping[str, str] = field(default_factory=dict)
+    keeps_all: bool = False
 
     def specs(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
         """What the header of the file says."""
@@ -52,11 +58,31 @@ class Assembly:
             ones = (1,) * len(shape.kernel)
             down, up = (rank, shape.inputs, *shape.kernel), (shape.outputs, rank, *ones)
             specs |= shape.keys.specs(name, down, up, self.job.dtype)
-        return specs
+        return specs | {key: TensorSpec.of(zeros) for key, zeros in self.placeholders(stored).items()}
 
     def passed_on(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
         """Tensors of the input that the file gets: what went with a module goes where the module goes."""
-        return dict(self.carried) | {key: spec for name in stored for key, spec in self.extras.get(name, {}).items()}
+        return dict(self.carried) | {key: spec for name in self.kept(stored) for key, spec in self.extras.get(name, {}).items()}
+
+    def kept(self, stored: Mapping[str, Stored]) -> list[str]:
+        """The modules that the file has, zeros among them."""
+        return [*self.job.analyses] if self.keeps_all else [*stored]
+
+    def ranks(self, stored: Mapping[str, Stored]) -> dict[str, int]:
+        """The ranks that the modules have in the file."""
+        own = {name: module.rank if self.job.packed else module.padded for name, module in stored.items()}
+        return {name: own.get(name, _ZEROS_RANK) for name in self.kept(stored)}
+
+    def placeholders(self, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+        """Zeros for the modules that were dropped, without memory for them."""
+        zeros: dict[str, Tensor] = {}
+        for name in self.kept(stored):
+            if name not in stored:
+                shape = self.job.analyses[name].shape
+                down = torch.zeros((), dtype=self.job.dtype).expand(_ZEROS_RANK, shape.inputs, *shape.kernel)
+                up = torch.zeros((), dtype=self.job.dtype).expand(shape.outputs, _ZEROS_RANK, *(1,) * len(shape.kernel))
+                zeros |= shape.keys.factors(name, LowRankUpdate(down, up, float(_ZEROS_RANK)))
+        return zeros
 
     def packed(self, stored: Mapping[str, Stored]) -> tuple[PackedIndex, list[Chunk]]:
         """Index and chunks of a packed file."""
@@ -65,7 +91,7 @@ class Assembly:
     def finished_metadata(self, stored: Mapping[str, Stored]) -> dict[str, str]:
         """The metadata of the file."""
         packed = self.job.packed
-        ranks = {name: module.rank if packed else module.padded for name, module in stored.items()}
+        ranks = self.ranks(stored)
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
         details = {**self.job.settings.as_dict(), **self.details(stored), "quantization_device": None, **self.more}
         finished = finish_metadata(self.metadata(ranks), ranks.values(), alphas, details)

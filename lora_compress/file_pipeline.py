@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
 from .layouts.numbered import is_numbered
+from .layouts.peft_folder import AdapterOutput, weights_of
 from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
 from .pipeline import kohya_partner
 from .plain import FP8, PlainKeys
@@ -37,7 +39,7 @@ __all__ = ["compress_file"]
 
 Source = LoraSource | PackedFile
 Progress = Callable[[int, int], None]
-_LEAST_RANK = 2  # of a plain file
+_MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT names it
 _STORABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -54,12 +56,14 @@ def compress_file(
     repair: bool = False,
     progress: Progress | None = None,
     details: Mapping[str, str] | None = None,
+    alpha: float | None = None,
+    peft_config: str | os.PathLike[str] | None = None,
 ) -> FileReport:
     """Compress the LoRA in `source` into `target`.
 
     Args:
-        source: a LoRA file of any layout.
-        target: ends with .safetensors.
+        source: a LoRA file of any layout, or a folder that PEFT wrote.
+        target: a file whose name ends with .safetensors, or a folder for PEFT where the input has an adapter_config.json.
         settings: what to remove and how to store the rest.
         save_dtype: of plain factors; None keeps the input's. If given, the file is written however large it gets.
         consumers: programs that must be able to load the result; see `consumers.CONSUMERS`.
@@ -70,6 +74,8 @@ def compress_file(
         progress: called with (modules done, modules in all); it counts anew in every pass, of which a search for a size or an error
             takes several.
         details: more to tell in the metadata, as ss_compress_* keys.
+        alpha: of modules whose alpha the input does not tell, where that is not their rank.
+        peft_config: adapter_config.json of the input, where it does not lie beside it.
 
     Returns:
         The report. Its status is not_smaller, and nothing has been written, if the result would be no smaller than the input.
@@ -80,15 +86,20 @@ def compress_file(
         SaveError: the target cannot be written.
     """
     begun = time.monotonic()
+    asked, source = (source, target), weights_of(source)
+    output = AdapterOutput.of(source, target, peft_config, packed=settings.save_format in ("packed", "both"), force=force)
+    target, details = output.weights, {**(details or {}), **output.details()}
     check_target(source, target, force)
-    with _opened(source, repair) as lora:
+    with closing(open_lora(source, repair, alpha=alpha, peft_config=peft_config)) as lora:
+        if output.is_folder:
+            _check_for_peft(lora, asked[1])
         rules = ConsumerRules.named(consumers)
         if rules.consumers or settings.save_format in ("packed", "both"):
             lora.leave_numbers()
         of_plain = ConsumerRules() if settings.save_format == "packed" else rules
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
-        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details or {}, progress)
+        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
         protected = (
             consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
@@ -117,19 +128,19 @@ def compress_file(
         if written and job.packed:
             _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
         elif written:
-            stored = _write_plain(assembly, lora, stored, chosen, target, begin)
+            stored = _write_plain(assembly, lora, stored, chosen, output, begin)
         modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
         curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
     return FileReport(
-        str(source),
-        str(target) if written else None,
+        str(asked[0]),
+        str(asked[1]) if written else None,
         "written" if written else "not_smaller",
         lora.layout,
         lora.family,
         (before, os.path.getsize(target) if written else after),
         time.monotonic() - begun,
         modules,
-        (*lora.notes, *((*rules.notes(planned), *_channel_notes(job)) if written and settings.save_format != "both" else ())),
+        (*lora.notes, *(_notes(rules, planned, job, output, assembly, stored) if written else ())),
         settings.as_dict(),
         curve,
     )
@@ -147,13 +158,30 @@ def _channel_notes(job: Job) -> list[str]:
     return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
 
 
-@contextmanager
-def _opened(path: str | os.PathLike[str], repair: bool) -> Iterator[Source]:
-    source = open_lora(path, repair)
-    try:
-        yield source
-    finally:
-        source.close()
+def _notes(
+    rules: ConsumerRules,
+    planned: PlannedFile,
+    job: Job,
+    output: AdapterOutput,
+    assembly: Assembly,
+    stored: Mapping[str, Stored],
+) -> list[str]:
+    """What the user must be told of the file that was written."""
+    dropped = len(assembly.kept(stored)) - len(stored)
+    zeros = [f"{dropped} modules that were dropped are in the file as zeros, since PEFT makes a layer for each"] if dropped else []
+    if job.settings.save_format == "both":
+        return output.notes()
+    return [*rules.notes(planned), *_channel_notes(job), *output.notes(), *zeros]
+
+
+def _check_for_peft(lora: Source, target: str | os.PathLike[str]) -> None:
+    """Raises: SettingsError: PEFT could not read a plain file of these modules."""
+    strange = [name for name in lora if not re.search(r"lora_(embedding_)?A", lora.plain_keys(name).down)]
+    if strange:
+        problem = (
+            f"is a folder for PEFT, which could not read {strange[0]}: it comes out under kohya's keys: name a safetensors file"
+        )
+        raise SettingsError([f"{target}: {problem}"], str(lora.path))
 
 
 def _prepare(
@@ -165,6 +193,7 @@ def _prepare(
     spool: Callable[[], Spool],
     details: Mapping[str, str],
     progress: Progress | None,
+    keeps_all: bool,
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
     dtype = save_dtype or (lora.dtype if lora.dtype in _STORABLE else torch.float16)
@@ -178,7 +207,7 @@ def _prepare(
 
     job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
     extras = {name: tensor_specs(lora.extras(name)) for name in lora}
-    return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details)
+    return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details, keeps_all)
 
 
 def _components(
@@ -215,7 +244,7 @@ def _write_plain(
     lora: Source,
     outline: Mapping[str, Stored],
     chosen: Plan,
-    target: str | os.PathLike[str],
+    output: AdapterOutput,
     begin: Callable[[Path], TensorWriter],
 ) -> dict[str, Stored]:
     """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
@@ -229,9 +258,11 @@ def _write_plain(
         return module.without_factors()
 
     alpha = assembly.job.file_alpha(chosen.choices)
-    with atomic_path(target) as temporary:
+    has_dora = any(_MAGNITUDE in key for key in assembly.passed_on(outline))
+    with atomic_path(output.weights) as temporary, output.written_beside(assembly.ranks(outline), has_dora):
         with begin(temporary) as writer:
-            _pass_on(writer, lora, outline)
+            _pass_on(writer, lora, assembly.kept(outline))
+            write_tensors(writer, {key: zeros.contiguous() for key, zeros in assembly.placeholders(outline).items()})
             for name in outline:  # first, as in the file: the hash of its data is taken on the way
                 write_tensors(writer, keys(name).alphas(name, alpha))
             stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))

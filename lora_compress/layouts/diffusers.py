@@ -16,7 +16,8 @@ _NUMBERED = re.compile(r"_lora\d$")  # qkv_lora1 and qkv_lora2: two updates of o
 def _find(survey: Survey) -> None:
     for ending in _ENDINGS:
         alphas = (".alpha", f"{ending}.alpha")
-        find_pairs(survey, PairStyle("diffusers", f"{ending}.down.weight", f"{ending}.up.weight", alphas=alphas))
+        style = PairStyle("diffusers", f"{ending}.down.weight", f"{ending}.up.weight", alphas=alphas)
+        find_pairs(survey, style, survey.configured_scale)
     names = [*survey.names(".down.weight"), *survey.names(".up.weight")]
     for own in dict.fromkeys(match[0] for match in map(_NUMBERED.search, names) if match):
         find_pairs(survey, PairStyle("diffusers", f"{own}.down.weight", f"{own}.up.weight", own=own))

@@ -22,7 +22,7 @@ _TUCKER = (".hada_t1", ".hada_t2")
 
 
 def _find(survey: Survey) -> None:
-    config = PeftConfig.of(survey.file)
+    config = survey.config
     names = dict.fromkeys(name for part in (*_PARTS, *_TUCKER) for name in survey.names(part))
     for name in names:
         tucker = any(name + part in survey.file for part in _TUCKER)

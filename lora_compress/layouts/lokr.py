@@ -32,7 +32,7 @@ class _Half:
 
 
 def _find(survey: Survey) -> None:
-    config = PeftConfig.of(survey.file)
+    config = survey.config
     for name in dict.fromkeys(name for part in _PARTS for name in survey.names(part)):
         parts = [name + part for part in _PARTS if name + part in survey.file]
         first, second = _keys(parts, name, "1"), _keys(parts, name, "2")

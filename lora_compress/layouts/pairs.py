@@ -79,6 +79,8 @@ def _add_pair(survey: Survey, style: PairStyle, name: str, scale_of: Scale | Non
     alpha, scale = survey.alpha(*alphas), survey.scale(name)
     if scale is None and alpha is None and scale_of:
         scale = scale_of(name, plan.rank)
+    if scale is None and alpha is None:
+        scale = survey.stated_scale(name, plan.rank)
     if scale is not None or alpha is None:
         alpha = (1.0 if scale is None else scale) * plan.rank
     else:

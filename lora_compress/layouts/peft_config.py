@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
 from .tensors import TensorFile
 
-__all__ = ["METADATA_KEY", "PeftConfig"]
+__all__ = ["CONFIG_NAME", "METADATA_KEY", "PeftConfig", "applies_to", "rewritten_config"]
 
 METADATA_KEY = "lora_adapter_metadata"  # JSON of one LoraConfig for each model, keys such as transformer.lora_alpha
-_SIDECAR = "adapter_config.json"
+CONFIG_NAME = "adapter_config.json"
+_WRAPPER = "base_model.model."  # what PeftModel puts before the names of the base model's layers
+_DEFAULT_ALPHA = 8  # LoraConfig.lora_alpha of PEFT, where a configuration leaves it out
+_REGEX = frozenset("*+?()[]{}|\\")
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _MORE = ("peft_type", "init_r", "alpha", "init_lora_weights", "use_qalora", "use_bdlora", "alora_invocation_tokens")
-_REGEX = frozenset("*+?()[]{}|\\")
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # init_lora_weights with which PEFT subtracts from the base model
 
 
 @dataclass(frozen=True)
 class PeftConfig:
     """LoraConfig fields by model ("transformer", "unet", "text_encoder"; "" where the file names none).
 
-    The update of a module is lora_alpha / r * B @ A, or lora_alpha / sqrt(r) with use_rslora; alpha_pattern holds other
-    values for modules by the end of their name (PEFT's documentation of LoraConfig).
+    The update of a module is lora_alpha / r * B @ A, or lora_alpha / sqrt(r) with use_rslora; rank_pattern and alpha_pattern
+    hold other values for modules by the end of their name (PEFT's documentation of LoraConfig).
     """
 
     source: str
@@ -35,36 +41,50 @@ class PeftConfig:
     _tables: dict[int, dict[tuple[str, bool], list[tuple[int, Any]]]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, file: TensorFile) -> PeftConfig:
-        """From the header's lora_adapter_metadata, or else from adapter_config.json beside a file named adapter_model.
+    def of(cls, file: TensorFile, given: str | os.PathLike[str] | None = None) -> PeftConfig:
+        """The configuration of a file.
+
+        It is `given`, an adapter_config.json or a folder with one, or else the header's lora_adapter_metadata, or else the
+        adapter_config.json beside a file named adapter_model.
 
         Raises:
             FormatError: it is there and is no LoRA configuration.
         """
+        if given is not None:
+            return cls.read(Path(given) / CONFIG_NAME if os.path.isdir(given) else Path(given))
         if METADATA_KEY in file.metadata:
             return cls._parse(file.metadata[METADATA_KEY], f"{file.path}: {METADATA_KEY}")
-        sidecar = file.path.with_name(_SIDECAR)
-        if file.path.stem.startswith("adapter_model") and sidecar.is_file():
-            try:
-                return cls._parse(sidecar.read_text(encoding="utf-8"), str(sidecar))
-            except (OSError, UnicodeDecodeError) as error:
-                raise FormatError(f"{sidecar}: cannot be read ({error})") from error
+        sidecar = file.path.with_name(CONFIG_NAME)
+        if applies_to(file.path) and sidecar.is_file():
+            return cls.read(sidecar)
         return cls("", {})
 
     @classmethod
-    def _parse(cls, text: str, source: str) -> PeftConfig:
+    def read(cls, path: Path) -> PeftConfig:
+        """An adapter_config.json.
+
+        Raises:
+            FormatError: it cannot be read, or is no LoRA configuration.
+        """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{source}: no JSON ({error}): without it every alpha is read as the rank") from error
+            return cls._parse(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(f"{path}: cannot be read ({error})") from error
+
+    @classmethod
+    def _parse(cls, text: str, source: str) -> PeftConfig:
         models: dict[str, dict[str, Any]] = {}
         more: dict[str, dict[str, Any]] = {}
+        values = _loaded(text, source)
         for key, value in values.items() if isinstance(values, dict) else ():
             model, _, name = key.rpartition(".")
             if name in _FIELDS:
                 models.setdefault(model, {})[name] = value
             elif name in _MORE:
                 more.setdefault(model, {})[name] = value
+        for model, fields in more.items():
+            if fields.get("peft_type") == "LORA":
+                models.setdefault(model, {}).setdefault("lora_alpha", _DEFAULT_ALPHA)
         return cls(source, models, more)
 
     def scale(self, name: str, rank: int) -> float | None:
@@ -110,6 +130,21 @@ class PeftConfig:
             raise FormatError(f"{self.source}: alpha {alpha!r} and r {rank!r} of {name}, allowed: numbers")
         return float(alpha) / rank
 
+    def rank(self, name: str) -> int | None:
+        """The rank that the configuration states for a module, None where it states none."""
+        model, module = self._model(name)
+        config = self.models.get(model) or {}
+        rank = self._pattern(config.get("rank_pattern"), module, config.get("r"))
+        return rank if type(rank) is int else None
+
+    def changes_base(self) -> str:
+        """The `init_lora_weights` with which PEFT subtracts a part of rank r from the base model's weights, "" where it does not.
+
+        Such an adapter means something on that changed model alone, and at its own rank alone.
+        """
+        found = (str(fields.get("init_lora_weights", "")) for fields in self.more.values())
+        return next((value for value in found if _CHANGES_BASE.match(value.lower())), "")
+
     @classmethod
     def rewritten(cls, metadata: Mapping[str, str], ranks: Mapping[str, int], where: object) -> dict[str, str]:
         """The metadata of a file, its configuration if it has one made true for a plain file of these ranks."""
@@ -122,16 +157,13 @@ class PeftConfig:
         """The same JSON for a file of these ranks whose scales are in its factors: lora_alpha = r for every module."""
         values = json.loads(old)
         for model in self.models:
-            prefix = f"{model}." if model else ""
             own = {module: rank for name, rank in ranks.items() for owner, module in [self._model(name)] if owner == model}
-            usual = Counter(own.values()).most_common(1)[0][0] if own else 1
-            pattern = {module: rank for module, rank in own.items() if rank != usual}
-            values |= {f"{prefix}r": usual, f"{prefix}lora_alpha": usual, f"{prefix}use_rslora": False}
-            values |= {f"{prefix}rank_pattern": pattern, f"{prefix}alpha_pattern": dict(pattern)}
+            values |= {f"{model}.{name}" if model else name: value for name, value in _true_fields(own).items()}
         return json.dumps(values, sort_keys=True)
 
     def _model(self, name: str) -> tuple[str, str]:
         """The model that a module belongs to, and the module's name in it."""
+        name = name.removeprefix(_WRAPPER)
         model, _, module = name.partition(".")
         return (model, module) if model in self.models and model else ("", name)
 
@@ -163,6 +195,69 @@ class PeftConfig:
         for order, (key, value) in enumerate(patterns.items()):
             literal = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
             if _REGEX & set(literal):
-                raise FormatError(f"{self.source}: alpha_pattern {key!r} is a regular expression, allowed: names of modules")
+                raise FormatError(
+                    f"{self.source}: rank_pattern or alpha_pattern {key!r} is a regular expression, allowed: names of modules"
+                )
             table.setdefault((literal, key.startswith("^")), []).append((order, value))
         return table
+
+
+def applies_to(path: Path) -> bool:
+    """Whether PEFT and this program take the adapter_config.json beside a file for that of the file."""
+    return path.stem.startswith("adapter_model")
+
+
+def rewritten_config(text: str, ranks: Mapping[str, int], source: str, *, has_dora: bool) -> str:
+    """An adapter_config.json made true for a file whose scales are in its factors.
+
+    r, lora_alpha, rank_pattern, alpha_pattern and use_rslora are set; use_dora becomes false where no magnitudes are left.
+    Everything else stays, but for an `init_lora_weights` of "orthogonal", which PEFT refuses to make at an odd rank.
+
+    Args:
+        text: of the configuration.
+        ranks: by module name, of all modules in the file.
+        source: names the configuration in errors.
+        has_dora: whether the file holds magnitudes of DoRA.
+
+    Raises:
+        FormatError: it is no JSON object.
+    """
+    values = _loaded(text, source)
+    if not isinstance(values, dict):
+        raise FormatError(f"{source}: holds a {type(values).__name__}, allowed: the JSON object of a LoraConfig")
+    values |= _true_fields({name.removeprefix(_WRAPPER): rank for name, rank in ranks.items()})
+    if values.get("use_dora") and not has_dora:
+        values["use_dora"] = False
+    if values.get("init_lora_weights") == "orthogonal" and any(rank % 2 for rank in ranks.values()):
+        values["init_lora_weights"] = True
+    return json.dumps(values, indent=2)
+
+
+def _true_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a LoraConfig for modules of these ranks whose scale is 1: lora_alpha = r."""
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    ambiguous = _ambiguous(ranks)
+    pattern = {_as_pattern(name, ambiguous): rank for name, rank in ranks.items() if rank != usual}
+    return {"r": usual, "lora_alpha": usual, "use_rslora": False, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+
+
+def _as_pattern(name: str, ambiguous: set[str]) -> str:
+    """The key of a pattern. One that would match another module as well is tied to the beginning of the name."""
+    return "^" + name.replace(".", "\\.") if name in ambiguous else name
+
+
+def _ambiguous(names: Iterable[str]) -> set[str]:
+    """Names that PEFT would find at the end of another module's name too, such as proj_out and blocks.0.proj_out."""
+    names = list(names)
+    endings: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        endings.update("_".join(parts[index:]) for index in range(len(parts)))
+    return {name for name in names if endings[name.replace(".", "_")] > 1}
+
+
+def _loaded(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{source}: no JSON ({error}): without it every alpha is read as the rank") from error

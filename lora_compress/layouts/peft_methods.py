@@ -46,7 +46,7 @@ class _Parts:
 
 
 def _find(survey: Survey) -> None:
-    config = PeftConfig.of(survey.file)
+    config = survey.config
     for key in survey.free():
         if match := _SINGULAR.match(key):
             name, ending = match["name"], match["ending"]

@@ -20,9 +20,10 @@ from .foreign import CARRIED
 from .identity import what_it_holds
 from .numbered import is_numbered, numbered_metadata
 from .peft_config import PeftConfig
+from .peft_folder import weights_of
 from .quantized import dequantized
 from .registry import LAYOUTS
-from .survey import Module, ModuleShape, Survey
+from .survey import Module, ModuleShape, Stated, Survey
 from .tensors import TensorFile, open_tensors
 
 if TYPE_CHECKING:
@@ -33,23 +34,34 @@ __all__ = ["LoraSource", "open_lora"]
 _TIED = re.compile(r"\.(dora_scale|reshape_weight|lora_magnitude_vector(\.[^.]+)*|lora_(B|up)(\.[^.]+)?\.bias)$")
 
 
-def open_lora(path: str | os.PathLike[str], repair: bool = False) -> LoraSource | PackedFile:
+def open_lora(
+    path: str | os.PathLike[str],
+    repair: bool = False,
+    *,
+    alpha: float | None = None,
+    peft_config: str | os.PathLike[str] | None = None,
+) -> LoraSource | PackedFile:
     """Open a LoRA file of any layout, without reading its weights.
 
     Args:
         path: .safetensors, or .pt, .ckpt, .bin and their like, which are read as weights alone. Of a packed file the first
-            bytes will do.
+            bytes will do. A folder that PEFT wrote stands for the weights in it.
         repair: mend what can be mended (ranks that disagree, odd alphas, half modules) and say so in `notes`.
+        alpha: of modules whose alpha the file does not tell, where that is not their rank.
+        peft_config: adapter_config.json of the file, or a folder with it; by default the one beside a file named adapter_model.
 
     Raises:
+        SettingsError: alpha is 0 or no finite number.
         FormatError: no such file, no LoRA, or something is wrong with it that was not to be repaired.
     """
     from ..container import PackedFile, is_packed  # which names modules by the rules of this package
 
+    path = weights_of(path)
+    stated = Stated(alpha, peft_config)
     if is_packed(path):
         return PackedFile(path)
     file, scaled, unknown_scales = dequantized(open_tensors(path))
-    survey = Survey(file, repair, unknown_scales)
+    survey = Survey(file, repair, unknown_scales, stated)
     for key in scaled:
         survey.tell("factors that another program had quantized were multiplied by their scales", key)
     for layout in LAYOUTS:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from ..errors import FormatError
+from ..errors import FormatError, SettingsError
 from ..files import DTYPE_NAMES
 from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
+from .peft_config import PeftConfig, applies_to
 from .quantized import UnknownScale
 from .tensors import TensorFile, TensorInfo
 
-__all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Survey"]
+__all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Stated", "Survey"]
 
 LARGEST_CONVERSION = 2**28  # elements of one matrix; the widest layers of FLUX.1 and Qwen-Image have a quarter of it
 LARGEST_RANK = 8192  # of a decomposition: minutes; FLUX.2 needs 6144
@@ -31,6 +34,10 @@ _FACTOR_DTYPES = (
 _HARMLESS = re.compile(  # of DoRA, of norms, of a bias, and the layer's own weights
     r"(alpha|dora_scale|lora_magnitude_vector(\.[^.]+)*|reshape_weight|w_norm|b_norm|diff|diff_b|set_weight"
     r"|lora_(B|up)(\.[^.]+)?\.bias|(base_layer\.)?(weight|bias))"
+)
+_UNKNOWN_SCALE = (
+    "the strength of the file is not known: PEFT keeps alpha in adapter_config.json, which is not beside the file. It was read as "
+    "alpha = rank, as most programs read it; state it with --alpha NUMBER or --peft_config FILE"
 )
 _OF_AN_UPDATE = re.compile(
     r"\.(lora_(?!magnitude_vector|(B|up)(\.[^.]+)?\.bias)|lokr_|hada_)\w+(\.|$)|_lora_latent|[._]lora_(down|up|[ABab])\.weight$"
@@ -79,12 +86,37 @@ class Module:
         return self.name, self.keys[0].removesuffix(".weight").rpartition(".")[0] or self.name
 
 
+@dataclass(frozen=True)
+class Stated:
+    """What the user states of a file that does not tell its scale.
+
+    Args:
+        alpha: of every module without one.
+        peft_config: path of an adapter_config.json, or of a folder with one.
+    """
+
+    alpha: float | None = None
+    peft_config: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises: SettingsError: alpha is no number that scales anything."""
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha != 0.0):
+            raise SettingsError([f"alpha={self.alpha}: must be a finite number other than 0"])
+
+
 class Survey:
     """A file under examination. Layouts look for free keys in it, add modules and refuse what is broken."""
 
-    def __init__(self, file: TensorFile, repair: bool, unknown_scales: Mapping[str, UnknownScale] | None = None) -> None:
+    def __init__(
+        self,
+        file: TensorFile,
+        repair: bool,
+        unknown_scales: Mapping[str, UnknownScale] | None = None,
+        stated: Stated = Stated(),
+    ) -> None:
         self.file = file
         self.repair = repair
+        self.stated = stated
         self._unknown_scales = unknown_scales or {}
         self.modules: dict[str, Module] = {}
         self.problems: list[str] = []
@@ -201,6 +233,37 @@ class Survey:
         if value is not None:
             self.tell("a scale of its own replaces alpha / rank and is now part of the factors", name)
         return value
+
+    @cached_property
+    def config(self) -> PeftConfig:
+        """The configuration of PEFT that goes with the file."""
+        return PeftConfig.of(self.file, self.stated.peft_config)
+
+    def configured_scale(self, name: str, rank: int) -> float | None:
+        """What the configuration of the adapter multiplies the factors of a module by; None where it says nothing."""
+        scale, told = self.config.scale(name, rank), self.config.rank(name)
+        if scale is not None and told not in (None, rank):
+            key = next(key for key in self.file if key.startswith(f"{name}."))
+            found = f"has rank {rank}, and {self.config.source} says {told}: that configuration is of another file"
+            allowed = "the rank of the configuration, whose alpha is of no use otherwise (--peft_config FILE names the right one)"
+            self.refuse(key, found, allowed, "its alpha is divided by the rank in the file")
+        if scale not in (None, 1.0):
+            self.tell("alpha is taken from the configuration of the adapter and is now part of the factors", name)
+        return scale
+
+    def stated_scale(self, name: str, rank: int) -> float | None:
+        """What the user says that the factors of a module are multiplied by, where the file does not say it."""
+        if self.stated.alpha is not None:
+            self.tell(f"alpha is {self.stated.alpha:g}, as stated with --alpha, and is now part of the factors", name)
+            return self.stated.alpha / rank
+        if self._scale_is_unknown(name):
+            self.tell(_UNKNOWN_SCALE, name)
+        return None
+
+    def _scale_is_unknown(self, name: str) -> bool:
+        """Whether PEFT wrote a module, which keeps alpha in a file of its own, and that file is not here."""
+        ours = any(key.startswith("ss_compress_") for key in self.file.metadata)
+        return not ours and (name.startswith("base_model.model.") or applies_to(self.file.path))
 
     def check_left_over(self) -> None:
         """Refuse what no layout took and what cannot be carried through as it is."""
