@@ -73,11 +73,13 @@ def prune_lora_rank(
     ranks are chosen over the whole file.
 
     Args:
-        lora_path: a LoRA file of any layout.
-        output_path: ends with .safetensors; the layout stays, so every program that loaded the input loads it.
+        lora_path: a LoRA file of any layout, or a folder that PEFT wrote.
+        output_path: a file, which ends with .safetensors, or a folder where the input has an adapter_config.json; the layout stays,
+            so every program that loaded the input loads it.
         rank_ratio: components kept / all components of the file, in (0, 1].
         norm_threshold: effective singular value, alpha / r included, below which a component goes.
-        settings: any other setting by name, such as min_rank, new_rank, dynamic_method, target_error.
+        settings: any other setting by name, such as min_rank, new_rank, dynamic_method, target_error; and `alpha` or
+            `peft_config` of a file that does not tell its scale, as `compress_file` takes them.
 
     Returns:
         What became of the file; status not_smaller, and nothing written, if it would not have shrunk.
@@ -169,8 +171,15 @@ def load_compressed_lora(lora_path: PathLike, dtype: torch.dtype = torch.float16
     return as_kohya(file.updates) | file.others
 
 
-def _compress(lora_path: PathLike, output_path: PathLike, **settings: Any) -> FileReport:
-    return compress_file(lora_path, output_path, CompressionSettings.parse(settings))
+def _compress(
+    lora_path: PathLike,
+    output_path: PathLike,
+    *,
+    alpha: float | None = None,
+    peft_config: PathLike | None = None,
+    **settings: Any,
+) -> FileReport:
+    return compress_file(lora_path, output_path, CompressionSettings.parse(settings), alpha=alpha, peft_config=peft_config)
 
 
 def _given(**values: Any) -> dict[str, Any]:

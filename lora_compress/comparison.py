@@ -15,6 +15,7 @@ from torch import Tensor
 from .container import PackedFile
 from .errors import FormatError
 from .layouts import LoraSource, open_lora
+from .layouts.peft_folder import template_of, weights_of
 from .parallel import each_module
 from .update import LowRankUpdate, relative_error
 
@@ -62,6 +63,7 @@ class FileComparison:
         modules: those of the first file, then those that only the second has.
         missing: modules that the other file lacks; they count as zero there.
         others: tensors outside of updates (norms, dora_scale, ...) that only one file has, or that differ.
+        notes: what the user must be told of the files.
     """
 
     paths: tuple[str, str]
@@ -69,6 +71,7 @@ class FileComparison:
     modules: tuple[ModuleComparison, ...]
     missing: tuple[tuple[str, ...], tuple[str, ...]]
     others: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def relative_error(self) -> float:
@@ -90,21 +93,40 @@ class FileComparison:
                 {"name": m.name, "part": m.part, "rank": m.rank, "bytes": m.bytes, "relative_error": m.relative_error}
                 for m in self.modules
             ],
+            "notes": list(self.notes),
         }
 
 
-def compare_files(first: str, second: str) -> FileComparison:
+def compare_files(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    *,
+    alpha: float | None = None,
+    peft_config: str | os.PathLike[str] | None = None,
+) -> FileComparison:
     """Compare the updates that two files of any layout hold, packed or plain.
 
     Modules are the same where their names are, or where they are up to the layout's way of writing them (see `match_names`).
 
+    Args:
+        first: the reference: a file, or a folder that PEFT wrote.
+        second: what is compared with it.
+        alpha: of modules whose alpha neither their file nor a configuration tells, in both files, as `open_lora` takes it.
+        peft_config: of the file that is PEFT's and has none beside it; of both where both are such.
+
     Raises:
         FormatError: no module is in both files, or one has other dimensions in the second.
     """
-    with closing(open_lora(first)) as one, closing(open_lora(second)) as two:
+    configs = [None if template_of(weights_of(path)) else peft_config for path in (first, second)]
+    with (
+        closing(open_lora(first, alpha=alpha, peft_config=configs[0])) as one,
+        closing(open_lora(second, alpha=alpha, peft_config=configs[1])) as two,
+    ):
         modules, missing = compare_updates(one, two)
-        sizes = os.path.getsize(first), os.path.getsize(second)
-        return FileComparison((first, second), sizes, modules, missing, _differing(one.others, two.others))
+        sizes = os.path.getsize(one.path), os.path.getsize(two.path)
+        paths = os.fspath(first), os.fspath(second)
+        notes = tuple(f"{path}: {note}" for path, source in zip(paths, (one, two), strict=True) for note in source.notes)
+        return FileComparison(paths, sizes, modules, missing, _differing(one.others, two.others), notes)
 
 
 def compare_updates(

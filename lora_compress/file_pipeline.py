@@ -23,7 +23,7 @@ from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
 from .layouts.numbered import is_numbered
-from .layouts.peft_folder import AdapterOutput, weights_of
+from .layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
 from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
 from .pipeline import kohya_partner
 from .plain import FP8, PlainKeys
@@ -39,7 +39,6 @@ __all__ = ["compress_file"]
 
 Source = LoraSource | PackedFile
 Progress = Callable[[int, int], None]
-_MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT names it
 _STORABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -168,7 +167,7 @@ def _notes(
 ) -> list[str]:
     """What the user must be told of the file that was written."""
     dropped = len(assembly.kept(stored)) - len(stored)
-    zeros = [f"{dropped} modules that were dropped are in the file as zeros, since PEFT makes a layer for each"] if dropped else []
+    zeros = [f"zeros stand for the modules that were dropped ({dropped}), since PEFT makes a layer for each"] if dropped else []
     if job.settings.save_format == "both":
         return output.notes()
     return [*rules.notes(planned), *_channel_notes(job), *output.notes(), *zeros]
@@ -258,8 +257,9 @@ def _write_plain(
         return module.without_factors()
 
     alpha = assembly.job.file_alpha(chosen.choices)
-    has_dora = any(_MAGNITUDE in key for key in assembly.passed_on(outline))
-    with atomic_path(output.weights) as temporary, output.written_beside(assembly.ranks(outline), has_dora):
+    shrunk = any(key.startswith("ss_compress_") for key in lora.metadata)  # before: modules may be missing from it
+    has_dora = any(MAGNITUDE in key for key in assembly.passed_on(outline))
+    with atomic_path(output.weights) as temporary, output.written_beside(assembly.ranks(outline), has_dora, not shrunk):
         with begin(temporary) as writer:
             _pass_on(writer, lora, assembly.kept(outline))
             write_tensors(writer, {key: zeros.contiguous() for key, zeros in assembly.placeholders(outline).items()})

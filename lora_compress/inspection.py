@@ -129,14 +129,20 @@ class FileInspection:
         }
 
 
-def inspect_file(path: str) -> FileInspection:
+def inspect_file(
+    path: str | os.PathLike[str], *, alpha: float | None = None, peft_config: str | os.PathLike[str] | None = None
+) -> FileInspection:
     """Open a LoRA file of any layout, packed or plain, and take the spectrum of every module.
+
+    Args:
+        path: of the file, or of a folder that PEFT wrote.
+        alpha, peft_config: as `open_lora` takes them.
 
     Raises:
         FormatError: it is no LoRA file, or a module holds NaN.
     """
-    with closing(open_lora(path)) as source:
-        return _inspected(path, source)
+    with closing(open_lora(path, alpha=alpha, peft_config=peft_config)) as source:
+        return _inspected(os.fspath(path), source)
 
 
 def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
@@ -150,7 +156,7 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
         return ModuleInspection(name, source.part(name), shape, update.rank, source.factor_bytes(name), tuple(sigma.tolist()))
 
     modules = tuple(each_module(look, dict.fromkeys(source)).values())
-    size, dtype = os.path.getsize(path), source.dtype
+    size, dtype = os.path.getsize(source.path), source.dtype
     overhead = size - sum(module.bytes for module in modules)
     codecs = Counter(entry.codec for entry in source.entries.values()) if isinstance(source, PackedFile) else Counter()
     spectra = [((math.prod(module.shape[1:]), module.shape[0]), module.sigma) for module in modules]

@@ -37,18 +37,25 @@ class LoraFile:
     packed: bool
 
 
-def load_lora(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
+def load_lora(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    alpha: float | None = None,
+    peft_config: str | os.PathLike[str] | None = None,
+) -> LoraFile:
     """Read a LoRA file of any layout as a whole.
 
     Args:
         path: of the file.
         dtype: of the factors; None for that of the file, float32 of a packed one.
+        alpha, peft_config: as `open_lora` takes them.
 
     Raises:
         FormatError: as `open_lora`; a module does not decode; a packed file was cut so early that modules are missing.
     """
-    with closing(open_lora(path)) as source:
-        return read_lora(source, path, dtype)
+    with closing(open_lora(path, alpha=alpha, peft_config=peft_config)) as source:
+        return read_lora(source, source.path, dtype)
 
 
 def read_lora(source: LoraSource | PackedFile, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:

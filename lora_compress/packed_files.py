@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .index import PackedIndex
 from .layouts import open_lora
+from .layouts.peft_folder import MAGNITUDE, AdapterOutput
 from .parallel import each_module
 from .pipeline import partner_metadata, plain_partner
 from .pruning import consumer_minimum
@@ -33,22 +35,34 @@ def expand_file(
     *,
     save_dtype: torch.dtype | None = None,
     force: bool = False,
+    peft_config: str | os.PathLike[str] | None = None,
 ) -> FileReport:
     """Write a packed file as a plain one, in the layout that it once came in and float16 unless told otherwise.
 
+    Args:
+        source: a packed file.
+        target: a file whose name ends with .safetensors, or a folder for PEFT where the packed file was made of one.
+        save_dtype: of the factors.
+        force: `target` may be `source`.
+        peft_config: adapter_config.json that a folder is to have, where the packed file does not remember it.
+
     Raises:
         FormatError: the input is no packed file, or damaged.
+        SettingsError: the target can be no result.
         SaveError: the target cannot be written.
     """
     begun = time.monotonic()
-    check_target(source, target, force)
+    output = AdapterOutput.of(Path(source), target, peft_config, force=force)
+    check_target(source, output.weights, force)
     before = os.path.getsize(source)
     lora = PackedFile(source) if is_packed(source) else None
     if lora is None:
         open_lora(source).close()  # of what is no LoRA at all it says what it is
         raise FormatError(f"{source}: is no packed file: there is nothing to expand")
     dtype = save_dtype or torch.float16
-    with atomic_path(target) as temporary:
+    ranks = {name: max(lora.decoded_rank(name), _LEAST_RANK) for name in lora}
+    has_dora = any(MAGNITUDE in key for key in lora.others)
+    with atomic_path(output.weights) as temporary, output.written_beside(ranks, has_dora, has_all=False):
         written = write_expanded(lora, temporary, dtype)
     modules = []
     for name, update in written:
@@ -57,7 +71,8 @@ def expand_file(
         modules.append(
             ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
         )
-    return _report((source, target), before, lora, modules, begun)
+    report = _report((source, output.weights), before, lora, modules, begun)
+    return replace(report, output=str(target), notes=(*report.notes, *output.notes()))
 
 
 def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str], size: int, *, force: bool = False) -> FileReport:

@@ -11,20 +11,29 @@ from typing import Any
 import torch
 
 from ..errors import SettingsError
+from ..layouts.peft_folder import CONFIG_NAME, WEIGHTS_NAMES
 from ..settings import CompressionSettings
-from .storage import files_under, glob_files, has_magic, is_folder, is_remote, join
+from .storage import exists, files_under, glob_files, has_magic, is_folder, is_remote, join
 
 __all__ = ["CompressOptions", "Job", "is_batch", "plan_jobs"]
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+_TRAINER_STATES = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")  # of transformers' Trainer and accelerate
 
 
 @dataclass(frozen=True)
 class Job:
-    """One file of a batch; both paths may be URLs that fsspec opens."""
+    """One file of a batch; both paths may be URLs that fsspec opens.
+
+    Args:
+        source: the file, of a folder that PEFT wrote its weights.
+        target: the file to write.
+        adapter: whether an adapter_config.json belongs to the weights and is to be written beside the target.
+    """
 
     source: str
     target: str
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,15 @@ class CompressOptions:
     force: bool = False
     repair: bool = False
     copy_uncompressible: bool = False
+    alpha: float | None = None
+    peft_config: str | None = None
 
     @property
     def keywords(self) -> dict[str, Any]:
         """Arguments of `compress_file` by keyword."""
         names = ("save_dtype", "consumers", "base_model", "calibration", "force", "repair")
-        return {name: getattr(self, name) for name in names}
+        stated = {name: value for name in ("alpha", "peft_config") if (value := getattr(self, name)) is not None}
+        return {name: getattr(self, name) for name in names} | stated
 
     @property
     def writes_partner(self) -> bool:
@@ -57,11 +69,24 @@ class CompressOptions:
 
 
 def is_batch(model: str) -> bool:
-    """Whether `model` names many files: a folder, or a pattern with *, ? or [ that is no file itself."""
-    return is_folder(model) or (has_magic(model) and not os.path.exists(model))
+    """Whether `model` names many files: a folder, or a pattern with *, ? or [ that is no file itself.
+
+    A folder that PEFT wrote for one adapter is one input, unless others lie in the folders within.
+    """
+    if is_remote(model) or not os.path.isdir(model):
+        return is_folder(model) or (has_magic(model) and not os.path.exists(model))
+    inputs = [os.path.normpath(path) for path in files_under(model) if _is_input(path)]
+    return inputs != [os.path.normpath(_adapter_weights(model) or "")]
 
 
-def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = False) -> list[Job]:
+def _adapter_weights(folder: str) -> str | None:
+    """The weights that PEFT loads from a folder with an adapter_config.json; None of any other folder."""
+    if not exists(join(folder, CONFIG_NAME)):
+        return None
+    return next((path for name in WEIGHTS_NAMES if exists(path := join(folder, name))), None)
+
+
+def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = False, adapters: bool = True) -> list[Job]:
     """A job for every LoRA file in the folder `model` and the folders in it, or for every match of a pattern.
 
     An output has the place under `save_to` that its input has under the folder, or under the part of the pattern before its first
@@ -70,6 +95,7 @@ def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = Fal
     Args:
         force: whether outputs may replace inputs.
         partner: whether <name>.kohya.safetensors is written beside each output.
+        adapters: whether an adapter_config.json is written beside the weights of what has one: PEFT reads plain files alone.
 
     Raises:
         SettingsError: nothing matches, two inputs have one output, or an output is an input.
@@ -80,7 +106,7 @@ def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = Fal
     sources = [path for path in found if _is_input(path) and not (inside and _inside(path, save_to))]
     if not sources:
         raise SettingsError([f"--model {model}: matches no {', '.join(_SUFFIXES)} file: check the folder or the pattern"], "batch")
-    jobs = [Job(source, _target(source, root, save_to)) for source in sources]
+    jobs = [Job(source, _target(source, root, save_to), adapters and _is_adapter(source)) for source in sources]
     problems = _clashes(jobs, partner) + ([] if force else _overwritten(jobs))
     if problems:
         raise SettingsError(problems, "batch")
@@ -100,7 +126,20 @@ def _target(source: str, root: str, save_to: str) -> str:
 
 
 def _is_input(path: str) -> bool:
-    return path.lower().endswith(_SUFFIXES) and not PurePosixPath(path.replace(os.sep, "/")).name.startswith(".")
+    """Whether a file is to be compressed: by its name; beside an adapter's weights no state of a trainer, nor a second copy."""
+    name = PurePosixPath(path.replace(os.sep, "/")).name
+    if name == WEIGHTS_NAMES[1]:
+        return _is_adapter(path)
+    if name.startswith(_TRAINER_STATES) and _adapter_weights(path[: -len(name) - 1]):
+        return False
+    return path.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def _is_adapter(path: str) -> bool:
+    """Whether a file is what PEFT loads from its folder."""
+    name = PurePosixPath(path.replace(os.sep, "/")).name
+    weights = _adapter_weights(path[: -len(name) - 1]) if name in WEIGHTS_NAMES else None
+    return weights is not None and weights.endswith(name)
 
 
 def _inside(path: str, folder: str) -> bool:

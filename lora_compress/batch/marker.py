@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import IO
 
+from ..layouts.peft_config import applies_to
 from .jobs import CompressOptions
-from .storage import exists, is_remote, open_binary
+from .storage import config_beside, exists, is_remote, open_binary
 
 __all__ = ["MARKER_KEY", "MARKER_NAME", "fingerprint", "is_done", "is_ours", "make_marker"]
 
@@ -39,6 +40,10 @@ def make_marker(source: str, options: CompressOptions) -> str:
     settings = {**options.settings.as_dict(), "quantization_device": None}
     others = [fingerprint(path) if path else "" for path in (options.base_model, options.calibration)]
     how = [settings, str(options.save_dtype), sorted(options.consumers), options.repair, others]
+    stated = [options.alpha, fingerprint(options.peft_config) if options.peft_config else None]
+    config = config_beside(source)
+    if any(stated) or (applies_to(Path(source)) and exists(config)):
+        how += [*stated, fingerprint(config) if exists(config) else None]
     text = fingerprint(source) + json.dumps(how, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import LoraCompressError
@@ -62,4 +63,5 @@ def _spread(ray: Any, jobs: list[Job], options: CompressOptions, compress: Compr
 
 def _absolute(job: Job) -> Job:
     """Workers run in a folder of their own."""
-    return Job(*(path if is_remote(path) else os.path.abspath(path) for path in (job.source, job.target)))
+    source, target = (path if is_remote(path) else os.path.abspath(path) for path in (job.source, job.target))
+    return replace(job, source=source, target=target)

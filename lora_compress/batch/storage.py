@@ -16,9 +16,11 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from ..errors import LoraCompressError
 from ..files import atomic_path
+from ..layouts.peft_config import CONFIG_NAME, applies_to
 
 __all__ = [
     "at_hand",
+    "config_beside",
     "copy_file",
     "exists",
     "glob_files",
@@ -64,6 +66,12 @@ def is_remote(path: str) -> bool:
 def join(folder: str, place: str) -> str:
     """`place`, with forward slashes, under `folder`."""
     return f"{folder.rstrip('/')}/{place}" if is_remote(folder) else os.path.join(folder, *place.split("/"))
+
+
+def config_beside(path: str) -> str:
+    """Where the configuration of PEFT lies that belongs to a file of weights."""
+    folder, slash, _ = path.replace(os.sep, "/").rpartition("/")
+    return f"{folder}{slash}{CONFIG_NAME}"
 
 
 def has_magic(path: str) -> bool:
@@ -117,6 +125,8 @@ def readable(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="lora_compress_") as folder:
         local = os.path.join(folder, PurePosixPath(path).name)
         _download(path, local)
+        if applies_to(Path(local)) and exists(beside := config_beside(path)):
+            _download(beside, config_beside(local))
         yield local
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..errors import LoraCompressError
 from ..report.file_report import FileReport
 from .jobs import CompressOptions, Job
 from .marker import MARKER_NAME, fingerprint, is_done, is_ours, make_marker
-from .storage import at_hand, copy_file, exists
+from .storage import at_hand, config_beside, copy_file, exists
 
 __all__ = ["Compress", "run_job"]
 
@@ -43,15 +44,19 @@ def run_job(job: Job, options: CompressOptions, compress: Compress | None = None
 def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, Any]:
     marker = make_marker(job.source, options)
     copy = str(Path(job.target).with_suffix(Path(job.source).suffix)) if "://" not in job.target else job.target
-    if is_done(job.source, job.target, marker) or _is_copy(job.source, copy, options):
+    whole = not job.adapter or exists(config_beside(job.target))
+    if whole and (is_done(job.source, job.target, marker) or _is_copy(job.source, copy, options)):
         return _outcome(job, "skipped")
     if exists(job.target) and not options.force and not is_ours(job.target):
         raise LoraCompressError(f"{job.target}: exists and was not made by this program: move it away, or overwrite with --force")
     with at_hand(job.source, job.target) as (source, target):
-        report = compress(source, target, options.settings, details={MARKER_NAME: marker}, **options.keywords)
+        place = f"{os.path.dirname(target)}{os.sep}" if job.adapter else target
+        report = compress(source, place, options.settings, details={MARKER_NAME: marker}, **options.keywords)
     outcome = {**report.as_json(), "input": job.source, "output": job.target if report.status == "written" else None}
     if report.status == "not_smaller" and options.copy_uncompressible:
         copy_file(job.source, copy)
+        if job.adapter:
+            copy_file(config_beside(job.source), config_beside(copy))
         outcome |= {"status": "copied", "output": copy, "bytes_out": outcome["bytes_in"]}
     return outcome
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
@@ -12,6 +14,7 @@ import torch
 
 from ..consumers import CONSUMERS
 from ..errors import LoraCompressError, SettingsError
+from ..layouts.peft_config import CONFIG_NAME
 from ..settings import SECTIONS, CompressionSettings, QatSettings, QuantizationSettings, TrainingSettings, setting_names
 
 __all__ = [
@@ -19,10 +22,12 @@ __all__ = [
     "Parser",
     "UsageError",
     "add_program_flag",
+    "add_scale_flags",
     "add_setting_flags",
     "flag_settings",
     "parse_settings",
     "quantize_pairs",
+    "scale_options",
     "section_values",
 ]
 
@@ -150,6 +155,30 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     pairs: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME=VALUE"}
     group.add_argument("--quantize", "--quantization", dest="quantize", help=_quantize_help(), **pairs)
     group.add_argument("--pruning", help="the flags above in the spelling of trainings: rank_ratio=0.5 min_rank=4 ...", **pairs)
+
+
+def add_scale_flags(group: argparse._ActionsContainer) -> None:
+    """What a file may need to be told whose strength it does not hold itself."""
+    group.add_argument(
+        "--alpha", type=float, metavar="X", help="alpha of modules whose file does not tell it, where it is not their rank"
+    )
+    group.add_argument(
+        "--peft_config", metavar="FILE", help="adapter_config.json of a PEFT file, where it does not lie beside it; or its folder"
+    )
+
+
+def scale_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What these flags say, as `open_lora` takes it.
+
+    Raises:
+        UsageError: alpha scales nothing, or there is no such configuration.
+    """
+    if args.alpha is not None and not (math.isfinite(args.alpha) and args.alpha):
+        raise UsageError(f"--alpha {args.alpha:g}: must be a number other than 0")
+    if args.peft_config is not None and not os.path.exists(args.peft_config):
+        raise UsageError(f"--peft_config {args.peft_config}: no such file: name the adapter_config.json of the weights")
+    config = args.peft_config
+    return {"alpha": args.alpha, "peft_config": os.path.join(config, CONFIG_NAME) if config and os.path.isdir(config) else config}
 
 
 def flag_settings(args: argparse.Namespace) -> dict[str, str]:

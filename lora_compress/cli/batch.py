@@ -63,7 +63,8 @@ def _plan(args: argparse.Namespace, options: CompressOptions) -> list[Job]:
         paths.check_folder(Path(args.save_to), f"--save_to {args.save_to}")
     if args.report:
         args.report = paths.check_output(args.report, flag="--report", suffix=".html")
-    return plan_jobs(args.model, args.save_to, options.force, options.writes_partner)
+    packed = options.settings.save_format in ("packed", "both")
+    return plan_jobs(args.model, args.save_to, options.force, options.writes_partner, adapters=not packed)
 
 
 def _table(files: list[dict[str, Any]]) -> Table:

@@ -10,7 +10,7 @@ from rich.table import Table
 from ..comparison import FileComparison, ModuleComparison, compare_files
 from ..update import relative_error
 from . import paths
-from .arguments import Parser
+from .arguments import Parser, add_scale_flags, scale_options
 from .console import megabytes, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
@@ -29,17 +29,19 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--other", metavar="B", help="the file that is compared with it; layout and ranks may differ, packed or plain"
     )
+    add_scale_flags(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     parser.add_argument("--verbose", action="store_true", help="all modules, not only those with the largest errors")
     args = parser.parse(argv)
     first, second = paths.check_input(args.model), paths.check_input(args.other, "--other")
+    scale = scale_options(args)
     with quiet_stdout() as warned:
-        comparison = compare_files(first, second)
+        comparison = compare_files(first, second, **scale)
     if args.json:
-        print_json(comparison.as_json())
+        print_json({**comparison.as_json(), "notes": [*comparison.notes, *warned]})
     else:
         show(_parts(comparison), _modules(comparison, args.verbose), *_closing(comparison))
-        print_notes(warned)
+        print_notes([*comparison.notes, *warned])
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..batch import CompressOptions, is_batch
 from ..batch.storage import at_hand, is_remote
@@ -16,9 +17,11 @@ from .arguments import (
     Parser,
     UsageError,
     add_program_flag,
+    add_scale_flags,
     add_setting_flags,
     flag_settings,
     parse_settings,
+    scale_options,
     section_values,
 )
 from .batch import run_batch
@@ -104,12 +107,17 @@ def read_options(args: argparse.Namespace) -> CompressOptions:
         force=args.force,
         repair=args.force_resize,
         copy_uncompressible=args.copy_uncompressible,
+        **scale_options(args),
     )
 
 
 def _checked_paths(args: argparse.Namespace, settings: CompressionSettings) -> tuple[str, str]:
     source = paths.check_input(args.model, remote=True)
-    target = paths.check_output(args.save_to, [source], force=args.force, remote=True)
+    if paths.is_adapter_output(args.save_to, source, args.peft_config, packed=settings.save_format in ("packed", "both")):
+        paths.check_folder(Path(args.save_to), f"--save_to {args.save_to}")
+        target = args.save_to
+    else:
+        target = paths.check_output(args.save_to, [source], force=args.force, remote=True)
     if settings.save_format == "both" and not is_remote(target):
         from ..pipeline import kohya_partner
 
@@ -128,10 +136,11 @@ def _ignored(args: argparse.Namespace) -> list[str]:
 def _parser() -> Parser:
     parser = Parser(prog="resize_lora_ext.py", description="Compress finished LoRA files.", epilog=_EXAMPLES)
     group = parser.add_argument_group("input and output")
-    group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file or URL to read, or a folder or a pattern for many")
-    group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file or URL to write (.safetensors), or a folder for many")
+    group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file, PEFT folder or URL; a folder or pattern for many")
+    group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file or URL (.safetensors); a folder for many or for PEFT")
     group.add_argument("--save_precision", choices=PRECISIONS, help="precision of plain files; default that of the input")
     add_program_flag(group, "keep to the rules of these programs")
+    add_scale_flags(group)
     group.add_argument("--truncate", metavar="SIZE", help="cut a progressive packed file to this size, such as 8MB")
     group.add_argument("--force", action="store_true", help="allow OUT to be IN, and a batch to overwrite files of others")
     group.add_argument(

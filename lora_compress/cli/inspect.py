@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..inspection import FileInspection, ModuleInspection, inspect_file, mean_effective_rank
 from . import paths
-from .arguments import Parser
+from .arguments import Parser, add_scale_flags, scale_options
 from .console import megabytes, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
@@ -25,15 +25,16 @@ def run(argv: Sequence[str]) -> int:
         description="Family, layout, modules, ranks, spectra and bytes of a LoRA file. Effective rank is exp of the entropy of the "
         "shares of sigma^2: how many components carry the energy.",
     )
-    parser.add_argument("--model", metavar="FILE", help="LoRA file of any layout, packed or plain")
+    parser.add_argument("--model", metavar="FILE", help="LoRA file of any layout, packed or plain, or a folder that PEFT wrote")
+    add_scale_flags(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on stdout and nothing else there, spectra and metadata too"
     )
     parser.add_argument("--verbose", action="store_true", help="a line for every module")
     args = parser.parse(argv)
-    path = paths.check_input(args.model)
+    path, scale = paths.check_input(args.model), scale_options(args)
     with quiet_stdout() as warned:
-        found = inspect_file(path)
+        found = inspect_file(path, **scale)
     if args.json:
         print_json({**found.as_json(), "notes": [*found.notes, *warned]})
     else:

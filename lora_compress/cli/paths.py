@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..batch.storage import exists, is_remote
+from ..layouts.peft_folder import template_of, weights_of
 from .arguments import UsageError
 
-__all__ = ["check_input", "check_output", "is_same_file", "names_a_file"]
+__all__ = ["check_input", "check_output", "is_adapter_output", "is_same_file", "names_a_file"]
 
 # Endings by which people and programs tell what a file is. Any other ending is part of a name: v1.5, style.fp16, my.lora.
 _FILE_SUFFIXES = (
@@ -73,6 +74,23 @@ def check_output(
         if not force and is_same_file(given, path):
             raise UsageError(f"{flag} {path}: is the input: choose another name, or allow overwriting it with --force")
     return path
+
+
+def is_adapter_output(path: str | None, source: str, peft_config: str | None, *, packed: bool = False) -> bool:
+    """Whether an output path means a folder for PEFT: the input has an adapter_config.json, and the path names no file.
+
+    Args:
+        path: as given with --save_to.
+        source: the input: a file, or a folder that PEFT wrote.
+        peft_config: the configuration that was stated with --peft_config.
+        packed: whether a packed file is written, for which a name without an ending is that of a file.
+    """
+    if not path or is_remote(path) or is_remote(source) or path.endswith(".safetensors"):
+        return False
+    folder = os.path.isdir(path) or path.endswith(("/", os.sep))
+    if not folder and (packed or names_a_file(path)):
+        return False
+    return template_of(weights_of(source), peft_config) is not None
 
 
 def names_a_file(path: str) -> bool:

@@ -207,17 +207,18 @@ def applies_to(path: Path) -> bool:
     return path.stem.startswith("adapter_model")
 
 
-def rewritten_config(text: str, ranks: Mapping[str, int], source: str, *, has_dora: bool) -> str:
+def rewritten_config(text: str, ranks: Mapping[str, int], source: str, *, has_dora: bool, has_all: bool = True) -> str:
     """An adapter_config.json made true for a file whose scales are in its factors.
 
     r, lora_alpha, rank_pattern, alpha_pattern and use_rslora are set; use_dora becomes false where no magnitudes are left.
-    Everything else stays, but for an `init_lora_weights` of "orthogonal", which PEFT refuses to make at an odd rank.
+    Everything else stays, but for `init_lora_weights` where it keeps PEFT from loading the file, or modules without weights random.
 
     Args:
         text: of the configuration.
         ranks: by module name, of all modules in the file.
         source: names the configuration in errors.
         has_dora: whether the file holds magnitudes of DoRA.
+        has_all: whether it holds every module that the configuration targets; of others PEFT is to make zeros.
 
     Raises:
         FormatError: it is no JSON object.
@@ -228,7 +229,9 @@ def rewritten_config(text: str, ranks: Mapping[str, int], source: str, *, has_do
     values |= _true_fields({name.removeprefix(_WRAPPER): rank for name, rank in ranks.items()})
     if values.get("use_dora") and not has_dora:
         values["use_dora"] = False
-    if values.get("init_lora_weights") == "orthogonal" and any(rank % 2 for rank in ranks.values()):
+    begun = values.get("init_lora_weights", True)
+    odd = begun == "orthogonal" and any(rank % 2 for rank in ranks.values())
+    if odd or not (has_all or begun in (True, "gaussian", "eva")):
         values["init_lora_weights"] = True
     return json.dumps(values, indent=2)
 

@@ -14,9 +14,10 @@ from ..files import atomic_path
 from ..header import read_header
 from .peft_config import CONFIG_NAME, PeftConfig, applies_to, rewritten_config
 
-__all__ = ["CONFIG_DETAIL", "CONFIG_NAME", "WEIGHTS_NAMES", "AdapterOutput", "names_folder", "template_of", "weights_of"]
+__all__ = ["CONFIG_DETAIL", "CONFIG_NAME", "MAGNITUDE", "WEIGHTS_NAMES", "AdapterOutput", "template_of", "weights_of"]
 
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")  # what PEFT loads, the first that is there
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA, in PEFT's keys
 CONFIG_DETAIL = "adapter_config"  # under this detail of the metadata a single file remembers the configuration it came with
 _METADATA_KEY = f"ss_compress_{CONFIG_DETAIL}"
 _OF_ONE_FILE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -36,11 +37,6 @@ def weights_of(path: str | os.PathLike[str]) -> Path:
         names = " or ".join(WEIGHTS_NAMES)
         raise FormatError(f"{path}: no such file: it is a folder without {names}: name a file, or a folder that PEFT wrote")
     return found
-
-
-def names_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether an output path means a folder: it is one, or does not end as a safetensors file does."""
-    return os.path.isdir(path) or not os.fspath(path).endswith(".safetensors")
 
 
 @dataclass(frozen=True)
@@ -115,8 +111,10 @@ class AdapterOutput:
         """
         template = template_of(source, given)
         path = Path(target)
-        if not names_folder(target):
+        if os.fspath(target).endswith(".safetensors"):
             return cls._single(source, path, template, packed, force)
+        if template is None and not (path.is_dir() or os.fspath(target).endswith(("/", os.sep))):
+            return cls(path)  # the name of no LoRA file, which is refused as such
         problem = ""
         if packed:
             problem = (
@@ -124,9 +122,14 @@ class AdapterOutput:
                 "`resize_lora_ext.py expand` makes a folder of it again"
             )
         elif template is None:
-            problem = f"is a folder, and {source} has no {CONFIG_NAME}: end the name with .safetensors, or state --peft_config FILE"
+            problem = (
+                f"is a folder for PEFT, and {source} has no {CONFIG_NAME}: end the name of a file with .safetensors, or state "
+                "--peft_config FILE"
+            )
         elif path.is_file():
             problem = "is a file, and a folder is written: choose another name"
+        elif not force and _is_same(path / CONFIG_NAME, source.with_name(CONFIG_NAME)):
+            problem = "is the input itself: choose another folder, or --force to replace it"
         if problem or template is None:
             raise SettingsError([f"{target}: {problem}"], "output")
         return cls(path / WEIGHTS_NAMES[0], _refuse_changed_base(template))
@@ -137,7 +140,7 @@ class AdapterOutput:
         single = cls(path, remembered=template)
         if not applies_to(path):
             return single
-        own = force and not packed and beside.exists() and mine.exists() and os.path.samefile(beside, mine)
+        own = force and not packed and _is_same(beside, mine)
         if beside.exists() and not own and not _is_pair_of_ours(path):
             problem = (
                 f"beside it lies {CONFIG_NAME}, which PEFT would apply to it and which is of other weights: write a folder, "
@@ -162,17 +165,18 @@ class AdapterOutput:
         return {CONFIG_DETAIL: json.dumps(kept, separators=(",", ":"))} if kept else {}
 
     @contextmanager
-    def written_beside(self, ranks: Mapping[str, int], has_dora: bool) -> Iterator[None]:
+    def written_beside(self, ranks: Mapping[str, int], has_dora: bool, has_all: bool = True) -> Iterator[None]:
         """Write the configuration of weights whose scales are in their factors when the block ends without an error.
 
         Args:
             ranks: of all modules in the file.
             has_dora: whether it holds magnitudes of DoRA.
+            has_all: whether it is sure to hold every module that the configuration targets.
         """
         yield
         if self.template is None:
             return
-        text = rewritten_config(self.template.text, ranks, self.template.source, has_dora=has_dora)
+        text = rewritten_config(self.template.text, ranks, self.template.source, has_dora=has_dora, has_all=has_all)
         with atomic_path(self.weights.with_name(CONFIG_NAME)) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -183,6 +187,10 @@ class AdapterOutput:
         if self.remembered is not None:
             return [f"alpha is part of the factors: do not put the {CONFIG_NAME} of the input beside this file"]
         return []
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and os.path.samefile(one, other)
 
 
 def _refuse_changed_base(template: _Template) -> _Template:

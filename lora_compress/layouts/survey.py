@@ -237,7 +237,7 @@ class Survey:
     @cached_property
     def config(self) -> PeftConfig:
         """The configuration of PEFT that goes with the file."""
-        return PeftConfig.of(self.file, self.stated.peft_config)
+        return PeftConfig.of(self.file, None if self._is_ours() else self.stated.peft_config)
 
     def configured_scale(self, name: str, rank: int) -> float | None:
         """What the configuration of the adapter multiplies the factors of a module by; None where it says nothing."""
@@ -253,17 +253,18 @@ class Survey:
 
     def stated_scale(self, name: str, rank: int) -> float | None:
         """What the user says that the factors of a module are multiplied by, where the file does not say it."""
+        if self._is_ours():
+            return None
         if self.stated.alpha is not None:
             self.tell(f"alpha is {self.stated.alpha:g}, as stated with --alpha, and is now part of the factors", name)
             return self.stated.alpha / rank
-        if self._scale_is_unknown(name):
+        if name.startswith("base_model.model.") or applies_to(self.file.path):  # PEFT wrote it, and keeps alpha elsewhere
             self.tell(_UNKNOWN_SCALE, name)
         return None
 
-    def _scale_is_unknown(self, name: str) -> bool:
-        """Whether PEFT wrote a module, which keeps alpha in a file of its own, and that file is not here."""
-        ours = any(key.startswith("ss_compress_") for key in self.file.metadata)
-        return not ours and (name.startswith("base_model.model.") or applies_to(self.file.path))
+    def _is_ours(self) -> bool:
+        """Whether this program wrote the file, with the scales in its factors."""
+        return any(key.startswith("ss_compress_") for key in self.file.metadata)
 
     def check_left_over(self) -> None:
         """Refuse what no layout took and what cannot be carried through as it is."""
