@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -22,7 +23,7 @@ from lora_compress import (
     setting_names,
 )
 from lora_compress.settings import read_config, split_pairs
-from networks.compress_bases import empty_arguments
+from networks.compress_bases import empty_arguments, unread_arguments
 
 __all__ = [
     "add_arguments",
@@ -33,6 +34,8 @@ __all__ = [
     "merge_network_args",
     "read_toml",
 ]
+
+logger = logging.getLogger(__name__)
 
 NETWORK_MODULE = "networks.lora_compress"
 _SECTIONS = {
@@ -127,6 +130,8 @@ def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], spli
             [f"{', '.join(ours)} given, but network_module is {args.network_module}: set network_module = {NETWORK_MODULE}"],
             str(args.config_file or "command line"),
         )
+    elif unread := unread_arguments(merged, args.network_module):
+        logger.warning("network_args: %s does not read %s", args.network_module, "; ".join(unread))
     return [f"{name}={value}" for name, value in merged.items()]
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "import_base",
     "networks_with_argument",
     "split_arguments",
+    "unread_arguments",
 ]
 
 LYCORIS = "lycoris.kohya"
@@ -92,9 +93,7 @@ def split_arguments(values: Mapping[str, Any], base: ModuleType) -> tuple[Compre
     names = host_arguments(base)
     empty = empty_arguments(values)
     foreign = {
-        name: networks
-        for name in values
-        if name not in names and name not in setting_names() and (networks := networks_with_argument(name))
+        name: networks for name in values if name not in {*names, *setting_names()} and (networks := networks_with_argument(name))
     }
     problems = [*empty.values()] + [
         f"{name}: unknown setting of {base.__name__}, {' and '.join(networks)} {_has(networks)}: leave {name}={values[name]} out"
@@ -108,6 +107,24 @@ def split_arguments(values: Mapping[str, Any], base: ModuleType) -> tuple[Compre
     if problems:
         raise SettingsError(problems)
     return parted
+
+
+def unread_arguments(values: Mapping[str, Any], module: str | None) -> list[str]:
+    """Which network_args a network that is not ours does not read, where it is one of sd-scripts or LyCORIS and another one does.
+
+    Args:
+        values: the network_args.
+        module: the value of network_module.
+    """
+    arguments = _arguments_by_network().get(str(module))
+    if arguments is None:
+        return []
+    read = {*arguments, *_WITHOUT_EFFECT.get(str(module), ()), "dropout"}
+    readers = {name: networks_with_argument(name) for name in values if name not in read}
+    ours = [name for name in readers if name in setting_names()]
+    return [
+        f"{name}, which {' and '.join(found)} {_has(found)}" for name, found in readers.items() if found and name not in ours
+    ] + [f"{name}, which networks.lora_compress has" for name in ours]
 
 
 def empty_arguments(values: Mapping[str, Any]) -> dict[str, str]:

@@ -246,6 +246,34 @@ def test_a_training_without_a_network_is_one_line_and_exit_status_2(
     assert "error: network_module: not set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("module", "given", "parts"),
+    [
+        (
+            "networks.lora",
+            ["conv_dim=4", "unit=4", "bits=4"],
+            ["unit, which networks.dylora has", "bits, which networks.lora_compress"],
+        ),
+        ("networks.dylora", ["unit=4", "conv_dim=4"], []),
+        ("lycoris.kohya", ["algo=locon", "rank_dropout_scale=False"], []),
+        ("somebody.else", ["unit=4", "bits=4"], []),
+    ],
+)
+def test_arguments_that_another_network_reads_are_told(
+    ext: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    module: str,
+    given: list[str],
+    parts: list[str],
+) -> None:
+    argv = [f"--network_module={module}", "--network_args", *given]
+    assert parse(ext, monkeypatch, *argv).network_args == given  # as sd-scripts, which hands them on
+    assert ("does not read" in caplog.text) == bool(parts)
+    for part in parts:
+        assert part in caplog.text
+
+
 def test_network_args_in_one_text_are_several(ext: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["--network_module=networks.lora_compress", "--network_args", "conv_dim=4 conv_alpha=1", "bits=4"]
     assert parse(ext, monkeypatch, *argv).network_args == ["conv_dim=4", "conv_alpha=1", "bits=4"]
