@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,6 +147,25 @@ def _script(host: Host) -> ModuleType:
         raise LoraCompressError(f"model_type={host.name}: this sd-scripts has no {host.script}.py: use a newer version") from error
 
 
+def _require_network(name: str | None) -> None:
+    """Refuse a network module that is missing before a model is loaded.
+
+    Raises:
+        LoraCompressError: none is named, or it cannot be found.
+    """
+    if not name:
+        raise LoraCompressError("network_module: not set: networks.lora_compress saves compressed, networks.lora as ever")
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise LoraCompressError(
+            f"network_module={name}: neither sd-scripts nor this environment has it: install what it belongs to, "
+            "or use networks.lora_compress"
+        )
+
+
 def main() -> int:
     """Exit status 0, or 2 after one line that says what is wrong."""
     argv = sys.argv[1:]
@@ -155,8 +175,7 @@ def main() -> int:
         if host.timesteps and getattr(args, "show_timesteps", None):
             importlib.import_module(host.timesteps).show_timesteps(args)
             return 0
-        if not args.network_module:
-            raise LoraCompressError("network_module: not set: networks.lora_compress saves compressed, networks.lora as ever")
+        _require_network(args.network_module)
         host.adapt(args)
         trainer = getattr(_script(host), host.trainer)
         type(f"Compress{host.trainer}", (CompressTrainerMixin, ValidationMixin, BaseModelMixin, trainer), {})().train(args)

@@ -237,13 +237,27 @@ def test_a_config_that_is_missing_or_no_toml_is_one_line_and_exit_status_2(
         assert error.startswith("error: ") and part in error and str(path) in error and "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ([], "network_module: not set"),
+        (["--network_module=networks.tlora_anima"], "network_module=networks.tlora_anima: neither"),
+        (["--network_module=nobody.has.it"], "network_module=nobody.has.it: neither"),
+    ],
+)
 def test_a_training_without_a_network_is_one_line_and_exit_status_2(
-    ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ext: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    part: str,
 ) -> None:
     model = checkpoint(tmp_path / "model.safetensors", CHECKPOINTS["sd"])
-    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", "--pretrained_model_name_or_path", model])
+    monkeypatch.setattr(sys, "argv", ["train_network_ext.py", "--pretrained_model_name_or_path", model, *given])
     assert ext.main() == 2
-    assert "error: network_module: not set" in capsys.readouterr().err
+    error = capsys.readouterr().err.strip()
+    assert f"error: {part}" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
