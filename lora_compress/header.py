@@ -56,12 +56,12 @@ def _is_text(text: str) -> bool:
 
 
 def header_has(path: Path, key: str) -> bool:
-    """Whether the header of a safetensors file has a key; of most files without it, told without parsing the header.
+    """Whether the header of a safetensors file has a key of ASCII characters, mostly told without parsing it.
 
     Raises: as `read_header`.
     """
     text, _ = _read_text(path)
-    return (json.dumps(key).encode() in text or b"\\u" in text) and key in read_header(path)[0]
+    return (json.dumps(key).encode() in text or b"\\u00" in text) and key in read_header(path)[0]  # ASCII may be escaped
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:

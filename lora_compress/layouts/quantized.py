@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ __all__ = ["QUANTIZED", "UnknownScale", "dequantized"]
 
 QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
+# What else is quantized, such as weights of the base model, is carried through.
+_FACTOR = re.compile(
+    r"lora|lokr_|hada_|\.diff$|\.[ab][12]\.weight$|[._](down|up)(\.weight)?$"
+)  # what else is quantized is carried through
 # Keys beside a factor KEY = STEM.weight. The first are multiplied: ComfyUI's names (comfy/ops.py; `weight_scale` and, in its older
 # files, `scale_weight`), and KEY.scale of converters of LoRA. The second belong to what goes into a layer, and not to its weight.
 _MULTIPLIED = ("{key}_scale", "{key}.scale", "{key}.weight_scale", "{key}.scale_weight", "{stem}.scale_weight", "{stem}.scale")
@@ -51,7 +56,7 @@ def dequantized(file: TensorFile) -> tuple[TensorFile, list[str], dict[str, Unkn
     ordered = sorted(file)
     for key, info in file.items():
         exact = info.dtype.is_floating_point and info.dtype not in QUANTIZED
-        beside = () if exact or len(info.shape) < 2 else tuple(dict.fromkeys(_beside(key, ordered)))
+        beside = () if exact or len(info.shape) < 2 or not _FACTOR.search(key) else tuple(dict.fromkeys(_beside(key, ordered)))
         if beside:
             found = _scale(file, key, beside)
             if isinstance(found, _Scale):

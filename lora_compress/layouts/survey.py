@@ -33,7 +33,7 @@ _FACTOR_DTYPES = (
 )
 _HARMLESS = re.compile(  # of DoRA, of norms, of a bias, and the layer's own weights
     r"(alpha|dora_scale|lora_magnitude_vector(\.[^.]+)*|reshape_weight|w_norm|b_norm|diff|diff_b|set_weight"
-    r"|lora_(B|up)(\.[^.]+)?\.bias|(base_layer\.)?(weight|bias))"
+    r"|lora_(B|up)(\.[^.]+)?\.bias|(base_layer\.)?(weight|bias)|.+\.(diff|diff_b|w_norm|b_norm|set_weight))"
 )
 _UNKNOWN_SCALE = (
     "the strength of the file is not known: PEFT keeps alpha in adapter_config.json, which is not beside the file. It was read as "

@@ -126,3 +126,10 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
     path = save({"x.lora_down.weight": CODES, "x.lora_up.weight": UP, "x.lora_down.scale": torch.tensor(float("nan"))}, tmp_path)
     with pytest.raises(FormatError, match=r"x\.lora_down\.scale holds NaN"):
         open_lora(path)["x"]
+
+
+def test_what_is_no_factor_is_carried_through_as_it_is(tmp_path: Path) -> None:
+    base = {"x.base_layer.weight": CODES, "x.base_layer.weight_scale": torch.ones(())}
+    tensors = {"y.lora_down.weight": DOWN, "y.lora_up.weight": UP, **base}
+    with open_lora(save(tensors, tmp_path)) as source:
+        assert source.others.keys() == base.keys() and torch.equal(source.others["x.base_layer.weight"], CODES)
