@@ -21,6 +21,7 @@ from .update import LowRankUpdate, relative_error
 __all__ = ["Assembly"]
 
 _ZEROS_RANK = 2  # of a module that was dropped, where it must be there: no program misreads the scale of rank 2
+_OF_THE_RUN = {"quantization_device": None, "allow_larger": None}  # say nothing of the file
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Assembly:
         packed = self.job.packed
         ranks = self.ranks(stored)
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
-        details = {**self.job.settings.as_dict(), **self.details(stored), "quantization_device": None, **self.more}
+        details = {**self.job.settings.as_dict(), **self.details(stored), **_OF_THE_RUN, **self.more}
         finished = finish_metadata(self.metadata(ranks), ranks.values(), alphas, details)
         return finished | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
 

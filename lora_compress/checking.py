@@ -75,7 +75,7 @@ def _of_packed(consumer: Consumer, file: PlannedFile) -> Verdict:
 def _of_plain(consumer: Consumer, file: PlannedFile) -> Verdict:
     rules = ConsumerRules((consumer,))
     needed, reasons = rules.adaptation(file), rules.problems(file)
-    remedy = f"write it again with `resize_lora_ext.py --for {consumer.name}`"
+    remedy = f"write it again with `resize_lora_ext.py --for {consumer.name} --allow_larger`"
     if any(module.rank < needed.ranks[name] for name, module in file.modules.items()):
         what = "ranks that differ" if rules.one_rank(file.layout, file.family) else f"ranks under {rules.least_rank}"
         reasons.append(f"{consumer.title} scales {what} wrongly: {remedy}")

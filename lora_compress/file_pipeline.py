@@ -17,19 +17,22 @@ from .chunks import Spool, payload_tensor
 from .consumers import ConsumerRules, PlannedFile, PlannedModule
 from .container import INDEX_KEY, PAYLOAD_KEY, PackedFile
 from .curve import size_curve
+from .energy import energy_notes, require_energy
 from .errors import SettingsError
+from .estimate import plan_in, surely_larger
 from .files import TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
 from .layouts.numbered import is_numbered
 from .layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
+from .outcome import file_notes, module_report, partner_notes, zero_notes
 from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
 from .pipeline import kohya_partner
-from .plain import FP8, PlainKeys
-from .planning import plan
+from .plain import PlainKeys
+from .precision import file_precision, file_precisions
 from .pruning import consumer_minimum
-from .report.file_report import FileReport, ModuleReport
+from .report.file_report import FileReport
 from .settings import CompressionSettings
 from .spectrum import Spectrum, known_svd, thin_svd
 from .update import LowRankUpdate
@@ -39,7 +42,6 @@ __all__ = ["compress_file"]
 
 Source = LoraSource | PackedFile
 Progress = Callable[[int, int], None]
-_STORABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def compress_file(
@@ -53,6 +55,7 @@ def compress_file(
     calibration: str | os.PathLike[str] | None = None,
     force: bool = False,
     repair: bool = False,
+    untrained: bool = False,
     progress: Progress | None = None,
     details: Mapping[str, str] | None = None,
     alpha: float | None = None,
@@ -64,12 +67,14 @@ def compress_file(
         source: a LoRA file of any layout, or a folder that PEFT wrote.
         target: a file whose name ends with .safetensors, or a folder for PEFT where the input has an adapter_config.json.
         settings: what to remove and how to store the rest.
-        save_dtype: of plain factors; None keeps the input's. If given, the file is written however large it gets.
+        save_dtype: of plain factors; None leaves it to `precision.budget_precisions` where the settings have a budget, and keeps
+            the input's otherwise.
         consumers: programs that must be able to load the result; see `consumers.CONSUMERS`.
         base_model: checkpoint relative to whose layers components are judged.
         calibration: file of activation statistics of this LoRA.
         force: `target` may be `source`.
         repair: mend a broken input where that is possible.
+        untrained: accept an input whose every update is zero, as a training saves before its first step.
         progress: called with (modules done, modules in all); it counts anew in every pass, of which a search for a size or an error
             takes several.
         details: more to tell in the metadata, as ss_compress_* keys.
@@ -77,10 +82,11 @@ def compress_file(
         peft_config: adapter_config.json of the input, where it does not lie beside it.
 
     Returns:
-        The report. Its status is not_smaller, and nothing has been written, if the result would be no smaller than the input.
+        The report. Its status is not_smaller, and nothing has been written, if the result would be no smaller than the input and
+        `settings.budget.allow_larger` is not set. Where that is sure from the spectra, nothing has been encoded either.
 
     Raises:
-        FormatError: the input cannot be read.
+        FormatError: the input cannot be read, or every update in it is zero.
         SettingsError: settings that contradict each other, the input or a consumer; a budget that cannot be met.
         SaveError: the target cannot be written.
     """
@@ -99,14 +105,24 @@ def compress_file(
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
         job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
+        energies = {name: analysis.norm for name, analysis in job.analyses.items()}
+        if not untrained:
+            require_energy(energies, str(source))
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
-        protected = (
-            consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()}) if lora.family == "sd1" else ()
-        )
+        protected = consumer_minimum(energies) if lora.family == "sd1" else ()
         parts = {name: lora.part(name) for name in lora}
         numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
         kept = frozenset((*protected, *numbered))
-        chosen = plan(job, Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family)))
+        frame = Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
+        before, larger = os.path.getsize(source), settings.budget.allow_larger
+        precisions = (job.dtype,) if save_dtype is not None else file_precisions(lora, job, of_plain)
+        job.dtype = precisions[0]
+        if not larger and (expected := surely_larger(job, frame, before)) is not None:
+            modules = tuple(module_report(assembly, lora, name, None, made=False) for name in job.analyses)
+            sizes, notes = (before, expected), (*lora.notes, *energy_notes(energies))
+            about = (str(asked[0]), None, "not_smaller", lora.layout, lora.family, sizes, time.monotonic() - begun)
+            return FileReport(*about, modules, notes, settings.as_dict())
+        chosen = plan_in(job, frame, precisions)
         if job.packed:
             stored = chosen.stored if chosen.stored is not None else dict(job.run(chosen.choices))
         else:
@@ -120,15 +136,18 @@ def compress_file(
         if problems := rules.problems(planned):
             raise SettingsError(problems, str(source))
         specs, metadata = assembly.specs(stored), assembly.finished_metadata(stored)
-        before, after = os.path.getsize(source), safetensors_size(specs, metadata)
-        by_name = save_dtype is not None or settings.save_format == "fp8"  # a precision that was asked for is written
-        written = after < before or by_name
+        after = safetensors_size(specs, metadata)
+        written = after < before or larger
         begin = partial(TensorWriter, specs=specs, metadata=metadata)
         if written and job.packed:
             _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
         elif written:
             stored = _write_plain(assembly, lora, stored, chosen, output, begin)
-        modules = tuple(_module_report(assembly, lora, name, stored.get(name)) for name in job.analyses)
+        told = (*rules.notes(planned), *file_notes(lora, job, save_dtype), *zero_notes(assembly, stored))
+        if settings.save_format == "both":
+            told = tuple(partner_notes(kohya_partner(target), before)) if written else ()
+        made = written or job.packed
+        modules = tuple(module_report(assembly, lora, name, stored.get(name), made) for name in job.analyses)
         curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
     return FileReport(
         str(asked[0]),
@@ -139,38 +158,10 @@ def compress_file(
         (before, os.path.getsize(target) if written else after),
         time.monotonic() - begun,
         modules,
-        (*lora.notes, *(_notes(rules, planned, job, output, assembly, stored) if written else ())),
+        (*lora.notes, *energy_notes(energies), *((*told, *output.notes()) if written else ())),
         settings.as_dict(),
         curve,
     )
-
-
-def _channel_notes(job: Job) -> list[str]:
-    """What a plain file makes of channels that were dropped."""
-    if job.packed:
-        return []
-    shapes = [analysis.shape for analysis in job.analyses.values()]
-    counts = [(shape.outputs, shape.kept[0]) for shape in shapes] + [(shape.inputs, shape.kept[1]) for shape in shapes]
-    dropped = sum(count - len(kept) for count, kept in counts if kept is not None)
-    if not dropped:
-        return []
-    return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
-
-
-def _notes(
-    rules: ConsumerRules,
-    planned: PlannedFile,
-    job: Job,
-    output: AdapterOutput,
-    assembly: Assembly,
-    stored: Mapping[str, Stored],
-) -> list[str]:
-    """What the user must be told of the file that was written."""
-    dropped = len(assembly.kept(stored)) - len(stored)
-    zeros = [f"zeros stand for the modules that were dropped ({dropped}), since PEFT makes a layer for each"] if dropped else []
-    if job.settings.save_format == "both":
-        return output.notes()
-    return [*rules.notes(planned), *_channel_notes(job), *output.notes(), *zeros]
 
 
 def _check_for_peft(lora: Source, target: str | os.PathLike[str]) -> None:
@@ -195,14 +186,10 @@ def _prepare(
     keeps_all: bool,
 ) -> tuple[Job, Assembly]:
     """First pass over the file."""
-    dtype = save_dtype or (lora.dtype if lora.dtype in _STORABLE else torch.float16)
-    if settings.save_format == "fp8":
-        dtype = FP8
-        if any(lora.plain_keys(name).alpha is None for name in lora):
-            raise SettingsError([f"save_format=fp8 needs an alpha beside its factors, {lora.layout} files have none: use packed"])
+    dtype = file_precision(lora, settings, save_dtype, rules)
 
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
-        return pad_to_two(rules.adaptation(_planned(lora, settings, dtype, ranks)).ranks)
+        return pad_to_two(rules.adaptation(_planned(lora, settings, job.dtype, ranks)).ranks)
 
     job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
     extras = {name: tensor_specs(lora.extras(name)) for name in lora}
@@ -295,21 +282,3 @@ def _pass_on(writer: TensorWriter, lora: Source, kept: Iterable[str]) -> None:
     write_tensors(writer, lora.others)
     for name in kept:
         write_tensors(writer, lora.extras(name))
-
-
-def _module_report(assembly: Assembly, lora: Source, name: str, stored: Stored | None) -> ModuleReport:
-    analysis = assembly.job.analyses[name]
-    shape = analysis.shape
-    lost, rank, after = (
-        (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))
-    )
-    return ModuleReport(
-        name,
-        lora.part(name),
-        (shape.outputs, shape.inputs, *shape.kernel),
-        (shape.rank, rank),
-        (lora.factor_bytes(name), after),
-        lost,
-        analysis.norm,
-        tuple(analysis.spectrum.sigma.tolist()),
-    )

@@ -17,9 +17,11 @@ from .allocation import truncation_points
 from .comparison import compare_files
 from .container import PackedFile
 from .curve import entropy_points, packed_overhead
+from .energy import energy_notes
 from .errors import FormatError
 from .layouts import LoraSource, open_lora
 from .parallel import each_module
+from .precision import Factors, budget_precisions
 from .report.file_report import FileReport, ModuleReport
 from .spectrum import thin_svd
 
@@ -71,8 +73,9 @@ class FileInspection:
     Args:
         dtype: of its factors as they are read.
         codec: of a packed file, that of most modules; "" of a plain one.
-        curve: (bytes, relative error) of smaller plain files cut from it, at that dtype.
+        curve: (bytes, relative error) of smaller plain files cut from it, in `curve_dtype`.
         packed_curve: of smaller entropy-coded files.
+        curve_dtype: precision that a plain file of a given size or error is stored in.
     """
 
     path: str
@@ -86,6 +89,7 @@ class FileInspection:
     metadata: Mapping[str, str]
     curve: tuple[tuple[int, float], ...]
     packed_curve: tuple[tuple[int, float], ...]
+    curve_dtype: str = "float16"
 
     @property
     def stored_as(self) -> str:
@@ -161,7 +165,9 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
     codecs = Counter(entry.codec for entry in source.entries.values()) if isinstance(source, PackedFile) else Counter()
     spectra = [((math.prod(module.shape[1:]), module.shape[0]), module.sigma) for module in modules]
     beside = overhead if isinstance(source, PackedFile) else _beside_payload(source)
-    curves = truncation_curve(modules, dtype.itemsize, overhead), entropy_points(spectra, beside)
+    precision = _precision(source, modules)
+    curves = truncation_curve(modules, precision.itemsize, overhead), entropy_points(spectra, beside)
+    plain, packed = (tuple(point for point in curve if point[0] < size) for curve in curves)
     return FileInspection(
         path,
         source.layout,
@@ -170,10 +176,21 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
         codecs.most_common(1)[0][0] if codecs else "",
         size,
         modules,
-        tuple(source.notes),
+        (*source.notes, *energy_notes({module.name: module.norm**2 for module in modules})),
         source.metadata,
-        *(tuple(point for point in curve if point[0] < size) for curve in curves),
+        plain,
+        packed,
+        str(precision).removeprefix("torch."),
     )
+
+
+def _precision(source: LoraSource | PackedFile, modules: Sequence[ModuleInspection]) -> torch.dtype:
+    """The precision of a plain file that is made from this one for a size or an error."""
+    factors = (
+        Factors(torch.tensor(module.sigma, dtype=torch.float64), (math.prod(module.shape[1:]), module.shape[0]))
+        for module in modules
+    )
+    return budget_precisions(source.dtype, factors, all(source.plain_keys(name).alpha is not None for name in source))[0]
 
 
 def _beside_payload(source: LoraSource) -> int:

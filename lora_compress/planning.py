@@ -25,13 +25,13 @@ from .errors import SettingsError
 from .frame import Frame, Plan, error_targets, payload_size
 from .index import Entry
 from .job import Job, Stored
-from .plain import FP8
+from .precision import PLAIN_NOISE
 from .pruning import select_ranks
 from .quantization import FixedFormat, component_size
 from .stepping import fit_steps
 from .update import relative_error
 
-__all__ = ["plan"]
+__all__ = ["Search", "kept_scores", "payload_budget", "plan"]
 
 _ATTEMPTS = 12  # at meeting a budget; two or three are usual
 _TIGHTER = 0.99  # the error to prune to, where a target was missed by less than a component is worth
@@ -40,7 +40,6 @@ _CLOSE = 0.01  # share of a budget that may be left
 _DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
 _KEPT = {bits: 1 - 2 * d - d**2 for bits, d in _DISTORTION.items()}  # share of a component's square, both factors so coded
 _HALVINGS = 24  # of the errors between which one is sought
-_PLAIN_NOISE = {torch.float16: 1e-7, torch.bfloat16: 6e-6, FP8: 1.5e-3}  # squared relative error of both factors together
 _INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
 _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
 
@@ -51,24 +50,32 @@ def plan(job: Job, frame: Frame) -> Plan:
     Raises:
         SettingsError: the budget cannot be met, or nothing is left.
     """
-    settings = job.settings
-    scores = {name: analysis.scores for name, analysis in job.analyses.items()}
-    relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
-    kernels = {name: analysis.shape.kernel for name, analysis in job.analyses.items()}
-    ranks = select_ranks(relative, settings.pruning, kernels, frame.protected)
-    if scores and not any(ranks.values()):
-        raise SettingsError(["pruning removes every module: choose smaller thresholds"])
+    settings, kept = job.settings, kept_scores(job, frame)
     if not settings.budget.enabled and not settings.quantization.averages:
-        return Plan({name: Choice(rank) for name, rank in ranks.items()})
-    kept = {name: score[: ranks[name]] for name, score in scores.items()}
-    payload = _payload_budget(job, ranks)
+        return Plan({name: Choice(len(scores)) for name, scores in kept.items()})
+    payload = payload_budget(job, kept)
     if settings.quantization.strategy == "entropy":
         found = fit_steps(job, kept, frame, payload)
         return found if job.packed else _of_what_is_left(found)
-    search = _Search(job, frame, kept, payload is not None)
+    search = Search(job, frame, kept, payload is not None)
     if payload is not None:
         return search.for_size(payload, payload_size)
     return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
+
+
+def kept_scores(job: Job, frame: Frame) -> dict[str, Tensor]:
+    """Return the scores of the components that pruning leaves of each module, (k,).
+
+    Raises:
+        SettingsError: it leaves nothing.
+    """
+    scores = {name: analysis.scores for name, analysis in job.analyses.items()}
+    relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
+    kernels = {name: analysis.shape.kernel for name, analysis in job.analyses.items()}
+    ranks = select_ranks(relative, job.settings.pruning, kernels, frame.protected)
+    if scores and not any(ranks.values()):
+        raise SettingsError(["pruning removes every module: choose smaller thresholds"])
+    return {name: score[: ranks[name]] for name, score in scores.items()}
 
 
 def _of_what_is_left(found: Plan) -> Plan:
@@ -77,15 +84,15 @@ def _of_what_is_left(found: Plan) -> Plan:
     return Plan({name: replace(found.choices[name], left=module.rank) for name, module in stored.items()})
 
 
-def _payload_budget(job: Job, ranks: Mapping[str, int]) -> int | None:
+def payload_budget(job: Job, kept: Mapping[str, Tensor]) -> int | None:
     """Bytes of payload that `bits` as an average mean; None where a size or an error is asked for."""
     bits = job.settings.quantization.bits
     if bits is None or not job.settings.quantization.averages:
         return None
-    return int(sum(rank * sum(job.analyses[name].shape.stored) for name, rank in ranks.items()) * bits / 8)
+    return int(sum(len(scores) * sum(job.analyses[name].shape.stored) for name, scores in kept.items()) * bits / 8)
 
 
-class _Search:
+class Search:
     """Ranks, or ranks and bits, for a budget: allocate by the spectra, make the modules, correct by what came out.
 
     Args:
@@ -128,7 +135,7 @@ class _Search:
         best, most, tried = None, -1.0, None
         for _ in range(_ATTEMPTS):
             try:
-                choices = self._losing(inner)
+                choices = self.losing(inner)
             except SettingsError:
                 if tried is None:
                     raise
@@ -151,7 +158,7 @@ class _Search:
             raise SettingsError([f"the error that is asked for was not reached, {told} was: take more bits or a larger error"])
         return best
 
-    def _losing(self, errors: Mapping[str, float]) -> dict[str, Choice]:
+    def losing(self, errors: Mapping[str, float]) -> dict[str, Choice]:
         """Choices that lose what is asked for, by the spectra.
 
         Allocation counts in scores and weights. Where these are not the singular values, an error of theirs is sought, by halves,
@@ -235,7 +242,7 @@ class _Search:
             return 0.0
         if self._form is not None:
             return 2 * _DISTORTION[int(self.job.settings.quantization.bits or 8)]
-        return _PLAIN_NOISE.get(self.job.dtype, 0.0)
+        return PLAIN_NOISE.get(self.job.dtype, 0.0)
 
 
 def _less(target: float, squared: float) -> float:

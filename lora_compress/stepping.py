@@ -15,7 +15,7 @@ from .frame import Frame, Plan, error_targets, payload_size
 from .job import Job, Stored
 from .update import relative_error
 
-__all__ = ["fit_steps"]
+__all__ = ["expected_bytes", "fit_steps"]
 
 _TOLERANCE = 0.008  # share of a budget that may be left
 _NEAR = 0.015  # share of a budget by which a prediction may miss it for the estimate to be exact after the correction
@@ -61,6 +61,18 @@ def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int |
     order = {name: i for i, name in enumerate(kept)}
     stored = dict(sorted((found.stored or {}).items(), key=lambda item: order[item[0]]))
     return Plan({name: found.choices.get(name, Choice(0)) for name in kept}, stored)
+
+
+def expected_bytes(job: Job, kept: Mapping[str, Tensor], frame: Frame) -> float:
+    """Return the bytes of payload and index that the errors of the settings would take if all weights were Gaussian.
+
+    Nothing is coded for this. Arguments as `fit_steps`.
+    """
+    sizes = {}
+    for name, target in error_targets(job.settings.budget, frame.parts).items():
+        part = _Part(job, [module for module in kept if not name or frame.parts[module] == name], kept, frame)
+        sizes[name] = part.expected_bytes(target)
+    return max(sizes.pop("", 0.0), sum(sizes.values()))
 
 
 def _leaves_something(job: Job, name: str) -> float:
@@ -137,6 +149,13 @@ class _Part:
         if best is not None and best[1] == fit.step:
             return Plan(self._choices(fit.step), best[2])
         return Plan(self._choices(fit.step), self._run(fit.step))
+
+    def expected_bytes(self, error: float) -> float:
+        """Bytes that Gaussian weights would take at a relative error; 0 where pruning alone costs more."""
+        if relative_error(self._gone, self._norm) >= error:
+            return 0.0
+        step = self._invert(lambda step: self._estimate(step, self._worth(step), True), error, True)
+        return self._estimate(step, self._worth(step), False)
 
     def _run(self, step: float) -> dict[str, Stored]:
         """The modules at a step; those of a plain file without their factors, which are made again when they are written."""

@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class LycorisNetwork:
             whole = Path(folder) / "lora.safetensors"
             with atomic_path(whole) as temporary:
                 _host(self).save_weights(self, str(temporary), torch.float32, dict(metadata or {}))
-            found = compress_file(whole, file, self.compression, save_dtype=dtype or torch.float32)
+            settings = replace(self.compression, budget=replace(self.compression.budget, allow_larger=True))
+            found = compress_file(whole, file, settings, save_dtype=dtype or torch.float32, untrained=True)
             weights = sum(tensor.numel() for tensor in nn.Module.state_dict(self).values())  # type: ignore[arg-type]
             before = os.path.getsize(whole) - weights * (4 - (dtype or torch.float32).itemsize)
         modules = {

@@ -38,6 +38,7 @@ def fingerprint(path: str) -> str:
 def make_marker(source: str, options: CompressOptions) -> str:
     """32 hexadecimal digits that stand for this input and these settings; where the work is done does not count."""
     settings = {**options.settings.as_dict(), "quantization_device": None}
+    del settings["allow_larger"]  # decides whether there is a file, not what is in it
     others = [fingerprint(path) if path else "" for path in (options.base_model, options.calibration)]
     how = [settings, str(options.save_dtype), sorted(options.consumers), options.repair, others]
     stated = [options.alpha, fingerprint(options.peft_config) if options.peft_config else None]

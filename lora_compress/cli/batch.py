@@ -73,9 +73,9 @@ def _table(files: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     for file, name in zip(files, _short_names([file["input"] for file in files]), strict=True):
         if "bytes_in" in file:
-            error = file["relative_error"] if file["status"] == "written" else 0.0
             size = f"{megabytes(file['bytes_in'])} -> {megabytes(file['bytes_out'])}"
-            numbers = (size, f"{error:.2%}", f"{file['bits_per_weight']:.2f}")
+            written = file["status"] == "written"
+            numbers = (size, *((f"{file['relative_error']:.2%}", f"{file['bits_per_weight']:.2f}") if written else ("-", "-")))
         else:
             numbers = ("-", "-", "-")
         table.add_row(escape(name), file["status"], *numbers)

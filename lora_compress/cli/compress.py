@@ -50,7 +50,11 @@ _NOTHING_ASKED = """nothing is asked for: say what to do with the file, for exam
   --target_error 0.05                                 as small as it gets at 5 % error
   --target_size 20MB --quantize strategy=entropy      the best file of 20 MB, packed
 (--help lists everything)"""
-_PLACES = {"min_rank", "quantization_device"}  # ask for nothing by themselves
+_PRECISION_HELP = (
+    "precision of plain files; default that of the input, but with --target_size or --target_error fp16 instead of fp32, and bf16 "
+    "where fp16 does not hold the weights"
+)
+_PLACES = {"min_rank", "quantization_device", "allow_larger"}  # ask for nothing by themselves
 
 
 def run(argv: Sequence[str]) -> int:
@@ -138,7 +142,7 @@ def _parser() -> Parser:
     group = parser.add_argument_group("input and output")
     group.add_argument("--model", "--src_model", metavar="IN", help="LoRA file, PEFT folder or URL; a folder or pattern for many")
     group.add_argument("--save_to", "--dst_model", metavar="OUT", help="file or URL (.safetensors); a folder for many or for PEFT")
-    group.add_argument("--save_precision", choices=PRECISIONS, help="precision of plain files; default that of the input")
+    group.add_argument("--save_precision", choices=PRECISIONS, help=_PRECISION_HELP)
     add_program_flag(group, "keep to the rules of these programs")
     add_scale_flags(group)
     group.add_argument("--truncate", metavar="SIZE", help="cut a progressive packed file to this size, such as 8MB")

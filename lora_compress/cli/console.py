@@ -67,16 +67,16 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def print_report(report: FileReport, verbose: bool = False) -> None:
     """The table of one file, its numbers in a line, and with `verbose` a line for every module."""
-    if verbose:
-        show(*map(_module_line, report.modules))
-    show(report_table(report))
     before, after = report.bytes
     if report.status == "not_smaller":
         show(
             f"nothing written: the result would take {megabytes(after)}, the input takes {megabytes(before)}; "
-            "ask for fewer bits or a smaller rank, or name a precision"
+            "ask for fewer bits, a smaller rank or a larger error, or accept the size with --allow_larger"
         )
         return
+    if verbose:
+        show(*map(_module_line, report.modules))
+    show(report_table(report))
     times = f", {before / after:.1f} times smaller" if after and before > after else ""
     show(
         f"{report.output}: {megabytes(before)} -> {megabytes(after)}{times}, error {report.relative_error:.2%}, "

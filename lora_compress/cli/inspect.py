@@ -99,7 +99,7 @@ def _modules(found: FileInspection) -> Table:
 def _smaller(found: FileInspection) -> Iterator[Table]:
     """Of each kind of file that would be smaller."""
     kinds = {
-        f"smaller plain files in {found.dtype}, by --target_error or --target_size": found.curve,
+        f"smaller plain files in {found.curve_dtype}, by --target_error or --target_size": found.curve,
         "smaller packed files, by --quantize strategy=entropy and one of the two": found.packed_curve,
     }
     for title, curve in kinds.items():

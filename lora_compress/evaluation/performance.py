@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..cache import cache_folder
 from ..comparison import compare_files
 from ..errors import EvaluationError
 from ..layouts import open_lora
@@ -19,7 +20,7 @@ from .extractors import FeatureExtractor, load_extractor
 from .measuring import distances, paired_measures
 from .pictures import PictureFolder, read_pictures
 from .prompts import read_prompts, stock_prompts
-from .reference import cache_folder, reference_features
+from .reference import reference_features
 from .results import Evaluation
 from .studio import Drawings, Studio
 

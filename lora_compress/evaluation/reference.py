@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +13,9 @@ from ..files import atomic_path
 from .extractors import FeatureExtractor
 from .pictures import PictureFolder
 
-__all__ = ["cache_folder", "reference_features"]
+__all__ = ["reference_features"]
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """LORA_COMPRESS_CACHE, or lora-compress in XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("LORA_COMPRESS_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-compress"
 
 
 def reference_features(pictures: PictureFolder, extractor: FeatureExtractor, cache: Path | None) -> Tensor:

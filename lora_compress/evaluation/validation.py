@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..cache import cache_folder
 from ..errors import EvaluationError, FormatError
 from ..files import atomic_path
 from ..settings import EvaluationSettings
@@ -21,7 +22,7 @@ from .intervals import Measurement, interval_of, jackknife, jackknife_interval
 from .kernels import kernel_distance
 from .pictures import PictureFolder, read_pictures
 from .prompts import read_prompts
-from .reference import cache_folder, reference_features
+from .reference import reference_features
 
 __all__ = ["DISTANCES", "Validation", "comparable", "distance_floor", "read_history", "write_history"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ class ModuleReport:
         shape: of the layer's weight, (out, in, *kernel).
         rank: components; 0 afterwards if the module was dropped.
         bytes: that it takes in the file.
-        squared_error: ||dW - dW'||_F^2.
+        squared_error: ||dW - dW'||_F^2; NaN where the module was not made, because the file was not written.
         squared_norm: ||dW||_F^2.
         sigma: effective singular values of the input, falling.
     """
@@ -89,18 +90,22 @@ class FileReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers by name: size_mb and relative_error, and whatever was evaluated: fid, relative_output_error, ..."""
-        found = {"size_mb": self.bytes[1] / 1e6, "relative_error": self.relative_error}
+        """Numbers by name: size_mb, relative_error where it is known, and what was evaluated: fid, relative_output_error, ..."""
+        found = {"size_mb": self.bytes[1] / 1e6}
+        if not math.isnan(self.relative_error):
+            found["relative_error"] = self.relative_error
         return found | (self.evaluation.metrics if self.evaluation is not None else {})
 
     @property
     def relative_error(self) -> float:
-        """||dW - dW'||_F / ||dW||_F over the whole file."""
+        """||dW - dW'||_F / ||dW||_F over the whole file; NaN where nothing was made that could have an error."""
         return relative_error(sum(m.squared_error for m in self.modules), sum(m.squared_norm for m in self.modules))
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the written file, header and all, per weight that it stores."""
+        """Bits of the written file, header and all, per weight that it stores; NaN where nothing was made."""
+        if math.isnan(self.relative_error):
+            return math.nan
         weights = sum(module.weights for module in self.modules)
         return 8 * self.bytes[1] / weights if weights else 0.0
 
@@ -114,11 +119,15 @@ class FileReport:
             "family": self.family,
             "bytes_in": self.bytes[0],
             "bytes_out": self.bytes[1],
-            "relative_error": self.relative_error,
-            "bits_per_weight": self.bits_per_weight,
+            "relative_error": _known(self.relative_error),
+            "bits_per_weight": _known(self.bits_per_weight),
             "modules": sum(1 for module in self.modules if module.rank[1]),
             "modules_in": len(self.modules),
             "seconds": self.seconds,
             "notes": list(self.notes),
             **({"evaluation": self.evaluation.as_json()} if self.evaluation is not None else {}),
         }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

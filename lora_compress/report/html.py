@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -105,10 +106,10 @@ def _headline(report: FileReport) -> list[tuple[str, str, str]]:
     return [
         (size_text(after), "size", f"was {size_text(before)}"),
         (f"{before / after:.1f}×" if after else "–", "smaller", f"{after / before:.1%} of the input" if before else ""),
-        (f"{report.relative_error:.2%}", "relative error", "of the update, Frobenius norm"),
-        (f"{report.bits_per_weight:.2f}", "bits per weight", "header and all"),
-        (f"{kept}", "modules", f"of {len(report.modules)}"),
-        (f"{components[1]:,}", "components", f"of {components[0]:,}"),
+        (_known(report.relative_error, ".2%"), "relative error", "of the update, Frobenius norm"),
+        (_known(report.bits_per_weight, ".2f"), "bits per weight", "header and all"),
+        (f"{kept}" if report.output else "–", "modules", f"of {len(report.modules)}"),
+        (f"{components[1]:,}" if report.output else "–", "components", f"of {components[0]:,}"),
         (f"{report.seconds:.1f} s", "time", ""),
     ]
 
@@ -132,18 +133,23 @@ def _table(modules: tuple[ModuleReport, ...]) -> str:
     )
 
 
+def _known(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else format(value, form)
+
+
 def _row(module: ModuleReport, total: float) -> str:
     share = 100 * module.squared_error / total if total else 0.0
+    kept = f"{module.rank[1]}" if module.rank[1] else "–" if math.isnan(module.squared_error) else "dropped"
     numbers = (
         (module.weights, " × ".join(map(str, module.shape))),
-        (module.rank[1], f"{module.rank[1]} / {module.rank[0]}" if module.rank[1] else f"dropped / {module.rank[0]}"),
+        (module.rank[1], f"{kept} / {module.rank[0]}"),
         (module.bits, f"{module.bits:.2f}" if module.rank[1] else "–"),
         (module.bytes[1], f"{module.bytes[1] / 1e3:,.1f}"),
         (module.bytes[0], f"{module.bytes[0] / 1e3:,.1f}"),
-        (module.relative_error, f"{100 * module.relative_error:.2f}"),
-        (share, f"{share:.2f}"),
+        (module.relative_error, _known(100 * module.relative_error, ".2f")),
+        (share, _known(share, ".2f")),
     )
-    cells = "".join(f'<td data-v="{value:.6g}">{text}</td>' for value, text in numbers)
+    cells = "".join(f'<td data-v="{-1 if math.isnan(value) else value:.6g}">{text}</td>' for value, text in numbers)
     return f"<tr><td>{escape(module.name)}</td><td>{escape(module.part)}</td>{cells}</tr>"
 
 

@@ -65,7 +65,7 @@ def batch_page(files: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
 
 def _row(file: Mapping[str, Any]) -> str:
     cells = "".join(
-        f'<td data-v="{file[name]:.6g}">{file[name] * scale:,.4g}</td>' if name in file else '<td data-v="-1">–</td>'
+        f'<td data-v="{file[name]:.6g}">{file[name] * scale:,.4g}</td>' if file.get(name) is not None else '<td data-v="-1">–</td>'
         for name, scale in _NUMBERS
     )
     return f"<tr><td>{escape(file['input'])}</td><td>{escape(file['status'].replace('_', ' '))}</td>{cells}</tr>"

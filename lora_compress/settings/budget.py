@@ -13,7 +13,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 @dataclass(frozen=True)
 class BudgetSettings:
-    """At most one of a size and an error; errors are ||dW - dW'||_F / ||dW||_F over all modules, or over one part of the model."""
+    """At most one of a size and an error; errors are ||dW - dW'||_F / ||dW||_F over all modules, or over one part of the model.
+
+    A file that would be no smaller than the one it is made from is not written, unless `allow_larger` accepts its size.
+    """
 
     target_size: str | None = field(default=None, metadata={"help": "bytes of the written file at most: 20MB, 19.5MiB, 800kB"})
     target_error: float | None = field(default=None, metadata={"help": "relative error of the whole file at most, in (0, 1)"})
@@ -23,6 +26,8 @@ class BudgetSettings:
     target_error_text_encoder: float | None = field(
         default=None, metadata={"help": "relative error of each text encoder at most, in (0, 1)"}
     )
+
+    allow_larger: bool = field(default=False, metadata={"help": "files: write a result even where it is no smaller than its input"})
 
     @property
     def enabled(self) -> bool:

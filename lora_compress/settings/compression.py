@@ -113,7 +113,7 @@ class CompressionSettings:
         flat["scale"] = quantization.static_scale if quantization.enabled else None
         if quantization.strategy != "entropy":
             flat["progressive"] = flat["refine"] = None
-        for name in ("layer_threshold", "channel_threshold"):
+        for name in ("layer_threshold", "channel_threshold", "allow_larger"):
             flat[name] = flat[name] or None
         flat |= {
             f.name: getattr(self.training, f.name) if self.training.iterative_pruning else None for f in fields(TrainingSettings)

@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..cache import cache_folder
 from ..errors import FormatError, SaveError
 from ..files import atomic_path
 from ..header import read_header
 from .names import LayerRows, layer_name, layers_of_key
 
-__all__ = ["BaseNorm", "base_norms", "default_cache_dir", "relative_scores", "relative_weights", "spectral_norm"]
+__all__ = ["BaseNorm", "base_norms", "relative_scores", "relative_weights", "spectral_norm"]
 
 _LOGGER = logging.getLogger(__name__)
 _CACHE_VERSION = 1
@@ -48,7 +49,7 @@ def base_norms(
     Args:
         path: a .safetensors checkpoint (LDM, SGM or bare), or a folder in diffusers' layout.
         modules: LoRA module names.
-        cache_dir: where norms are kept, by path, size and time of the checkpoint; default `default_cache_dir()`. A damaged
+        cache_dir: where norms are kept, by path, size and time of the checkpoint; default `cache_folder()`. A damaged
             cache is built anew; one that cannot be written is told in the log.
 
     Raises:
@@ -56,7 +57,7 @@ def base_norms(
     """
     files = _files(Path(path))
     wanted = {module: layer_name(module) for module in modules}
-    cache = Path(cache_dir or default_cache_dir()) / f"base-norms-{_fingerprint(files)}.json"
+    cache = Path(cache_dir or cache_folder()) / f"base-norms-{_fingerprint(files)}.json"
     known = _read_cache(cache)
     missing = set(wanted.values()) - known.keys()
     if missing:
@@ -90,12 +91,6 @@ def relative_scores(sigmas: Mapping[str, Tensor], norms: Mapping[str, BaseNorm],
 def relative_weights(modules: Iterable[str], norms: Mapping[str, BaseNorm], kind: str = "spectral") -> dict[str, float]:
     """w_m = 1 / ||W_m||^2, what squared singular values are multiplied by in `allocation`; see `relative_scores`."""
     return {name: divisor**-2 for name, divisor in _divisors(modules, norms, kind).items()}
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder: LOCALAPPDATA on Windows, else XDG_CACHE_HOME or ~/.cache; in it lora_compress."""
-    root = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "lora_compress"
 
 
 def spectral_norm(weight: Tensor) -> float:

@@ -122,7 +122,7 @@ def _written(path: Path, updates: Any, way: str) -> Path:
     save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, path)
     target = path.with_stem(f"{path.stem}-{way}")
     precision = None if way == "fp8" else torch.float32
-    compress_file(path, target, CompressionSettings.parse(_WAYS[way]), save_dtype=precision)
+    compress_file(path, target, CompressionSettings.parse({**_WAYS[way], "allow_larger": True}), save_dtype=precision)
     return target
 
 

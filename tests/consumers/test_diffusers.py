@@ -41,7 +41,7 @@ def write(path: Path, updates: dict[str, LowRankUpdate], **settings: object) -> 
     save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, path)
     if settings:
         packed = path.with_stem(path.stem + "-packed")
-        compress_file(path, packed, CompressionSettings.parse(settings), save_dtype=torch.float32)
+        compress_file(path, packed, CompressionSettings.parse({**settings, "allow_larger": True}), save_dtype=torch.float32)
         return packed
     return path
 
@@ -198,7 +198,7 @@ def test_pictures_of_the_packed_file_are_those_of_the_expanded_one(settings: dic
             compress_file(
                 tmp_path / "expanded.safetensors",
                 tmp_path / "plain.safetensors",
-                CompressionSettings.parse({}),
+                CompressionSettings.parse({"allow_larger": True}),
                 save_dtype=torch.float32,
                 consumers=one_rule,
             )

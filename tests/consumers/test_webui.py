@@ -38,7 +38,12 @@ def write_files(folder: Path, host: str) -> Iterator[tuple[Path, Path]]:
         tensors = {key: tensor.contiguous() for key, tensor in as_kohya(updates(host, 10 * number)).items()}
         save_file(tensors, folder / "in.safetensors")
         small, plain = folder / f"{number}-small.safetensors", folder / f"{number}-plain.safetensors"
-        compress_file(folder / "in.safetensors", small, CompressionSettings.parse(settings), save_dtype=torch.float32)
+        compress_file(
+            folder / "in.safetensors",
+            small,
+            CompressionSettings.parse({**settings, "allow_larger": True}),
+            save_dtype=torch.float32,
+        )
         if is_packed(small):
             expand_file(small, plain, save_dtype=torch.float32)
         yield small, plain if is_packed(small) else small

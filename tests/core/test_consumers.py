@@ -209,7 +209,7 @@ def wrong(folder: Path, updates: dict[str, LowRankUpdate], tensors: dict[str, Te
 def written(updates: dict[str, LowRankUpdate], folder: Path, dtype: torch.dtype, *consumers: str) -> dict[str, Tensor]:
     """All of `updates` in a plain file for `consumers`."""
     save_file({key: tensor.contiguous() for key, tensor in as_kohya(updates).items()}, folder / "in.safetensors")
-    settings = CompressionSettings.parse({"save_format": "fp8"} if dtype == FP8 else {})
+    settings = CompressionSettings.parse({"allow_larger": True} | ({"save_format": "fp8"} if dtype == FP8 else {}))
     precision = None if dtype == FP8 else dtype
     compress_file(folder / "in.safetensors", folder / "out.safetensors", settings, save_dtype=precision, consumers=consumers)
     return load_file(folder / "out.safetensors")

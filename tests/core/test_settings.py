@@ -148,7 +148,7 @@ CONTRADICTIONS = {
     "scale inf": ({"bits": 8, "strategy": "static", "scale": "inf"}, ["scale=inf"]),
     "device": ({"quantization_device": "gpu"}, ["quantization_device=gpu: must be cpu, cuda or cuda:<number>"]),
     "unknown key": ({"rank_ration": 0.5}, ["rank_ration: unknown setting, did you mean rank_ratio"]),
-    "very unknown key": ({"xyzzy": 1}, ["xyzzy: unknown setting; known are bits, .*strategy"]),
+    "very unknown key": ({"xyzzy": 1}, ["xyzzy: unknown setting; known are allow_larger, bits, .*strategy"]),
     "nothing to prune": (
         {"iterative_pruning": True, "min_rank": 1},
         ["iterative_pruning=true has nothing to remove: set rank_ratio"],
