@@ -18,9 +18,8 @@ __all__ = ["QUANTIZED", "UnknownScale", "dequantized"]
 QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 # What else is quantized, such as weights of the base model, is carried through.
-_FACTOR = re.compile(
-    r"lora|lokr_|hada_|\.diff$|\.[ab][12]\.weight$|[._](down|up)(\.weight)?$"
-)  # what else is quantized is carried through
+_FACTOR = re.compile(r"lora|lokr_|hada_|\.diff$|\.[ab][12]\.weight$|[._](down|up)(\.weight)?$")
+
 # Keys beside a factor KEY = STEM.weight. The first are multiplied: ComfyUI's names (comfy/ops.py; `weight_scale` and, in its older
 # files, `scale_weight`), and KEY.scale of converters of LoRA. The second belong to what goes into a layer, and not to its weight.
 _MULTIPLIED = ("{key}_scale", "{key}.scale", "{key}.weight_scale", "{key}.scale_weight", "{stem}.scale_weight", "{stem}.scale")
