@@ -67,10 +67,14 @@ def attach_updates(model: Any, updates: Mapping[str, LowRankUpdate], adapter_nam
 
 
 def peft_misfit(error: Exception) -> SettingsError:
-    """What a user is told where PEFT has failed on a library that it knows another release of."""
+    """What a user is told where PEFT fails on a library for quantized weights, of which it knows another release.
+
+    PEFT asks all of these libraries that are installed about every layer, whether the model uses them or not.
+    """
     import peft
 
-    return SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): upgrade PEFT"])
+    remedy = "upgrade PEFT, or uninstall that library if no model of yours needs it"
+    return SettingsError([f"PEFT {peft.__version__} and an installed library do not fit ({error}): {remedy}"])
 
 
 def _pattern(names: Iterable[str], others: Iterable[str]) -> str:

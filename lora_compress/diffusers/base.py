@@ -58,13 +58,14 @@ def add_adapters(denoiser: Denoiser, options: Mapping[str, Any], device: torch.d
 
 
 def _adapted(model: Any, prefix: str, targets: Any, options: Mapping[str, Any]) -> dict[str, Pair]:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     model.train()
     config = LoraConfig(r=options["network_dim"], lora_alpha=options["network_alpha"], target_modules=list(targets))
     try:
-        model.add_adapter(config)
-    except (ImportError, TypeError, ValueError) as error:  # of PEFT's code for a library, of transformers' demands on PEFT
+        # Not model.add_adapter: transformers 5.24 asks there for a PEFT that has not been released.
+        inject_adapter_in_model(config, model)
+    except (ImportError, TypeError, ValueError) as error:  # of PEFT's code for a library that stores the weights
         raise peft_misfit(error) from None
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

@@ -14,6 +14,9 @@ from typing import NoReturn
 
 import pytest
 
+# PEFT looks at torchao whatever model it is given, and the pinned PEFT does not fit the pinned torchao.
+TORCHAO_ELSEWHERE = "torchao is not in this environment: test_diffusers_releases.py runs the test beside it"
+
 
 def absent(reason: str) -> NoReturn:
     """Skip, or fail where every program is required."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from consumers.conftest import absent
+from consumers.conftest import TORCHAO_ELSEWHERE, absent
 from consumers.pipelines import flux, linear_updates
 from consumers.quantized import BASES, missing, outcome
 from safetensors.torch import save_file
@@ -29,6 +29,8 @@ CASES += [(base, model, "packed") for base in ("quanto", "torchao") for model in
 @pytest.mark.parametrize(("base", "model", "way"), CASES, ids=lambda value: str(value))
 def test_a_lora_does_on_a_quantized_base_what_it_does_on_the_dequantized(base: str, model: str, way: str, tmp_path: Path) -> None:
     if package := missing(base):
+        if package == "torchao":
+            pytest.skip(TORCHAO_ELSEWHERE)
         absent(f"{package} is not installed")
     found = outcome(base, model, way, tmp_path)
     tolerance = BASES[base].tolerance
@@ -47,5 +49,7 @@ def test_libraries_that_do_not_fit_each_other_are_named(tmp_path: Path, monkeypa
     path = tmp_path / "lora.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in as_kohya(linear_updates(pipe)).items()}, path)
     monkeypatch.setattr(peft, "inject_adapter_in_model", broken)
-    with pytest.raises(SettingsError, match=r"PEFT [\d.]+ and an installed library do not fit \(.*torchao.*\): upgrade PEFT"):
+    with pytest.raises(
+        SettingsError, match=r"PEFT [\d.]+ and an installed library do not fit \(.*torchao.*\): upgrade PEFT, or uninstall"
+    ):
         load_lora(pipe, path)
