@@ -25,17 +25,29 @@ class PartReport:
         components: rank, summed over the modules.
         squared_error: ||dW - dW'||_F^2, summed over the modules.
         squared_norm: ||dW||_F^2 likewise.
+        trained: the same two sums against the weights of this step before they were masked or quantized, where a training computes
+            with masked or quantized ones; None where the two are one.
     """
 
     modules: tuple[int, int]
     components: tuple[int, int]
     squared_error: float
     squared_norm: float
+    trained: tuple[float, float] | None = None
 
     @property
     def relative_error(self) -> float:
-        """||dW - dW'||_F / ||dW||_F over the whole part."""
+        """||dW - dW'||_F / ||dW||_F over the whole part, dW being what the layers computed with: the error of saving."""
         return relative_error(self.squared_error, self.squared_norm)
+
+    @property
+    def trained_error(self) -> float:
+        """||dW - dW'||_F / ||dW||_F over the whole part, dW being the uncompressed weights: the error of the compression."""
+        return relative_error(*self._trained)
+
+    @property
+    def _trained(self) -> tuple[float, float]:
+        return self.trained or (self.squared_error, self.squared_norm)
 
     def __add__(self, other: PartReport) -> PartReport:
         return PartReport(
@@ -43,6 +55,7 @@ class PartReport:
             (self.components[0] + other.components[0], self.components[1] + other.components[1]),
             self.squared_error + other.squared_error,
             self.squared_norm + other.squared_norm,
+            None if self.trained is other.trained is None else _sums(self._trained, other._trained),
         )
 
 
@@ -78,18 +91,21 @@ class CompressionReport:
         values = {
             f"compress/{name}_{when}": float(pair[i]) for name, pair in pairs.items() for i, when in enumerate(("before", "after"))
         }
-        return values | {"compress/relative_error": total.relative_error}
+        values["compress/relative_error"] = total.trained_error
+        return values if total.trained is None else values | {"compress/saving_error": total.relative_error}
 
     def __str__(self) -> str:
         from rich.table import Table
 
         table = Table(title="compressed LoRA")
-        for heading in ("part", "modules", "components (rank)", "size", "relative error of the update"):
+        saving = ["of saving alone"] if self.total.trained is not None else []
+        for heading in ("part", "modules", "components (rank)", "size", "relative error of the update", *saving):
             table.add_column(heading, justify="left" if heading == "part" else "right")
         rows = [*self.parts.items(), ("all", self.total)] if len(self.parts) > 1 else [("all", self.total)]
         for name, part in rows:
             size = f"{_megabytes(self.bytes[0])} -> {_megabytes(self.bytes[1])}" if name == "all" else ""
-            table.add_row(name, _arrow(part.modules), _arrow(part.components), size, f"{part.relative_error:.2%}")
+            errors = [part.trained_error, *([part.relative_error] if saving else [])]
+            table.add_row(name, _arrow(part.modules), _arrow(part.components), size, *(f"{error:.2%}" for error in errors))
         return render(table)
 
 
@@ -110,6 +126,10 @@ def render(table: Table) -> str:
     stream = StringIO()
     Console(file=stream, width=110, no_color=True).print(table)
     return stream.getvalue().rstrip()
+
+
+def _sums(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return one[0] + other[0], one[1] + other[1]
 
 
 def _arrow(pair: tuple[int, int]) -> str:

@@ -24,7 +24,7 @@ from ..plain import exact_plain
 from ..report import CompressionReport, PartReport
 from ..settings import PruningSettings, QatSettings, TrainingSettings
 from ..spectrum import Spectrum
-from ..update import LowRankUpdate, relative_error, squared_error
+from ..update import LowRankUpdate, squared_error
 from .importance import component_norms
 from .pairs import Pair
 
@@ -127,15 +127,15 @@ def _compress_operands(session: TrainingSession, dtype: torch.dtype | None, meta
     else:
         updates = {name: exact_plain(part.update, dtype or torch.float32) for name, part in operands.items()}
         tensors = as_kohya(updates)
-    reports = {}
+    reports, trained = {}, _against_trained(session, updates)
     for name, pairs in _modules(session).items():
         rank = sum(pair.rank for pair in pairs)
         if name in operands:
             lost, norm = squared_error(operands[name].update, updates[name])
             lost = 0.0 if packed else lost  # compared bit by bit when it was coded
-            reports[name] = PartReport((1, 1), (rank, len(operands[name].down)), lost, norm)
+            reports[name] = PartReport((1, 1), (rank, len(operands[name].down)), lost, norm, trained[name])
         else:
-            reports[name] = PartReport((1, 0), (rank, 0), 0.0, 0.0)
+            reports[name] = PartReport((1, 0), (rank, 0), 0.0, 0.0, trained[name])
     total = sum(reports.values(), PartReport((0, 0), (0, 0), 0.0, 0.0))
     details = (
         settings.as_dict()
@@ -143,7 +143,7 @@ def _compress_operands(session: TrainingSession, dtype: torch.dtype | None, meta
         | {
             "modules": f"{len(operands)}/{len(reports)}",
             "components": f"{total.components[1]}/{total.components[0]}",
-            "relative_error": f"{relative_error(total.squared_error, total.squared_norm):.6e}",
+            "relative_error": f"{total.trained_error:.6e}",
             "quantization_device": None,
         }
     )
@@ -152,6 +152,11 @@ def _compress_operands(session: TrainingSession, dtype: torch.dtype | None, meta
     after = safetensors_size({key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, finished)
     before = plain_size({name: _whole(pairs) for name, pairs in _modules(session).items()}, dtype)
     return CompressedLora(updates, tensors, finished, CompressionReport.of_modules(reports, (before, after)), settings, exact=True)
+
+
+def _against_trained(session: TrainingSession, updates: Mapping[str, LowRankUpdate]) -> dict[str, tuple[float, float]]:
+    """By module ||dW - dW'||_F^2 and ||dW||_F^2, dW being the weights that are trained, dW' those of the file."""
+    return each_module(lambda name, pairs: squared_error(_whole(pairs)[0], updates.get(name)), _modules(session))
 
 
 def _code(session: TrainingSession, name: str, operands: Operands) -> tuple[Entry, list[bytes]]:

@@ -100,7 +100,17 @@ def _assert_exact(net: Net, session: TrainingSession, folder: Path, read: Any) -
         assert torch.equal(down.flatten(1), expected[0])
         assert torch.equal(up.flatten(1).T, expected[1])
         assert not torch.equal(expected[0], strongest_first(session.pairs[name].live_rows(), session.kept(name))[0])
-    assert lora.report.total.relative_error == 0.0
+    total = lora.report.total
+    assert total.relative_error == 0.0  # of saving: the file holds what the layers compute with
+    lost = norm = 0.0
+    for name, pair in session.pairs.items():
+        whole = pair.update().dense().double()
+        written = lora.updates[name].dense().double() if name in lora.updates else torch.zeros_like(whole)
+        lost, norm = lost + float((whole - written).square().sum()), norm + float(whole.square().sum())
+    assert total.trained_error == pytest.approx((lost / norm) ** 0.5, rel=1e-4) and total.trained_error > 0.001
+    assert lora.metadata["ss_compress_relative_error"] == f"{total.trained_error:.6e}"
+    assert lora.report.metrics()["compress/relative_error"] == total.trained_error
+    assert f"{total.trained_error:.2%}" in str(lora.report) and "of saving" in str(lora.report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
