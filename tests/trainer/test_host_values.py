@@ -103,10 +103,18 @@ def ext(sd_scripts: Path) -> ModuleType:
 
 @functools.cache
 def actions_of(script: str) -> dict[str, argparse.Action]:
-    """The options of a trainer, without those that the launcher itself decides on."""
+    """The options of a trainer, without those that the launcher decides on and those that are just the same for SD."""
     parser = importlib.import_module(script).setup_parser()
     without = {"help", "config_file", "output_config", "model_type", "attn_mode"}
-    return {action.dest: action for action in parser._actions if action.dest not in without}
+    actions = {action.dest: action for action in parser._actions if action.dest not in without}
+    if script == "train_network":
+        return actions
+    common = actions_of("train_network")
+    return {name: action for name, action in actions.items() if name not in common or kind_of(action) != kind_of(common[name])}
+
+
+def kind_of(action: argparse.Action) -> tuple[Any, ...]:
+    return action.type, action.nargs, action.default, action.choices, action.const
 
 
 def read(ext: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, path: Path) -> argparse.Namespace:
