@@ -15,7 +15,8 @@ from .container import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_o
 from .files import TensorSpec, safetensors_size
 from .index import PackedIndex
 from .job import Job, Stored
-from .metadata import finish_metadata
+from .metadata import ModuleScale, finish_metadata, true_header
+from .plain import FP8
 from .update import LowRankUpdate, relative_error
 
 __all__ = ["Assembly"]
@@ -95,8 +96,14 @@ class Assembly:
         ranks = self.ranks(stored)
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
         details = {**self.job.settings.as_dict(), **self.details(stored), **_OF_THE_RUN, **self.more}
-        finished = finish_metadata(self.metadata(ranks), ranks.values(), alphas, details)
+        scales = {name: ModuleScale(ranks[name], self._gain(name, alpha)) for name, alpha in zip(stored, alphas, strict=True)}
+        finished = finish_metadata(true_header(self.metadata(ranks), scales), ranks.values(), alphas, details)
         return finished | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
+
+    def _gain(self, name: str, alpha: float) -> float | None:
+        """alpha of a module in the file / its alpha in the input; None of fp8, whose alpha is known only at the end."""
+        before = self.job.analyses[name].alpha
+        return None if (self.job.dtype == FP8 and not self.job.packed) or not before else alpha / before
 
     def details(self, stored: Mapping[str, Stored]) -> dict[str, Any]:
         """What was done, for the metadata."""

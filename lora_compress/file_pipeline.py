@@ -26,6 +26,7 @@ from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
 from .layouts.numbered import is_numbered
 from .layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
+from .metadata import header_notes
 from .outcome import file_notes, module_report, partner_notes, zero_notes
 from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
 from .pipeline import kohya_partner
@@ -158,7 +159,11 @@ def compress_file(
         (before, os.path.getsize(target) if written else after),
         time.monotonic() - begun,
         modules,
-        (*lora.notes, *energy_notes(energies), *((*told, *output.notes()) if written else ())),
+        (
+            *lora.notes,
+            *energy_notes(energies),
+            *((*told, *output.notes(), *header_notes(lora.metadata, metadata)) if written else ()),
+        ),
         settings.as_dict(),
         curve,
     )

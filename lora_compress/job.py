@@ -44,6 +44,7 @@ class Analysis:
         shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
         lost: ||dW||_F^2 of the channels that do not.
         norm: ||dW||_F^2 of the whole module.
+        alpha: of the module in the input.
     """
 
     spectrum: Spectrum
@@ -51,6 +52,7 @@ class Analysis:
     shape: Entry
     lost: float
     norm: float
+    alpha: float
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ class Job:
             norm = lost + float(spectrum.sigma.square().sum())
             sizes = (update.up.shape[0], update.down.shape[1])
             shape = Entry(name, sizes[0], sizes[1], update.kernel, update.rank, "", {}, kept, self.keys(name))
-            found[name] = Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm)
+            found[name] = Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm, update.alpha)
         return found
 
     def _decomposed(self, parts: Mapping[str, LowRankUpdate]) -> dict[str, Components]:

@@ -18,6 +18,7 @@ from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .index import PackedIndex
 from .layouts import open_lora
 from .layouts.peft_folder import MAGNITUDE, AdapterOutput
+from .metadata import ModuleScale, true_header
 from .parallel import each_module
 from .pipeline import partner_metadata, plain_partner
 from .pruning import consumer_minimum
@@ -161,9 +162,9 @@ def write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[t
         specs |= entry.keys.specs(name, down, up, dtype)
         alpha = 1.0 if entry.keys.alpha is not None else float(rank)
         outline[name] = LowRankUpdate(torch.empty(down, device="meta"), torch.empty(up, device="meta"), alpha)
-    with TensorWriter(
-        path, specs, partner_metadata(packed.plain_metadata({name: update.rank for name, update in outline.items()}), outline)
-    ) as writer:
+    metadata = packed.plain_metadata({name: update.rank for name, update in outline.items()})
+    scales = {name: ModuleScale(update.rank, update.alpha / packed.entries[name].rank) for name, update in outline.items()}
+    with TensorWriter(path, specs, partner_metadata(true_header(metadata, scales), outline)) as writer:
         write_tensors(writer, packed.others)
         for name in packed:
             write_tensors(writer, _expanded(packed, name, dtype))

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import FormatError, SettingsError
 from ..files import DTYPE_NAMES
+from ..metadata import alpha_in_header
 from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
 from .peft_config import PeftConfig, applies_to
@@ -38,6 +39,10 @@ _HARMLESS = re.compile(  # of DoRA, of norms, of a bias, and the layer's own wei
 _UNKNOWN_SCALE = (
     "the strength of the file is not known: PEFT keeps alpha in adapter_config.json, which is not beside the file. It was read as "
     "alpha = rank, as most programs read it; state it with --alpha NUMBER or --peft_config FILE"
+)
+_HEADER_ALPHA = (
+    "the strength of the file is not known: its header says alpha {0:g}, which some programs apply and most do not. It was read as "
+    "alpha = rank, as most programs read it; state it with --alpha {0:g} if it was trained so"
 )
 _OF_AN_UPDATE = re.compile(
     r"\.(lora_(?!magnitude_vector|(B|up)(\.[^.]+)?\.bias)|lokr_|hada_)\w+(\.|$)|_lora_latent|[._]lora_(down|up|[ABab])\.weight$"
@@ -258,7 +263,10 @@ class Survey:
         if self.stated.alpha is not None:
             self.tell(f"alpha is {self.stated.alpha:g}, as stated with --alpha, and is now part of the factors", name)
             return self.stated.alpha / rank
-        if name.startswith("base_model.model.") or applies_to(self.file.path):  # PEFT wrote it, and keeps alpha elsewhere
+        told = alpha_in_header(self.file.metadata, name)
+        if told is not None and told != rank:
+            self.tell(_HEADER_ALPHA.format(told), name)
+        elif name.startswith("base_model.model.") or applies_to(self.file.path):  # PEFT wrote it, and keeps alpha elsewhere
             self.tell(_UNKNOWN_SCALE, name)
         return None
 
