@@ -202,7 +202,8 @@ def test_a_packed_file_becomes_a_folder_again(tmp_path: Path) -> None:
     report = compress_file(tmp_path / "in", packed, CompressionSettings.parse({"bits": 8}))
     assert expand_file(packed, tmp_path / "out", save_dtype=torch.float32).output == str(tmp_path / "out")
     check(tmp_path / "out", before, report)
-    compress_file(packed, tmp_path / "plain", CompressionSettings.parse({"new_rank": 2}), save_dtype=torch.float32)
+    larger = CompressionSettings.parse({"new_rank": 2, "allow_larger": True})
+    compress_file(packed, tmp_path / "plain", larger, save_dtype=torch.float32)
     smaller = compress_file(
         tmp_path / "out", tmp_path / "again", CompressionSettings.parse({"new_rank": 2}), save_dtype=torch.float32
     )
