@@ -194,7 +194,8 @@ def _prepare(
     dtype = file_precision(lora, settings, save_dtype, rules)
 
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
-        return pad_to_two(rules.adaptation(_planned(lora, settings, job.dtype, ranks)).ranks)
+        adapted = rules.adaptation(_planned(lora, settings, job.dtype, ranks)).ranks
+        return dict(adapted) if lora.layout == "cloneofsimo" else pad_to_two(adapted)  # its one reader knows every rank
 
     job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
     extras = {name: tensor_specs(lora.extras(name)) for name in lora}
