@@ -22,6 +22,7 @@ from .layouts.numbered import numbered_metadata
 from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
 from .plain import PlainKeys
+from .regular import require_regular
 from .update import LowRankUpdate
 
 __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
@@ -231,8 +232,7 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     try:
         return header_has(Path(path), INDEX_KEY)
     except FormatError:
-        if not Path(path).exists():
-            raise
+        require_regular(path)
         return False
 
 

@@ -156,7 +156,7 @@ def compress_file(
         "written" if written else "not_smaller",
         lora.layout,
         lora.family,
-        (before, os.path.getsize(target) if written else after),
+        (before, after),  # and not what another writer may have put there since
         time.monotonic() - begun,
         modules,
         (

@@ -9,19 +9,17 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import SaveError
+from .atomic import atomic_path
 
 __all__ = ["DTYPE_NAMES", "TensorSpec", "TensorWriter", "atomic_path", "safetensors_size", "write_safetensors"]
 
@@ -185,35 +183,6 @@ class TensorWriter:
         return hashlib.sha256(header[_LEGACY_HASHED.start : _LEGACY_HASHED.stop] + data).hexdigest()[:8]
 
 
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; on success the file is renamed to `path`, otherwise removed.
-
-    Raises:
-        SaveError: the folder cannot be written, the disk is full, or whatever else the system says of it.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")  # the next save replaces what a killed one left
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except SaveError:  # of another file that this one waits for
-        raise
-    except (OSError, SafetensorError) as error:
-        raise SaveError(
-            f"{target}: cannot be written ({_reason(error)}): free disk space or choose another output folder; "
-            "whatever was there before is unchanged"
-        ) from error
-    finally:
-        with suppress(OSError):  # a folder that cannot be written holds no temporary file either
-            temporary.unlink(missing_ok=True)
-
-
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write tensors that are at hand as a safetensors file, hashes included; goes together with `atomic_path`."""
     with TensorWriter(path, {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, metadata) as writer:
@@ -253,7 +222,3 @@ def _header(entries: str, metadata: Mapping[str, str], least: int = 0) -> bytes:
 
 def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import FormatError
 from .recognition import what_is
+from .regular import open_regular
 
-__all__ = ["header_has", "parse_json", "read_header"]
+__all__ = ["header_has", "parse_json", "read_header", "verify_data"]
 
 # A LoRA of SDXL has 1,014 modules: its header takes 0.4 MB and 45,000 values. The tags of a whole data set (ss_tag_frequency) can
 # take many MB more, as one text, and safetensors itself reads headers of up to 100 MB. Python needs up to 80 bytes for a value, 4
 # for a byte of ASCII and 8 where a character beyond the basic plane is among them: 0.4 GB for 100 MB of tags, 0.8 GB at most.
 _LARGEST_HEADER = 100_000_000  # bytes
 _MOST_VALUES = 1 << 19  # numbers, texts, lists and objects; 35,000 tensors
+_HASHED_AT_A_TIME = 1 << 20
 _PIECE = 1 << 18  # bytes that are counted at a time
 
 
@@ -46,6 +49,36 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, begin, size - begin
 
 
+def verify_data(file: IO[bytes], name: str | os.PathLike[str], expected: str | None) -> None:
+    """Compare the data of a safetensors file with what its header says of them.
+
+    Args:
+        file: open for reading; its position is moved.
+        name: of the file, for messages.
+        expected: SHA-256 of all bytes behind the header (`sshs_model_hash` of the metadata) in hexadecimal; None leaves it out.
+
+    Raises:
+        FormatError: the file is shorter or longer than its header says, or the data have another hash.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = 8 + int.from_bytes(file.read(8), "little")
+    if begin > min(size, 8 + _LARGEST_HEADER):
+        raise FormatError(f"{name}: no safetensors file, or cut short")
+    header = json.loads(file.read(begin - 8))
+    header.pop("__metadata__", None)
+    end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise FormatError(f"{name}: has {size} bytes, its header speaks of {end}: the file is damaged, get it again")
+    if expected is None:
+        return
+    digest = hashlib.sha256()
+    while block := file.read(_HASHED_AT_A_TIME):
+        digest.update(block)
+    if digest.hexdigest() != expected:
+        raise FormatError(f"{name}: its data do not match the hash in its metadata: the file is damaged, get it again")
+
+
 def _is_text(text: str) -> bool:
     """Whether a text is one, without half of a surrogate pair, which could not be written again."""
     try:
@@ -67,7 +100,7 @@ def header_has(path: Path, key: str) -> bool:
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The header as it stands in the file, and the size of the file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")

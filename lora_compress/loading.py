@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from .container import PackedFile
+from .errors import FormatError
 from .layouts import LoraSource, open_lora
 from .parallel import each_batch
+from .regular import open_regular
 from .update import LowRankUpdate
 
 __all__ = ["LoraFile", "load_lora", "read_lora"]
@@ -78,7 +80,7 @@ def _read_ahead(path: str | os.PathLike[str]) -> None:
 
     def read() -> None:
         block = bytearray(_BLOCK)
-        with suppress(OSError), open(path, "rb", buffering=0) as file:  # whoever needs the bytes finds out
+        with suppress(OSError, FormatError), open_regular(path) as file:  # whoever needs the bytes finds out
             while file.readinto(block):
                 pass
 

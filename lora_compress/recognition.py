@@ -7,6 +7,9 @@ import os
 import zipfile
 from pathlib import Path
 
+from .errors import FormatError
+from .regular import open_regular
+
 __all__ = ["is_safetensors", "is_torch", "what_is"]
 
 _BEGINNING = 4096  # bytes that are looked at
@@ -91,7 +94,7 @@ def _may_hold_pickle(path: Path) -> bool:
 
 def _head(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(min(_BEGINNING, os.fstat(file.fileno()).st_size))
-    except OSError:
+    except (OSError, FormatError):
         return b""

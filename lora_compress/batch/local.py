@@ -65,9 +65,17 @@ def worker_count(jobs: Sequence[Job], options: CompressOptions, cores: int | Non
         return 1
     cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     memory = available_memory() if memory is None else memory
-    largest = max((os.path.getsize(job.source) for job in jobs if not is_remote(job.source)), default=0)
+    largest = max((_size(job.source) for job in jobs if not is_remote(job.source)), default=0)
     fitting = cores if memory is None else memory // (_PROCESS_BYTES + largest)
     return max(1, min(cores, len(jobs), fitting))
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; 0 of one that has gone since it was found, which its own job will say."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def available_memory() -> int | None:

@@ -8,15 +8,17 @@ import os
 from pathlib import Path
 from typing import IO
 
+from ..header import verify_data
 from ..layouts.peft_config import applies_to
 from .jobs import CompressOptions
 from .storage import config_beside, exists, is_remote, open_binary
 
-__all__ = ["MARKER_KEY", "MARKER_NAME", "fingerprint", "is_done", "is_ours", "make_marker"]
+__all__ = ["MARKER_KEY", "MARKER_NAME", "fingerprint", "is_done", "is_ours", "make_marker", "same_content"]
 
 MARKER_NAME = "made_from"
 MARKER_KEY = f"ss_compress_{MARKER_NAME}"
 _BLOCKS, _BLOCK_BYTES = 16, 16384
+_COMPARED_BYTES = 1 << 20
 _LARGEST_HEADER = 100_000_000  # the reader of safetensors allows no more
 
 
@@ -49,13 +51,49 @@ def make_marker(source: str, options: CompressOptions) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def is_done(source: str, target: str, marker: str) -> bool:
-    """Whether `target` was made from this input with these settings, and not before the input was last changed."""
+def is_done(source: str, target: str, marker: str, partner: bool = False) -> bool:
+    """Whether `target` was made from this input with these settings, is whole, and is no older than the input.
+
+    The marker in its metadata says what it was made from. Its size must be the one that its header tells, and its data must
+    have the SHA-256 that was written with them. Of a remote file the data would have to be downloaded: there the size alone counts.
+
+    Args:
+        source: the input.
+        target: the output.
+        marker: from `make_marker`.
+        partner: whether the kohya file beside the output is part of the result, and has to pass the same checks.
+    """
+    targets = (target, target.removesuffix(".safetensors") + ".kohya.safetensors")[: 1 + partner]
+    return all(_is_made(source, each, marker) for each in targets)
+
+
+def _is_made(source: str, target: str, marker: str) -> bool:
     if not exists(target):
         return False
     if not (is_remote(source) or is_remote(target)) and os.path.getmtime(target) < os.path.getmtime(source):
         return False
-    return _metadata(target).get(MARKER_KEY) == marker
+    metadata = _metadata(target)
+    if metadata.get(MARKER_KEY) != marker:
+        return False
+    try:
+        with open_binary(target) as file:
+            verify_data(file, target, None if is_remote(target) else metadata.get("sshs_model_hash"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # a damaged header among them
+        return False
+    return True
+
+
+def same_content(one: str, other: str) -> bool:
+    """Whether two files hold the same bytes; of remote ones the fingerprints are compared."""
+    if is_remote(one) or is_remote(other):
+        return fingerprint(one) == fingerprint(other)
+    if os.path.getsize(one) != os.path.getsize(other):
+        return False
+    with open_binary(one) as first, open_binary(other) as second:
+        while block := first.read(_COMPARED_BYTES):
+            if block != second.read(_COMPARED_BYTES):
+                return False
+    return True
 
 
 def is_ours(target: str) -> bool:
@@ -70,7 +108,7 @@ def _metadata(path: str) -> dict[str, str]:
     try:
         with open_binary(path) as file:
             return dict(_header(file).get("__metadata__", {}))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError, OSError):  # FormatError is a ValueError
         return {}
 
 

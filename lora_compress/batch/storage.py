@@ -8,6 +8,7 @@ import glob
 import importlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 from ..errors import LoraCompressError
 from ..files import atomic_path
 from ..layouts.peft_config import CONFIG_NAME, applies_to
+from ..regular import open_regular
 
 __all__ = [
     "at_hand",
@@ -112,8 +114,12 @@ def glob_files(pattern: str) -> list[str]:
 
 @_reaching
 def open_binary(path: str) -> IO[bytes]:
-    """The file for reading; a remote one is read in blocks, as far as they are asked for."""
-    return _system(path).open(path, "rb") if is_remote(path) else open(path, "rb")
+    """Open a file for reading; a remote one is read in blocks, as far as they are asked for.
+
+    Raises:
+        FormatError: a local one that is no regular file, or is not there.
+    """
+    return _system(path).open(path, "rb") if is_remote(path) else open_regular(path)
 
 
 @contextlib.contextmanager
@@ -156,7 +162,8 @@ def at_hand(source: str, target: str) -> Iterator[tuple[str, str]]:
 def copy_file(source: str, target: str) -> None:
     """Copy a file, whole or not at all."""
     with readable(source) as local, writable(target) as out, atomic_path(out) as temporary:
-        shutil.copyfile(local, temporary)
+        with open_regular(local) as file, open(temporary, "wb") as copy:
+            shutil.copyfileobj(file, copy)
 
 
 @_reaching
@@ -172,7 +179,7 @@ def _upload(url: str, local: str) -> None:
     if url.partition("://")[0].lower() in _ATOMIC:
         system.put_file(local, url)
         return
-    temporary = f"{folder}/.{Path(name).stem}.tmp.safetensors"
+    temporary = f"{folder}/.{Path(name).stem}.{secrets.token_hex(8)}.tmp.safetensors"  # of this upload alone
     system.put_file(local, temporary)
     system.mv(temporary, url)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import LoraCompressError
 from ..report.file_report import FileReport
 from .jobs import CompressOptions, Job
-from .marker import MARKER_NAME, fingerprint, is_done, is_ours, make_marker
+from .marker import MARKER_NAME, is_done, is_ours, make_marker, same_content
 from .storage import at_hand, config_beside, copy_file, exists
 
 __all__ = ["Compress", "run_job"]
@@ -45,7 +45,8 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
     marker = make_marker(job.source, options)
     copy = str(Path(job.target).with_suffix(Path(job.source).suffix)) if "://" not in job.target else job.target
     whole = not job.adapter or exists(config_beside(job.target))
-    if whole and (is_done(job.source, job.target, marker) or _is_copy(job.source, copy, options)):
+    done = whole and is_done(job.source, job.target, marker, options.writes_partner)
+    if done or (whole and _is_copy(job.source, copy, options)):
         return _outcome(job, "skipped")
     if exists(job.target) and not options.force and not is_ours(job.target):
         raise LoraCompressError(f"{job.target}: exists and was not made by this program: move it away, or overwrite with --force")
@@ -62,7 +63,7 @@ def _run(job: Job, options: CompressOptions, compress: Compress) -> dict[str, An
 
 
 def _is_copy(source: str, target: str, options: CompressOptions) -> bool:
-    return options.copy_uncompressible and exists(target) and fingerprint(source) == fingerprint(target)
+    return options.copy_uncompressible and exists(target) and same_content(source, target)
 
 
 def _outcome(job: Job, status: str, **more: Any) -> dict[str, Any]:

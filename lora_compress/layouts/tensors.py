@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..header import read_header
 from ..recognition import is_safetensors
+from ..regular import require_regular
 from .pickled import load_pickled
 
 __all__ = ["TensorFile", "TensorInfo", "open_tensors"]
@@ -136,8 +137,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         FormatError: no such file, or neither of the two; the message says what it is where its first bytes tell it.
     """
     target = Path(path)
-    if not target.is_file():
-        raise FormatError(f"{target}: no such file")
+    require_regular(target)
     if target.suffix.lower() in _SAFETENSORS or is_safetensors(target):
         return _open_safetensors(target)
     tensors, metadata = load_pickled(target)

@@ -300,3 +300,55 @@ def test_outcomes_are_json(tmp_path: Path) -> None:
     shutil.copy(lora_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
     outcome = run_job(Job(str(tmp_path / "a.safetensors"), str(tmp_path / "c.safetensors")), _options(), to_half)
     assert json.loads(json.dumps(outcome))["notes"] == ["halved"]
+
+
+def test_what_was_damaged_after_it_was_written_is_made_again(tmp_path: Path) -> None:
+    source, target = lora_file(tmp_path / "a.safetensors", size=640), tmp_path / "out" / "a.safetensors"
+    options = CompressOptions(CompressionSettings.parse({"bits": 4, "save_format": "both"}))
+    job = Job(str(source), str(target))
+    assert run_job(job, options)["status"] == "written"
+    assert run_job(job, options)["status"] == "skipped"
+    for damaged in (target, target.with_suffix(".kohya.safetensors")):
+        whole = damaged.read_bytes()
+        for wrong in (whole[:-1], whole + b"\0", whole[:-1] + bytes([whole[-1] ^ 1])):
+            damaged.write_bytes(wrong)
+            assert run_job(job, options)["status"] == "written"
+            assert damaged.read_bytes() == whole
+        damaged.unlink()
+        assert run_job(job, options)["status"] == "written"
+        assert damaged.read_bytes() == whole
+    assert run_job(job, options)["status"] == "skipped"
+
+
+def test_a_copy_counts_as_done_if_every_byte_is_the_same(tmp_path: Path) -> None:
+    source, target = lora_file(tmp_path / "a.safetensors", size=20_000), tmp_path / "out.safetensors"
+    options = CompressOptions(CompressionSettings.parse({}), copy_uncompressible=True)
+    job = Job(str(source), str(target))
+    assert run_job(job, options)["status"] == "copied"
+    assert run_job(job, options)["status"] == "skipped"
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(data)
+    assert fingerprint(str(source)) == fingerprint(str(target)), "the changed byte lies in a block that the fingerprint reads"
+    assert run_job(job, options)["status"] != "skipped"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_a_batch_goes_on_past_what_is_no_regular_file(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    lora_file(folder / "good.safetensors")
+    os.mkfifo(folder / "fifo.safetensors")
+    (folder / "gone.safetensors").symlink_to("nowhere")
+    (folder / "link.safetensors").symlink_to("good.safetensors")
+    (folder / "folder.safetensors").mkdir()
+    jobs = plan_jobs(str(folder), str(tmp_path / "out"))
+    assert worker_count(jobs, _options(), cores=2, memory=10**12) == 2
+    found = {Path(job.source).name: run_job(job, _options(), to_half) for job in jobs}
+    assert {name: outcome["status"] for name, outcome in found.items()} == {
+        "good.safetensors": "written",
+        "link.safetensors": "written",
+        "fifo.safetensors": "failed",
+        "gone.safetensors": "failed",
+    }
+    assert "is a FIFO: only regular files are read" in found["fifo.safetensors"]["error"]
+    assert found["gone.safetensors"]["error"].endswith("gone.safetensors: no such file")

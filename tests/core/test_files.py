@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +143,137 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_other(error: type[Bas
             raise error
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+WRITERS = """
+import sys
+from core.factories import random_update
+from lora_compress import CompressionSettings, compress, save
+seed = int(sys.argv[2])
+lora = compress({f"m{i}": random_update(16, 512, 512, seed=seed + i) for i in range(4)}, CompressionSettings.parse({"bits": 8}))
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(30):
+    save(lora, sys.argv[1])
+"""
+
+
+@posix
+def test_two_writers_of_one_output_leave_the_whole_file_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "out.safetensors"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITERS, str(path), str(seed)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (0, 100)
+    ]
+    for writer in started:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in started:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    seen = set()
+    while any(writer.poll() is None for writer in started):
+        if path.exists():
+            data = path.read_bytes()
+            begin = 8 + int.from_bytes(data[:8], "little")
+            written = json.loads(data[8:begin])["__metadata__"]["sshs_model_hash"]
+            assert hashlib.sha256(data[begin:]).hexdigest() == written
+            seen.add(written)
+    assert [writer.communicate()[1] for writer in started] == ["", ""]
+    assert [writer.returncode for writer in started] == [0, 0]
+    assert len(seen) == 2
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_link_under_a_guessable_name_is_not_followed(tmp_path: Path) -> None:
+    target, notes = tmp_path / "out.safetensors", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    (tmp_path / ".out.tmp.safetensors").symlink_to(notes)
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert notes.read_text() == "mine"
+    assert target.read_text() == "new" and not target.is_symlink()
+
+
+@posix
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "out.safetensors"
+    if (child := os.fork()) == 0:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    with atomic_path(target) as first:
+        assert not left.exists()
+        with atomic_path(target) as second:
+            assert first != second and first.exists()
+            second.write_text("second")
+        first.write_text("first")
+    assert target.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@posix
+def test_permissions_are_those_of_the_umask_or_of_the_file_that_is_replaced(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "new") as temporary:
+            temporary.write_text("")
+        (tmp_path / "kept").write_text("")
+        (tmp_path / "kept").chmod(0o604)
+        with atomic_path(tmp_path / "kept") as temporary:
+            temporary.write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o604
+
+
+@posix
+@pytest.mark.parametrize("kind", ["FIFO", "link to a FIFO", "socket", "device"])
+def test_an_output_that_is_no_regular_file_is_refused_and_stays(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "out.safetensors"
+    if kind == "device":
+        target.symlink_to("/dev/null")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(target))
+    else:
+        os.mkfifo(tmp_path / "fifo" if "link" in kind else target)
+        if "link" in kind:
+            target.symlink_to("fifo")
+    before = target.lstat().st_ino
+    with pytest.raises(SaveError, match=r"is a (FIFO|socket|device): results are written to regular files alone"):
+        with atomic_path(target):
+            pytest.fail("nothing is to be written")
+    assert target.lstat().st_ino == before
+
+
+@pytest.mark.parametrize("whither", ["file.txt", "nowhere"])
+def test_a_link_is_replaced_and_what_it_names_stays(whither: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    target = tmp_path / "out.safetensors"
+    target.symlink_to(whither)
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert not target.is_symlink() and target.read_text() == "new"
+    assert (tmp_path / "file.txt").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+def test_the_longest_name_that_a_folder_takes_can_be_written(tmp_path: Path) -> None:
+    target = tmp_path / ("\u00e9" * 121 + ".safetensors")  # 254 bytes
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
 
 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
