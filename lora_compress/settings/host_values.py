@@ -102,7 +102,7 @@ def _is_unset(option: HostOption, value: Any) -> bool:
     if isinstance(value, str):
         word = value.strip().lower()
         if not word:
-            return value != "" or not (option.name in _MAY_BE_EMPTY or _is_free_text(option))
+            return not _is_free_text(option) and (value != "" or option.name not in _MAY_BE_EMPTY)
         return word in NONE_WORDS and word not in option.choices and option.name not in _NAMES and not _is_free_text(option)
     if value is False:
         return is_text or option.default is None
