@@ -6,13 +6,14 @@ and stable-diffusion.cpp in 2026. A program is a row of data here; `ConsumerRule
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .errors import SettingsError
+from .marks import is_taken_whole
+from .refusals import DORA, LAYOUTS_WITH_ALPHA, SD, problems_of
 
 __all__ = [
     "CONSUMERS",
@@ -24,14 +25,7 @@ __all__ = [
     "opened_by",
 ]
 
-_SD = frozenset({"sd1", "sd2", "sdxl"})
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_DORA = "dora_scale"
 _MID = ".lora_mid."
-_LAYOUTS_WITH_ALPHA = frozenset({"kohya", "loha", "lokr", "glora", "full"})  # converted modules are written as kohya's
-_DIFFUSERS_PREFIXES = ("lora_te_", "lora_te1_", "lora_te2_", "lora_unet_")
-_INVOKE_PREFIXES = ("lora_te1_", "lora_te2_", "lora_unet_")
-_INVOKE_SD_MARKS = re.compile(r"attn2_to_[kv]$|time_emb_proj$|self_attn")  # by these InvokeAI knows the model of an SD file
 _FORGE_UNMATCHED = 12
 _WEBUI_EXTENSION = "the extension for AUTOMATIC1111, Forge, Forge Neo and reForge"
 
@@ -48,7 +42,7 @@ class Consumer:
         alpha_read_in: the families in whose files alpha reaches the loader, provided that the layout of the file has one; in the
             files of every other family ranks that differ are mis-scaled, because one rank is taken for the alpha of all modules.
             None: all families.
-        all_modules_in: families whose files in kohya's layout it refuses when a module of a block is missing.
+        takes_whole: it refuses files of some kinds as soon as a module is missing; see `marks.is_taken_whole`.
         least_rank: a smaller one is mis-scaled.
         fp8: families whose float8 files it loads; None: all.
         merges_mid: it multiplies lora_mid of CP-decomposed convolutions itself.
@@ -64,7 +58,7 @@ class Consumer:
     one_alpha: bool = False
     one_rank: bool = False
     alpha_read_in: frozenset[str] | None = None
-    all_modules_in: frozenset[str] = frozenset()
+    takes_whole: bool = False
     least_rank: int = 1
     fp8: frozenset[str] | None = None
     merges_mid: bool = True
@@ -80,7 +74,7 @@ class Consumer:
 
     def needs_one_rank(self, layout: str, family: str) -> bool:
         """Whether it mis-scales ranks that differ in a file of `layout` for a model of `family`."""
-        reads_alpha = self.alpha_read_in is None or (layout in _LAYOUTS_WITH_ALPHA and family in self.alpha_read_in)
+        reads_alpha = self.alpha_read_in is None or (layout in LAYOUTS_WITH_ALPHA and family in self.alpha_read_in)
         return self.one_rank or not reads_alpha
 
     def strange(self, keys: Iterable[str]) -> list[str]:
@@ -96,9 +90,9 @@ class _Diffusers(Consumer):
     """
 
     one_alpha: bool = True
-    alpha_read_in: frozenset[str] | None = _SD
-    all_modules_in: frozenset[str] = frozenset({"wan"})
-    fp8: frozenset[str] | None = _SD
+    alpha_read_in: frozenset[str] | None = SD
+    takes_whole: bool = True
+    fp8: frozenset[str] | None = SD
     merges_mid: bool = False
     reads: frozenset[str] = frozenset({"lora_magnitude_vector", "lora_magnitude_vector.weight"})
     refuses_strange_keys: frozenset[str] | None = None
@@ -106,7 +100,7 @@ class _Diffusers(Consumer):
     packed_factors_alone: bool = True
 
 
-_COMFY_READS = frozenset({_DORA, "diff", "diff_b", "w_norm", "b_norm"})
+_COMFY_READS = frozenset({DORA, "diff", "diff_b", "w_norm", "b_norm"})
 
 CONSUMERS: dict[str, Consumer] = {
     consumer.name: consumer
@@ -114,12 +108,12 @@ CONSUMERS: dict[str, Consumer] = {
         Consumer(
             "comfyui", "ComfyUI", reads=_COMFY_READS | {"set_weight", "reshape_weight"}, packed_with="the plug-in for ComfyUI"
         ),
-        Consumer("a1111", "AUTOMATIC1111", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), packed_with=_WEBUI_EXTENSION),
+        Consumer("a1111", "AUTOMATIC1111", reads=frozenset({DORA, "diff", "w_norm", "b_norm"}), packed_with=_WEBUI_EXTENSION),
         Consumer("forge", "Forge", reads=_COMFY_READS, tolerated=_FORGE_UNMATCHED, packed_with=_WEBUI_EXTENSION),
         _Diffusers("diffusers", "diffusers"),
         _Diffusers("diffusers-0.40", "diffusers 0.40 and later", alpha_read_in=None),
         _Diffusers("diffusers-0.32", "diffusers 0.32", one_rank=True),
-        Consumer("invokeai", "InvokeAI", reads=frozenset({_DORA, "diff", "w_norm", "b_norm"}), refuses_strange_keys=_SD),
+        Consumer("invokeai", "InvokeAI", reads=frozenset({DORA, "diff", "w_norm", "b_norm"}), refuses_strange_keys=SD),
         Consumer("sdcpp", "stable-diffusion.cpp", least_rank=2, reads=frozenset({"diff"})),
     )
 }
@@ -214,6 +208,10 @@ class ConsumerRules:
         """Whether the modules of a part of the model need one rank in a file of `layout` for a model of `family`."""
         return any(consumer.needs_one_rank(layout, family) for consumer in self.consumers)
 
+    def kept_whole(self, names: Collection[str]) -> Collection[str]:
+        """Those of the modules of a file that must not be dropped, because a program would refuse what is left: all or none."""
+        return names if any(consumer.takes_whole for consumer in self.consumers) and is_taken_whole(names) else ()
+
     def adaptation(self, file: PlannedFile) -> Adaptation:
         """What must become of `file` so that all of them compute its update."""
         ranks = {name: max(module.rank, self.least_rank) for name, module in file.modules.items()}
@@ -223,7 +221,7 @@ class ConsumerRules:
                 largest[module.part] = max(largest.get(module.part, 0), ranks[name])
             ranks = {name: largest[module.part] for name, module in file.modules.items()}
         alphas = {module.alpha for module in file.modules.values()}
-        fold = file.layout in _LAYOUTS_WITH_ALPHA and self.one_alpha and (len(alphas) > 1 or min(alphas, default=1.0) <= 0.0)
+        fold = file.layout in LAYOUTS_WITH_ALPHA and self.one_alpha and (len(alphas) > 1 or min(alphas, default=1.0) <= 0.0)
         mids = [name for name, module in file.modules.items() if any(_MID in key for key in module.extras)]
         merged = tuple(mids) if any(not consumer.merges_mid for consumer in self.consumers) else ()
         return Adaptation(ranks, 1.0 if fold else None, merged)
@@ -232,7 +230,7 @@ class ConsumerRules:
         """Why one of them could not load `file`, a sentence each with its remedy."""
         if not self.consumers:
             return []
-        return [problem for consumer in self.consumers for problem in _problems(consumer, file)]
+        return [problem for consumer in self.consumers for problem in problems_of(consumer, file)]
 
     def notes(self, file: PlannedFile) -> list[str]:
         """What the user must be told: what a packed file needs, what was padded, which program leaves out what."""
@@ -245,7 +243,7 @@ class ConsumerRules:
             found.append(f"{len(padded)} of {len(file.modules)} modules padded with zeros to rank {max(written.values())}")
         for consumer in self.consumers:
             strange = consumer.strange(file.extras)
-            dora = [key for key in strange if key.endswith("." + _DORA)]
+            dora = [key for key in strange if key.endswith("." + DORA)]
             if dora:
                 found.append(f"{consumer.title} drops dora_scale of {len(dora)} modules: its images will differ")
             rest = len(strange) - len(dora)
@@ -272,71 +270,3 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
     if float8 and family == "unknown":
         titles.append("diffusers for SD and SDXL")
     return ", ".join(titles)
-
-
-def _problems(consumer: Consumer, file: PlannedFile) -> list[str]:
-    if file.save_format == "packed":
-        return _packed_problems(consumer, file)
-    if file.layout == "cloneofsimo":
-        remedy = (
-            f"write it again with `resize_lora_ext.py --for {consumer.name}`, which names the layers of Stable Diffusion 1 and 2"
-        )
-        return [f"{consumer.title} does not know modules by numbers, such as unet:0:up: {remedy}"]
-    found = []
-    float8 = file.save_format == "fp8" or file.dtype in _FP8
-    if float8 and consumer.fp8 is not None and file.family not in consumer.fp8:
-        found.append(
-            f"{consumer.title} loads fp8 LoRA of {', '.join(sorted(consumer.fp8))} alone, this one is for {file.family}: "
-            "set save_format=kohya and save_precision=fp16 or bf16"
-        )
-    strange = [key for key in consumer.strange(file.extras) if not (key.endswith("." + _DORA) and file.family in _SD)]
-    if strange and consumer.refuses_in(file.family):
-        found.append(f"{consumer.title} refuses files with keys such as {strange[0]} ({len(strange)} of them): take them out")
-    elif consumer.tolerated is not None and len(strange) > consumer.tolerated:
-        found.append(
-            f"{consumer.title} does not apply a LoRA with more than {consumer.tolerated} keys that it does not know, "
-            f"this one has {len(strange)}, {strange[0]} among them: take them out"
-        )
-    return found + _NAME_RULES.get(consumer.name, _no_rule)(consumer, file)
-
-
-def _packed_problems(consumer: Consumer, file: PlannedFile) -> list[str]:
-    if consumer.packed_with is None:
-        return [f"{consumer.title} cannot read packed files: set save_format=kohya or fp8, or run `resize_lora_ext.py expand`"]
-    if consumer.packed_factors_alone and file.extras:
-        return [f"{consumer.packed_with} refuses tensors such as {file.extras[0]}: it applies pairs of factors alone"]
-    return []
-
-
-def _no_rule(consumer: Consumer, file: PlannedFile) -> list[str]:
-    return []
-
-
-def _diffusers_names(consumer: Consumer, file: PlannedFile) -> list[str]:
-    """Its converter for SD takes kohya files whose keys all begin with one of four prefixes."""
-    if file.family not in _SD or file.layout not in _LAYOUTS_WITH_ALPHA:
-        return []
-    return _prefix_problem(consumer, file, _DIFFUSERS_PREFIXES)
-
-
-def _invokeai_names(consumer: Consumer, file: PlannedFile) -> list[str]:
-    """SDXL files have one of three prefixes; the model of an SD file is told from a few modules."""
-    if file.layout not in _LAYOUTS_WITH_ALPHA or file.family not in _SD:
-        return []
-    if file.family == "sdxl":
-        return _prefix_problem(consumer, file, _INVOKE_PREFIXES)
-    if any(_INVOKE_SD_MARKS.search(name) for name in file.modules):
-        return []
-    return [f"{consumer.title} knows an SD LoRA by its attn2_to_k, attn2_to_v or text encoder modules: keep at least one of them"]
-
-
-def _prefix_problem(consumer: Consumer, file: PlannedFile, prefixes: tuple[str, ...]) -> list[str]:
-    strange = [name for name in file.modules if not name.startswith(prefixes)]
-    if not strange:
-        return []
-    return [
-        f"{consumer.title} refuses {file.family} files with modules such as {strange[0]}: names begin with {', '.join(prefixes)}"
-    ]
-
-
-_NAME_RULES = {"diffusers": _diffusers_names, "diffusers-0.32": _diffusers_names, "invokeai": _invokeai_names}

@@ -26,13 +26,13 @@ from .job import Components, Job, Stored, by_svd, pad_to_two
 from .layouts import LoraSource, open_lora
 from .layouts.numbered import is_numbered
 from .layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
+from .marks import recognition_marks
 from .metadata import header_notes
-from .outcome import file_notes, module_report, partner_notes, zero_notes
+from .outcome import file_notes, mark_notes, module_report, partner_notes, zero_notes
 from .packed_files import check_target, tensor_specs, write_expanded, write_tensors
 from .pipeline import kohya_partner
 from .plain import PlainKeys
 from .precision import file_precision, file_precisions
-from .pruning import consumer_minimum
 from .report.file_report import FileReport
 from .settings import CompressionSettings
 from .spectrum import Spectrum, known_svd, thin_svd
@@ -110,10 +110,10 @@ def compress_file(
         if not untrained:
             require_energy(energies, str(source))
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
-        protected = consumer_minimum(energies) if lora.family == "sd1" else ()
+        marks = recognition_marks(energies, lora.family)
         parts = {name: lora.part(name) for name in lora}
         numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
-        kept = frozenset((*protected, *numbered))
+        kept = frozenset((*marks, *numbered, *of_plain.kept_whole(lora)))
         frame = Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
         before, larger = os.path.getsize(source), settings.budget.allow_larger
         precisions = (job.dtype,) if save_dtype is not None else file_precisions(lora, job, of_plain)
@@ -144,7 +144,12 @@ def compress_file(
             _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
         elif written:
             stored = _write_plain(assembly, lora, stored, chosen, output, begin)
-        told = (*rules.notes(planned), *file_notes(lora, job, save_dtype), *zero_notes(assembly, stored))
+        told = (
+            *rules.notes(planned),
+            *file_notes(lora, job, save_dtype),
+            *zero_notes(assembly, stored),
+            *mark_notes(marks, stored, len(lora)),
+        )
         if settings.save_format == "both":
             told = tuple(partner_notes(kohya_partner(target), before)) if written else ()
         made = written or job.packed

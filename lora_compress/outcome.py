@@ -13,6 +13,7 @@ from .assembly import Assembly
 from .container import PackedFile
 from .job import Job, Stored
 from .layouts import LoraSource
+from .marks import Mark
 from .report.file_report import ModuleReport
 
 __all__ = ["file_notes", "module_report"]
@@ -47,6 +48,14 @@ def zero_notes(assembly: Assembly, stored: Mapping[str, Stored]) -> Iterator[str
     """Yield what to know of modules that were dropped from a folder for PEFT."""
     if dropped := len(assembly.kept(stored)) - len(stored):
         yield f"zeros stand for the modules that were dropped ({dropped}), since PEFT makes a layer for each"
+
+
+def mark_notes(marks: Mapping[str, Mark], stored: Mapping[str, Stored], modules: int) -> Iterator[str]:
+    """Yield, for each module that was left one component while others were dropped, which program recognises the file by it."""
+    if len(stored) < modules:
+        for name, mark in marks.items():
+            if name in stored and stored[name].rank == 1:
+                yield f"{name} keeps one component: {mark.program} recognises a {mark.kind} by it"
 
 
 def _channel_notes(job: Job) -> list[str]:

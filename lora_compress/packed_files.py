@@ -92,7 +92,7 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     carried, room = tensor_specs(lora.others), size
     for _ in range(8):  # a shorter payload has a shorter index
         index, payload = lora.index.cut(max(room, 0))
-        encoded = index.told(consumer_minimum(_bytes_by_name(index))).encode()
+        encoded = index.told(consumer_minimum(_bytes_by_name(index), lora.family)).encode()
         specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
         whole = safetensors_size(specs, metadata)
         if whole <= size:

@@ -27,6 +27,7 @@ from .layouts.families import part_of
 from .metadata import finish_metadata
 from .plain import FP8, KOHYA_KEYS, exact_plain, plain_update
 from .planning import plan
+from .pruning import consumer_minimum
 from .quantization import FixedFormat, fixed_size
 from .report import CompressionReport, PartReport
 from .settings import CompressionSettings, QuantizationSettings
@@ -104,7 +105,8 @@ def compress(
     factors = FP8 if settings.save_format == "fp8" else dtype or torch.float32
     job = Job(updates, settings, factors) if decompose is None else Job(updates, settings, factors, decompose)
     assembly = Assembly(job, metadata=lambda ranks: metadata or {}, more=details or {})
-    chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}))
+    protected = consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()})
+    chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}, protected=protected))
     stored = dict(job.run(chosen.choices)) if chosen.stored is None else chosen.stored
     if updates and not stored:
         raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])

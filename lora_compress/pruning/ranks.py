@@ -35,9 +35,9 @@ def select_ranks(
         scores: per module, each (k,), falling.
         settings: which of the steps apply.
         kernels: kernel size per module, for new_conv_rank; () where a name is absent.
-        protected: modules that keep their strongest component at least; see `consumer_minimum`.
+        protected: modules that keep their strongest component, whatever the steps say of them; see `consumer_minimum`.
     """
-    staying = _staying(scores, settings, protected)
+    staying = _staying(scores, settings)
     caps = {name: _cap(score, settings.rank_cap((kernels or {}).get(name, ()))) for name, score in scores.items()}
     ranks = {name: min(_own_rank(scores[name], settings), caps[name]) for name in staying}
     total = sum(len(score) for score in scores.values())
@@ -49,12 +49,12 @@ def select_ranks(
     return {name: max(rank, min(1, len(scores[name]))) if name in protected else rank for name, rank in chosen.items()}
 
 
-def _staying(scores: Mapping[str, Tensor], settings: PruningSettings, protected: Collection[str]) -> list[str]:
+def _staying(scores: Mapping[str, Tensor], settings: PruningSettings) -> list[str]:
     """Steps 1 and 2."""
     if not (settings.layer_threshold or settings.norm_threshold):
         return list(scores)
     norms = {name: float(score.double().norm()) for name, score in scores.items()}
-    dropped = drop_layers({name: norm**2 for name, norm in norms.items()}, settings.layer_threshold, protected)
+    dropped = drop_layers({name: norm**2 for name, norm in norms.items()}, settings.layer_threshold)
     return [name for name in scores if name not in dropped and norms[name] >= settings.norm_threshold]
 
 

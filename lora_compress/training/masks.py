@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..pruning import select_ranks
+from ..pruning import consumer_minimum, select_ranks
 from ..settings import PruningSettings
 
 __all__ = ["choose_masks"]
@@ -33,7 +33,8 @@ def choose_masks(
     names = list(scores)
     values = {name: scores[name].detach().double().cpu() for name in names}
     orders = {name: torch.argsort(value, descending=True, stable=True) for name, value in values.items()}
-    ranks = select_ranks({name: values[name][orders[name]] for name in names}, settings, kernels)
+    protected = consumer_minimum({name: float(value.square().sum()) for name, value in values.items()})
+    ranks = select_ranks({name: values[name][orders[name]] for name in names}, settings, kernels, protected)
     masks = {name: torch.zeros(len(value), dtype=torch.bool) for name, value in values.items()}
     for name, mask in masks.items():
         mask[orders[name][: ranks[name]]] = True
