@@ -11,7 +11,7 @@ __all__ = ["NEVER_TRAINED", "energy_notes", "require_energy"]
 
 NEVER_TRAINED = "every update is zero: this LoRA was never trained"
 _MOST = 0.9  # share of the squared norm that few modules must hold to be noted
-_FEW = 0.05  # share of the modules that are few
+_FEW = 0.1  # share of the modules that are few
 _NAMED = 3
 
 

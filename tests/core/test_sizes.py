@@ -19,6 +19,7 @@ from lora_compress.batch import CompressOptions, Job, run_job
 from lora_compress.cli import main
 from lora_compress.cli.batch import _table as batch_table
 from lora_compress.container import PackedFile
+from lora_compress.energy import energy_notes
 from lora_compress.file_pipeline import compress_file
 from lora_compress.inspection import inspect_file
 from lora_compress.precision import Factors, budget_precisions, half_precision
@@ -270,6 +271,14 @@ def test_modules_that_hold_nearly_all_are_named(tmp_path: Path) -> None:
         (note,) = (note for note in notes if "of the squared norm" in note)
         assert note.startswith("2 of 40 modules hold 99.") and ups[0].partition(".")[0] in note and "--target_error" in note
     assert sum(module.rank[1] > 0 for module in report.modules) < 10
+
+
+@pytest.mark.parametrize(
+    ("strong", "others", "noted"), [(2, 126, True), (3, 27, True), (4, 26, False), (1, 9, True), (1, 8, False)]
+)
+def test_few_modules_are_a_tenth_of_them_at_most(strong: int, others: int, noted: bool) -> None:
+    energies = {f"m{i}": 1000.0 if i < strong else 0.1 for i in range(strong + others)}
+    assert any("of the squared norm" in note for note in energy_notes(energies)) == noted
 
 
 def test_energy_that_is_spread_is_not_noted(tmp_path: Path) -> None:
