@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from library.compress_host import HostValues, read_host_values
 from lora_compress import (
     AdaptiveSettings,
-    BudgetSettings,
     CompressionSettings,
     EvaluationSettings,
-    PruningSettings,
-    QatSettings,
-    QuantizationSettings,
     SettingsError,
-    TrainingSettings,
     refuse_setting,
     setting_names,
 )
-from lora_compress.settings import read_config, split_pairs
+from lora_compress.settings import SECTIONS, read_config, split_pairs
 from networks.compress_bases import empty_arguments, unread_arguments
 
 __all__ = [
@@ -38,17 +33,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 NETWORK_MODULE = "networks.lora_compress"
-_SECTIONS = {
-    "pruning": [f.name for part in (PruningSettings, BudgetSettings, TrainingSettings) for f in fields(part)],
-    "quantization": [
-        *(f.name for part in (QuantizationSettings, QatSettings) for f in fields(part)),
-        "save_format",
-        "quantization_device",
-    ],
-}
 _EVALUATION = [f.name for f in fields(EvaluationSettings)]  # for the trainer: the network knows nothing of it
 _ADAPTIVE = [f.name for f in fields(AdaptiveSettings)]  # likewise
-_ALL_SECTIONS = {**_SECTIONS, "evaluation": _EVALUATION, "adaptive": _ADAPTIVE}
+_ALL_SECTIONS = {**SECTIONS, "evaluation": _EVALUATION, "adaptive": _ADAPTIVE}
 
 
 def add_arguments(parser: argparse.ArgumentParser, model_types: Iterable[str]) -> None:
@@ -108,7 +95,7 @@ def merge_network_args(args: argparse.Namespace, config: Mapping[str, Any], spli
     network_args = dict(_key_values(given, "network_args"))
     below: dict[str, Any] = {}
     above: dict[str, Any] = {}
-    for section, names in _SECTIONS.items():
+    for section, names in SECTIONS.items():
         flags = _section_values(dict(_key_values(getattr(args, section) or [], f"--{section}")), names, f"--{section}")
         in_file = config.get(section, {})
         if isinstance(in_file, dict):
@@ -198,7 +185,7 @@ def forget_own_sections(args: argparse.Namespace, config: Mapping[str, Any], par
                 delattr(args, name)
 
 
-def _section_values(values: Mapping[str, Any], names: list[str], where: str) -> dict[str, Any] | None:
+def _section_values(values: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any] | None:
     """The settings of one of our sections, None if it says enabled = false."""
     rest = dict(values)
     enabled = rest.pop("enabled", True)
