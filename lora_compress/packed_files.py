@@ -64,13 +64,14 @@ def expand_file(
     ranks = {name: max(lora.decoded_rank(name), _LEAST_RANK) for name in lora}
     has_dora = any(MAGNITUDE in key for key in lora.others)
     with atomic_path(output.weights) as temporary, output.written_beside(ranks, has_dora, has_all=False):
-        written = write_expanded(lora, temporary, dtype)
+        errors: dict[str, tuple[float, float]] = {}
+        written = write_expanded(lora, temporary, dtype, errors)
     modules = []
     for name, update in written:
         size = update.numel * dtype.itemsize
         shape = (update.up.shape[0], *update.down.shape[1:])
         modules.append(
-            ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), 0.0, 0.0)
+            ModuleReport(name, lora.part(name), shape, (update.rank, update.rank), (lora.factor_bytes(name), size), *errors[name])
         )
     report = _report((source, output.weights), before, lora, modules, begun)
     return replace(report, output=str(target), notes=(*report.notes, *output.notes()))
@@ -153,8 +154,17 @@ def _report(
     return FileReport(source, target, "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes))
 
 
-def write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[tuple[str, LowRankUpdate]]:
-    """A packed file as a plain one; returns the modules, without their weights."""
+def write_expanded(
+    packed: PackedFile, path: Path, dtype: torch.dtype, errors: dict[str, tuple[float, float]] | None = None
+) -> list[tuple[str, LowRankUpdate]]:
+    """Write a packed file as a plain one and return the modules, without their weights.
+
+    Args:
+        packed: the input.
+        path: of the file to write.
+        dtype: of the factors.
+        errors: gets ||dW - dW'||_F^2 and ||dW||_F^2 of each module, which is what rounding to `dtype` costs.
+    """
     specs, outline = tensor_specs(packed.others), {}
     for name, entry in packed.entries.items():
         rank = max(packed.decoded_rank(name), _LEAST_RANK)
@@ -167,7 +177,11 @@ def write_expanded(packed: PackedFile, path: Path, dtype: torch.dtype) -> list[t
     with TensorWriter(path, specs, partner_metadata(true_header(metadata, scales), outline)) as writer:
         write_tensors(writer, packed.others)
         for name in packed:
-            write_tensors(writer, _expanded(packed, name, dtype))
+            keys, exact = packed.entries[name].keys, packed[name]
+            plain = plain_partner(exact, dtype, keys.alpha is not None)
+            write_tensors(writer, keys.tensors(name, plain))
+            if errors is not None:
+                errors[name] = squared_error(exact, plain)
     return list(outline.items())
 
 
@@ -181,13 +195,9 @@ def read_expanded(path: str | os.PathLike[str], dtype: torch.dtype = torch.float
     packed.require_modules()
     tensors = dict(packed.others)
     for name in packed:
-        tensors |= _expanded(packed, name, dtype)
+        keys = packed.entries[name].keys
+        tensors |= keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None))
     return tensors
-
-
-def _expanded(packed: PackedFile, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    keys = packed.entries[name].keys
-    return keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None))
 
 
 def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

@@ -286,9 +286,15 @@ def test_energy_that_is_spread_is_not_noted(tmp_path: Path) -> None:
     assert not any("squared norm" in note for note in inspect_file(str(source)).notes)
 
 
-def test_packed_files_are_not_refused_by_expand(tmp_path: Path) -> None:
+def test_packed_files_are_not_refused_by_expand_which_tells_what_rounding_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = kohya_file(tmp_path / "in.safetensors")
     packed, plain = tmp_path / "packed.safetensors", tmp_path / "plain.safetensors"
-    compress_file(source, packed, settings(bits=4))
-    assert main(["expand", "--model", str(packed), "--save_to", str(plain)]) == 0
+    compress_file(source, packed, settings(strategy="entropy", bits=4))
+    assert main(["expand", "--model", str(packed), "--save_to", str(plain), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    exact = {name: update.dense() for name, update in load_lora(packed, torch.float32).updates.items()}
+    rounded = relative_error(load_lora(plain, torch.float32).updates, exact)
+    assert 0.0 < rounded < 1e-3 and told["relative_error"] == pytest.approx(rounded, rel=0.02)
     assert plain.stat().st_size > packed.stat().st_size and len(PackedFile(packed)) == 6
