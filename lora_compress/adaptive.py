@@ -98,7 +98,8 @@ def adaptive_compression_strategy(
     if -settings.compress_slope < low and high < settings.compress_slope:
         return _compressed(current_compression, settings, text)
     if change > settings.relax_slope or abs(change) < settings.compress_slope:
-        text += "; the interval is too wide to decide"
+        room = change - settings.relax_slope if change > settings.relax_slope else settings.compress_slope - abs(change)
+        text += f"; the interval is too wide to decide{_window_text(settings.window, high - change, room)}"
     return Decision(current_compression, "keep", text)
 
 
@@ -169,6 +170,17 @@ def _unsure_text(history: History, metric: str, most: float) -> str:
     reach = (high - low) / 2.0
     text = f"; the gap is known to +/- {reach:.1%}, compressing takes {most:.1%}{_pictures_text(history, reach, most)}"
     return text if reach > most else ""
+
+
+def _window_text(window: int, reach: float, allowed: float) -> str:
+    """Returns how many evaluations a slope needs for half an interval of `allowed`.
+
+    The variance of a slope through w values of equal, independent errors falls as 12 / (w (w^2 - 1)).
+    """
+    if not (math.isfinite(reach) and allowed > 0.0):
+        return ""
+    needed = window * (window**2 - 1) * (reach / allowed) ** 2
+    return f": window={next(w for w in itertools.count(window + 1) if w * (w**2 - 1) >= needed)} or more pictures would do"
 
 
 def _pictures_text(history: History, reach: float, allowed: float) -> str:

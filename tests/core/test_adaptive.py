@@ -167,6 +167,22 @@ def test_a_trend_is_followed_only_where_its_whole_interval_says_so() -> None:
     assert adaptive_compression_strategy(doubtful, level).action == "keep"
 
 
+def test_a_slope_that_is_too_unsure_is_answered_with_the_window_that_would_do() -> None:
+    """The errors of each evaluation are its own, so the interval of the slope narrows as the window grows."""
+
+    def measured(place: int) -> dict[str, Any]:
+        size, half = 0.04 * math.sin(2.0 + 7 * place + 3 * place**2), 2 ** (place % 4)
+        return {"fid": 50.0, "fid_jackknife": [[50.0 + size * (-1) ** (turn // half) for turn in range(20)], [50.0] * 20]}
+
+    def decided(window: int) -> Decision:
+        settings = AdaptiveSettings(mode="fid_trend", compress_slope=0.05, window=window)
+        return adaptive_compression_strategy([measured(place) for place in range(40)], Compression(0.6, 6), settings)
+
+    assert "too wide to decide: window=" in decided(3).reason
+    named = int(decided(3).reason.split("window=")[1].split(" ")[0])
+    assert 3 < named < 12 and decided(named + 2).action == "compress"
+
+
 def test_errors_that_all_evaluations_have_in_common_do_not_count() -> None:
     """Each value is known to +/- 20, and yet it is certain that nothing changes: the same pictures moved all of them."""
     same = [uncertain(50.0, 10.0)] * 3
