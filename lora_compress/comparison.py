@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .container import PackedFile
 from .errors import FormatError
+from .layer_matching import fused_layers, match_layers
 from .layouts import LoraSource, open_lora
 from .layouts.peft_folder import template_of, weights_of
 from .parallel import each_module
@@ -126,7 +127,17 @@ def compare_files(
         sizes = os.path.getsize(one.path), os.path.getsize(two.path)
         paths = os.fspath(first), os.fspath(second)
         notes = tuple(f"{path}: {note}" for path, source in zip(paths, (one, two), strict=True) for note in source.notes)
+        notes += _fused_notes(paths, missing)
         return FileComparison(paths, sizes, modules, missing, _differing(one.others, two.others), notes)
+
+
+def _fused_notes(paths: tuple[str, str], missing: tuple[tuple[str, ...], tuple[str, ...]]) -> tuple[str, ...]:
+    """What to know of layers that one file has whole and the other in parts."""
+    if not all(missing):
+        return ()
+    counts = {path: len(fused_layers(list(names))) for path, names in zip(reversed(paths), missing, strict=True)}
+    told = "such as img_attn_qkv, have no single partner in the other file, and count as missing there"
+    return tuple(f"{path}: modules of fused layers ({count}), {told}" for path, count in counts.items() if count)
 
 
 def compare_updates(
@@ -134,6 +145,9 @@ def compare_updates(
 ) -> tuple[tuple[ModuleComparison, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
     """A comparison of each module, and the names of those that the first and the second lack."""
     pairs = match_names(first, second)
+    taken = set(pairs.values())
+    mine = {name: shape for name, shape in first.shapes.items() if name not in pairs}
+    pairs |= match_layers(mine, {name: shape for name, shape in second.shapes.items() if name not in taken})
     if first and second and not pairs:
         raise FormatError(
             f"the files have no module in common: {next(iter(first))} in the first, {next(iter(second))} in the second: "

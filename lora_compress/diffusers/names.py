@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ..comparison import match_names
 from ..update import LowRankUpdate
 from ..weighting.names import SGM_OUTSIDE, SGM_RESNET
+from ..weighting.transformers import TRANSFORMER_BLOCKS
 
 __all__ = ["find_layers", "sgm_name"]
 
@@ -21,41 +22,6 @@ _BLOCK = re.compile(r"^(input|output)_blocks_(\d+)_(\d+)_(.+)$")
 _MIDDLE = re.compile(r"^middle_block_([012])_(.+)$")
 _UNET = "lora_unet_"
 
-_FLUX_DOUBLE = {
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp_0": ("ff.net.0.proj",),
-    "img_mlp_2": ("ff.net.2",),
-    "txt_mlp_0": ("ff_context.net.0.proj",),
-    "txt_mlp_2": ("ff_context.net.2",),
-    "img_mod_lin": ("norm1.linear",),
-    "txt_mod_lin": ("norm1_context.linear",),
-}
-_FLUX_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation_lin": ("norm.linear",),
-}
-_SD3_JOINT = {
-    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "x_block_attn_proj": ("attn.to_out.0",),
-    "context_block_attn_proj": ("attn.to_add_out",),
-    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
-    "x_block_attn2_proj": ("attn2.to_out.0",),
-    "x_block_mlp_fc1": ("ff.net.0.proj",),
-    "x_block_mlp_fc2": ("ff.net.2",),
-    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
-    "context_block_mlp_fc2": ("ff_context.net.2",),
-    "x_block_adaLN_modulation_1": ("norm1.linear",),
-}
-_BLOCKS = {  # of the original transformers: (blocks of diffusers, what becomes of a layer)
-    "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
-    "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
-    "joint_blocks": ("transformer_blocks", _SD3_JOINT),
-}
 _TRANSFORMER = re.compile(r"^lora_unet_(double_blocks|single_blocks|joint_blocks)_(\d+)_(.+)$")
 # sd-scripts numbers T5 the third text encoder; in diffusers' FLUX pipeline it is the second.
 _T5 = re.compile(r"^lora_te3_")
@@ -128,6 +94,6 @@ def _transformer_layers(name: str, sizes: Sizes) -> list[str]:
     match = _TRANSFORMER.match(name)
     if match is None:
         return []
-    blocks, table = _BLOCKS[match[1]]
+    blocks, table = TRANSFORMER_BLOCKS[match[1]]
     layers = [f"transformer.{blocks}.{match[2]}.{layer}" for layer in table.get(match[3], ())]
     return layers if all(layer in sizes for layer in layers) else []

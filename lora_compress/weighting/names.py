@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["SGM_OUTSIDE", "SGM_RESNET", "LayerRows", "layer_name", "layers_of_key"]
+__all__ = ["SGM_OUTSIDE", "SGM_RESNET", "LayerRows", "component_and_path", "layer_name", "layers_of_key"]
 
 _LORA_PREFIXES = (
     ("unet", r"lora_unet_|lora_transformer_|lycoris_|unet\.|transformer\.|(?:model\.)?diffusion_model\."),
@@ -55,15 +55,27 @@ def layer_name(module: str) -> str:
     Kohya names with LDM (lora_unet_input_blocks_4_1_...) or diffusers paths, dotted names (unet....attn1.to_q), PEFT's
     base_model.model. in front and diffusers' old attention processors (...processor.to_q_lora) all lead to the same name.
     """
+    component, path = component_and_path(module)
+    return f"{component or 'unet'}/{path}"
+
+
+def component_and_path(module: str) -> tuple[str | None, str]:
+    """The two parts of `layer_name`; the component is None where a name does not tell it, as in PEFT's files of one model.
+
+    >>> component_and_path("lora_te1_text_model_encoder_layers_0_mlp_fc1")
+    ('te1', 'text_model_encoder_layers_0_mlp_fc1')
+    >>> component_and_path("base_model.model.mid_block.attentions.0.proj_in")
+    (None, 'mid_block_attentions_0_proj_in')
+    """
     name = module.removeprefix("base_model.model.")
-    old = re.fullmatch(r"(.*)\.processor\.(to_[qkv]|to_out)_lora", name)
+    old = re.fullmatch(r"(.*)\.processor\.((add_)?(to_[qkv]|to_out))(_lora)?", name)
     if old:
         name = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
     for component, pattern in _LORA_PREFIXES:
         match = re.match(pattern, name)
         if match:
-            return f"{component}/{_diffusers_path(name[match.end() :].replace('.', '_'))}"
-    return f"unet/{_diffusers_path(name.replace('.', '_'))}"
+            return component, _diffusers_path(name[match.end() :].replace(".", "_"))
+    return None, _diffusers_path(name.replace(".", "_"))
 
 
 def layers_of_key(key: str, component: str | None = None) -> list[LayerRows]:
