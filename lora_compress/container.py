@@ -22,7 +22,7 @@ from .layouts.numbered import numbered_metadata
 from .layouts.peft_config import PeftConfig
 from .layouts.survey import ModuleShape
 from .plain import PlainKeys
-from .regular import require_regular
+from .regular import open_regular, require_regular, same_file
 from .update import LowRankUpdate
 
 __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
@@ -48,6 +48,8 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        require_regular(self.path)
+        self._before = os.stat(self.path)
         header, self._begin, self._size = read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
@@ -169,11 +171,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     def chunks(self, name: str) -> list[bytes]:
         """The layers of a module's payload that are there, compared with their checksums."""
         number, _ = self._entries[name]
-        found = []
-        with open(self.path, "rb") as file:
-            for begin, length, _ in self._chunks[number]:
-                file.seek(self._begin + begin)
-                found.append(file.read(length))
+        found = [self._bytes(begin, length) for begin, length, _ in self._chunks[number]]
         _, lengths, checks = zip(*self._chunks[number], strict=True)
         if tuple(map(len, found)) != lengths or not are_intact(found, checks):
             raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
@@ -210,9 +208,15 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         end = end if size is None else begin + size
         if end > self._size:
             raise FormatError(f"{self.path}: ends before {key} does: a packed file can be cut, but not that early")
-        with open(self.path, "rb") as file:
+        return self._bytes(begin, end - begin)
+
+    def _bytes(self, begin: int, size: int) -> bytes:
+        """Bytes of the data, from the file that was opened, as it was."""
+        with open_regular(self.path) as file:
+            if not same_file(self._before, os.fstat(file.fileno())):
+                raise FormatError(f"{self.path}: another program has written to the file since it was opened: open it again")
             file.seek(self._begin + begin)
-            return file.read(end - begin)
+            return file.read(size)
 
 
 def lay_out(layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]]) -> tuple[PackedIndex, list[Chunk]]:

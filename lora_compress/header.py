@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import FormatError
+from .offsets import check_offsets
 from .recognition import what_is
 from .regular import open_regular
 
@@ -27,7 +28,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header of a safetensors file, where its data begin, and how many bytes of data are there.
 
     Raises:
-        FormatError: no such file, no header of a safetensors file, or one far larger than that of any LoRA.
+        FormatError: no such file, no header of a safetensors file, one far larger than that of any LoRA, or tensors that overlap,
+            leave holes or do not have the bytes that they should; see `check_offsets`. A file that ends early is not refused.
     """
     text, size = _read_text(path)
     if (values := _count_values(text)) > _MOST_VALUES:
@@ -46,6 +48,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     if not texts or (escaped and not all(map(_is_text, (*header, *metadata, *metadata.values())))):
         raise FormatError(f"{path}: its metadata are no texts: the file is damaged")
+    check_offsets(path, {key: entry for key, entry in header.items() if key != "__metadata__"}, size - begin)
     return header, begin, size - begin
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import FormatError
 from ..header import read_header
 from ..recognition import is_safetensors
-from ..regular import require_regular
+from ..regular import open_regular, require_regular, same_file
 from .pickled import load_pickled
 
 __all__ = ["TensorFile", "TensorInfo", "open_tensors"]
@@ -148,48 +148,46 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
 def _open_safetensors(path: Path) -> TensorFile:
     """The header is read as JSON: asking safe_open for the shape of one tensor after another takes a second.
 
-    Tensors are views of the mapped file, since a copy of every weight would take as long as the arithmetic on some of them. The
-    mapping is private: whoever writes into such a tensor changes memory, never the file.
+    Tensors are read and not mapped: a process that touches a mapped file which another program cuts short ends with SIGBUS.
     """
-    header, begin, there = read_header(path)  # bounded, unlike what safe_open accepts
-    try:
-        promised = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-        if promised > there:
-            found = f"cut short: its header promises {promised} bytes of data, the file has {there}"
-            raise FormatError(f"{path}: {found}: get it again")
-        with safe_open(path, framework="pt"):  # checks that the header is sound and fits the file
-            metadata = header.pop("__metadata__", None)
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
-        infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(path, key, entry["dtype"])) for key, entry in in_order}
-    except FormatError:
-        raise
-    except _UNREADABLE as error:
-        raise FormatError(f"{path}: no safetensors file, or cut short ({error}): get it again") from error
+    header, begin, there = read_header(path)
+    metadata = header.pop("__metadata__", None)
+    promised = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if promised > there:
+        found = f"cut short: its header promises {promised} bytes of data, the file has {there}"
+        raise FormatError(f"{path}: {found}: get it again")
+    in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
+    infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(path, key, entry["dtype"])) for key, entry in in_order}
     places = {key: begin + entry["data_offsets"][0] for key, entry in in_order}
-    data = _Mapped(mapped, infos, places)
+    data = _Stored(path, begin + promised, infos, places)
     return TensorFile(path, infos, data.read, metadata, data.close)
 
 
-class _Mapped:
-    """Tensors as views of a mapped file, which lives as long as one of them."""
+class _Stored:
+    """Tensors in a file that stays open, so that another one under its name changes nothing; that it did not change is checked."""
 
-    def __init__(self, mapped: mmap.mmap, infos: Mapping[str, TensorInfo], places: Mapping[str, int]) -> None:
-        self._mapped, self._infos, self._places = mapped, infos, places
+    def __init__(self, path: Path, size: int, infos: Mapping[str, TensorInfo], places: Mapping[str, int]) -> None:
+        self._file = open_regular(path)
+        self._before = os.fstat(self._file.fileno())
+        if self._before.st_size != size:
+            self._file.close()
+            raise FormatError(f"{path}: was changed by another program while it was opened: try again when that is done")
+        self._infos, self._places = infos, places
+        weakref.finalize(self, self._file.close)
 
     def read(self, key: str) -> Tensor:
         info, place = self._infos[key], self._places[key]
         if not info.numel:
             return torch.empty(info.shape, dtype=info.dtype)
-        if place % info.dtype.itemsize:  # some writers align nothing
-            raw = bytearray(self._mapped[place : place + info.nbytes])
-            return torch.frombuffer(raw, dtype=info.dtype).reshape(info.shape)
-        return torch.frombuffer(self._mapped, dtype=info.dtype, count=info.numel, offset=place).reshape(info.shape)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._file.seek(place)
+        count = self._file.readinto(data.numpy().data)
+        if count != info.nbytes or not same_file(self._before, os.fstat(self._file.fileno())):
+            raise ValueError("another program has written to the file since it was opened")
+        return data.view(info.dtype).reshape(info.shape)
 
     def close(self) -> None:
-        """Tensors hold the mapping themselves, but not against mmap.close(): the last of them lets it go."""
-        del self._mapped
+        self._file.close()
 
 
 def _dtype(path: Path, key: str, name: str) -> torch.dtype:
