@@ -42,6 +42,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList([Block(), Block(), Block()])
         self.conv, self.tokens = nn.Conv2d(8, 16, 3), nn.Embedding(50, 32)
         self.proj_out, self.head = nn.Linear(32, 40), nn.Linear(24, 5)
+        self.config = {"model_type": "none"}  # AdaLoRA asks for one
 
     def forward(self, numbers: Tensor) -> Tensor:
         return self.head(self.blocks[0].to_q(self.tokens(numbers)))
@@ -228,6 +229,29 @@ def test_a_packed_file_is_no_folder(tmp_path: Path) -> None:
     trained(tmp_path / "in")
     with pytest.raises(SettingsError, match=r"PEFT reads no packed files.*name a file, .*out\.safetensors"):
         compress_file(tmp_path / "in", tmp_path / "out", CompressionSettings.parse({"bits": 4}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_adalora_comes_out_as_a_folder_of_plain_lora(tmp_path: Path) -> None:
+    options = {"init_r": 6, "target_r": 4, "lora_alpha": 9, "total_step": 10, "target_modules": ["to_q", "proj_out"]}
+    model = peft.get_peft_model(base(), peft.AdaLoraConfig(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.save_pretrained(str(tmp_path / "in"))
+    report = compress_file(tmp_path / "in", tmp_path / "out", CompressionSettings.parse({"new_rank": 3}))
+    check(tmp_path / "out", deltas(model), report)
+    written = config(tmp_path / "out")
+    assert written["peft_type"] == "LORA" and "init_r" not in written
+
+
+def test_a_folder_that_comes_out_under_other_keys_is_refused(tmp_path: Path) -> None:
+    model = peft.get_peft_model(base(), peft.LoHaConfig(r=3, alpha=7, target_modules=["to_q"], init_weights=False))
+    model.save_pretrained(str(tmp_path / "in"))
+    with pytest.raises(SettingsError, match=r"is a folder for PEFT, which could not read .*name a safetensors file"):
+        compress_file(tmp_path / "in", tmp_path / "out", CompressionSettings.parse({"new_rank": 3}))
     assert not (tmp_path / "out").exists()
 
 
