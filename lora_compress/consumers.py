@@ -1,7 +1,7 @@
 """What the programs that load LoRA files ask of a plain file: what to adapt, what they refuse, what they drop.
 
-The rules were read in and run against ComfyUI 0.28, AUTOMATIC1111 1.10.1, Forge, Forge Neo, diffusers 0.30 to 0.42, InvokeAI
-and stable-diffusion.cpp in 2026. A program is a row of data here; `ConsumerRules` merges the rows of several.
+The rules were read in and run against ComfyUI 0.28, AUTOMATIC1111 1.10.1, Forge, Forge Neo, diffusers 0.30 to 0.42, InvokeAI,
+musubi-tuner and stable-diffusion.cpp in 2026. A program is a row of data here; `ConsumerRules` merges the rows of several.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Consumer:
         takes_whole: it refuses files of some kinds as soon as a module is missing; see `marks.is_taken_whole`.
         least_rank: a smaller one is mis-scaled.
         fp8: families whose float8 files it loads; None: all.
+        no_models_of: families of whose models it has none, so that nothing is said of their files.
+        casts: it casts factors before it multiplies them; otherwise float8 ones make it fail.
         merges_mid: it multiplies lora_mid of CP-decomposed convolutions itself.
         reads: endings of keys, beside the factors and alpha, that it uses.
         refuses_strange_keys: in which families a key that it does not know makes it refuse the file; None: in all.
@@ -61,6 +63,8 @@ class Consumer:
     takes_whole: bool = False
     least_rank: int = 1
     fp8: frozenset[str] | None = None
+    no_models_of: frozenset[str] = frozenset()
+    casts: bool = True
     merges_mid: bool = True
     reads: frozenset[str] = frozenset()
     refuses_strange_keys: frozenset[str] | None = frozenset()
@@ -114,6 +118,7 @@ CONSUMERS: dict[str, Consumer] = {
         _Diffusers("diffusers-0.40", "diffusers 0.40 and later", alpha_read_in=None),
         _Diffusers("diffusers-0.32", "diffusers 0.32", one_rank=True),
         Consumer("invokeai", "InvokeAI", reads=frozenset({DORA, "diff", "w_norm", "b_norm"}), refuses_strange_keys=SD),
+        Consumer("musubi", "musubi-tuner", merges_mid=False, no_models_of=SD, casts=False),
         Consumer("sdcpp", "stable-diffusion.cpp", least_rank=2, reads=frozenset({"diff"})),
     )
 }
@@ -241,11 +246,13 @@ class ConsumerRules:
         padded = [name for name, module in file.modules.items() if module.rank < written[name]]
         if padded:
             found.append(f"{len(padded)} of {len(file.modules)} modules padded with zeros to rank {max(written.values())}")
-        for consumer in self.consumers:
+        for consumer in (each for each in self.consumers if file.family not in each.no_models_of):
             strange = consumer.strange(file.extras)
             dora = [key for key in strange if key.endswith("." + DORA)]
             if dora:
                 found.append(f"{consumer.title} drops dora_scale of {len(dora)} modules: its images will differ")
+            if consumer.name == "musubi" and file.layout not in LAYOUTS_WITH_ALPHA:
+                found.append(f"{consumer.title} merges files in kohya's layout alone: run its convert_lora.py on this one first")
             rest = len(strange) - len(dora)
             if rest and not consumer.refuses_in(file.family):
                 example = next(key for key in strange if key not in dora)
@@ -263,10 +270,14 @@ def opened_by(save_format: str, family: str = "unknown") -> str:
             "or after `resize_lora_ext.py expand` everything that opens kohya LoRA"
         )
     float8 = save_format == "fp8"
-    consumers = [
-        c for c in CONSUMERS.values() if not c.name.startswith("diffusers-") and not (float8 and c.fp8 and family not in c.fp8)
-    ]
-    titles = [consumer.title for consumer in consumers] + ["sd-scripts"]
+    general = [consumer for consumer in CONSUMERS.values() if not consumer.name.startswith("diffusers-")]
+    titles = [consumer.title for consumer in general if _opens_plain(consumer, float8, family)] + ["sd-scripts"]
     if float8 and family == "unknown":
         titles.append("diffusers for SD and SDXL")
     return ", ".join(titles)
+
+
+def _opens_plain(consumer: Consumer, float8: bool, family: str) -> bool:
+    if family in consumer.no_models_of:
+        return False
+    return not float8 or (consumer.casts and (consumer.fp8 is None or family in consumer.fp8))

@@ -42,6 +42,11 @@ def problems_of(consumer: Consumer, file: PlannedFile) -> list[str]:
             f"{consumer.title} loads fp8 LoRA of {', '.join(sorted(consumer.fp8))} alone, this one is for {file.family}: "
             "set save_format=kohya and save_precision=fp16 or bf16"
         )
+    if float8 and not consumer.casts and file.family not in consumer.no_models_of:
+        found.append(
+            f"{consumer.title} multiplies factors in the precision of the file, which float8 cannot: "
+            "set save_format=kohya and save_precision=bf16 or fp16"
+        )
     strange = [key for key in consumer.strange(file.extras) if not (key.endswith("." + DORA) and file.family in SD)]
     if strange and consumer.refuses_in(file.family):
         found.append(f"{consumer.title} refuses files with keys such as {strange[0]} ({len(strange)} of them): take them out")
@@ -91,6 +96,14 @@ def _wan_problem(consumer: Consumer, file: PlannedFile) -> list[str]:
     return [f"{consumer.title} refuses wan files with {found}"]
 
 
+def _musubi_names(consumer: Consumer, file: PlannedFile) -> list[str]:
+    """It looks for lora_unet_ and the name of the layer, and leaves everything else out with a warning."""
+    strange = [name for name in file.modules if name.startswith(_WAN_FUN)]
+    if strange:
+        return [f"{consumer.title} leaves out modules such as {strange[0]}: it knows lora_unet_blocks_ with one underscore"]
+    return []
+
+
 def _invokeai_names(consumer: Consumer, file: PlannedFile) -> list[str]:
     """SDXL files have one of three prefixes; the model of an SD file is told from a few modules."""
     if file.layout not in LAYOUTS_WITH_ALPHA or file.family not in SD:
@@ -111,4 +124,7 @@ def _prefix_problem(consumer: Consumer, file: PlannedFile, prefixes: tuple[str, 
     ]
 
 
-_NAME_RULES = dict.fromkeys(("diffusers", "diffusers-0.40", "diffusers-0.32"), _diffusers_names) | {"invokeai": _invokeai_names}
+_NAME_RULES = dict.fromkeys(("diffusers", "diffusers-0.40", "diffusers-0.32"), _diffusers_names) | {
+    "invokeai": _invokeai_names,
+    "musubi": _musubi_names,
+}

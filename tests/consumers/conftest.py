@@ -1,5 +1,5 @@
 """Programs that open LoRA, where a checkout of theirs is at hand: COMFYUI_DIR, A1111_DIR, FORGE_DIR, FORGE_NEO_DIR,
-REFORGE_DIR.
+REFORGE_DIR, INVOKEAI_DIR (the folder that holds its package), MUSUBI_DIR.
 
 REQUIRE_CONSUMERS=1 makes each skip a failure.
 """
