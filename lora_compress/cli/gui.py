@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 
+from ..gui.guard import Limits
 from ..settings.budget import parse_size
 from .arguments import Parser, UsageError
+from .console import say
 
 __all__ = ["run"]
 
@@ -28,24 +29,33 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
     parser.add_argument("--max_size", default="2GB", metavar="SIZE", help="of an uploaded file at most; default 2GB")
+    parser.add_argument(
+        "--max_total", default="10GB", metavar="SIZE", help="of all files that are kept, for an hour each; default 10GB"
+    )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     args = parser.parse(argv)
     if not 1 <= args.port <= 65535:
         raise UsageError(f"--port {args.port}: must lie in 1 to 65535")
-    try:
-        max_size = parse_size(args.max_size)
-    except ValueError as error:
-        raise UsageError(f"--max_size {args.max_size}: {error}") from None
+    limits = Limits(*(_size(f"--{name}", getattr(args, name)) for name in ("max_size", "max_total")))
+    if limits.total < limits.upload:
+        raise UsageError(f"--max_total {args.max_total}: is less than one file may have, --max_size {args.max_size}")
     if importlib.util.find_spec("gradio") is None:
         raise UsageError('gui: the page needs Gradio, which is not installed: pip install "lora-compress[gui]"')
     os.environ.update(_QUIET)  # Gradio reads them when it is imported
     _go_around_proxies()
     if args.host not in _LOOPBACK:
-        print(f"note: --host {args.host}: whoever reaches this machine over the network can use the page", file=sys.stderr)
+        say(f"note: --host {args.host}: whoever reaches this machine over the network can use the page")
     from ..gui.server import serve
 
-    serve(args.host, args.port, max_size, args.open)
+    serve(args.host, args.port, limits, args.open)
     return 0
+
+
+def _size(flag: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text}: {error}") from None
 
 
 def _go_around_proxies() -> None:

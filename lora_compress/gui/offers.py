@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from ..cli.console import megabytes
 from ..inspection import FileInspection
+from ..text import as_html
 
 __all__ = ["PACKED", "PLAIN", "SETTINGS", "Curve", "SizeRange", "about", "chart_rows", "curves", "size_range"]
 
@@ -69,6 +69,6 @@ def about(found: FileInspection) -> str:
         "precision": found.stored_as,
         "size": megabytes(found.bytes),
     }
-    cells = "".join(f'<tr><th scope="row">{name}</th><td>{escape(value)}</td></tr>' for name, value in rows.items())
-    notes = "".join(f"<li>{escape(note.replace(found.path, rows['file']))}</li>" for note in dict.fromkeys(found.notes))
+    cells = "".join(f'<tr><th scope="row">{name}</th><td>{as_html(value)}</td></tr>' for name, value in rows.items())
+    notes = "".join(f"<li>{as_html(note.replace(found.path, rows['file']))}</li>" for note in dict.fromkeys(found.notes))
     return f'<table class="about">{cells}</table>' + (f"<ul>{notes}</ul>" if notes else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pandas as pd
 
 from ..errors import LoraCompressError
 from ..inspection import inspect_file
+from ..text import as_html
 from .offers import PACKED, PLAIN, SizeRange, about, chart_rows, curves, size_range
 from .work import check_upload, make, told_error
 
@@ -118,4 +118,4 @@ def _teller(progress: Any) -> Callable[[int, int], None]:
 
 
 def _shown(error: LoraCompressError, path: str, folder: Path | None = None) -> gr.Error:
-    return gr.Error(escape(told_error(error, path, folder), quote=False), duration=None, print_exception=False)
+    return gr.Error(as_html(told_error(error, path, folder)), duration=None, print_exception=False)

@@ -6,36 +6,44 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
+
+from starlette.middleware import Middleware
 
 from ..cli.arguments import UsageError
+from .folder import own_folder
+from .guard import Guard, Limits
 from .page import LOOK, build
+from .work import CLOSING, WORKING
 
 __all__ = ["serve"]
 
+_PATIENCE = 30  # seconds for the modules that are worked on when the page ends
 _PRIVATE = {"share": False, "ssr_mode": False, "footer_links": [], "enable_monitoring": False, "mcp_server": False, "pwa": False}
 
 
-def serve(host: str, port: int, max_size: int, open_browser: bool) -> None:
+def serve(host: str, port: int, limits: Limits, open_browser: bool) -> None:
     """Serve the page at http://host:port until SIGINT or SIGTERM.
 
     Args:
-        max_size: bytes of an upload at most.
+        limits: of an upload, and of all files that are kept.
 
     Raises:
         UsageError: the port is taken, or the host is no address of this machine.
     """
-    with _own_folder():
+    with own_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / "files")  # where Gradio keeps uploads and downloads
+        tempfile.tempdir = str(folder)  # of this process: what is half uploaded or half made goes with the rest
         page = build()
         try:
             _, address, _ = page.queue(default_concurrency_limit=1).launch(
                 server_name=host,
                 server_port=port,
-                max_file_size=max_size,
+                max_file_size=limits.upload,
                 inbrowser=open_browser,
                 prevent_thread_lock=True,
                 quiet=True,
+                app_kwargs={"middleware": [Middleware(Guard, host, limits, folder)]},
                 **LOOK,
                 **_PRIVATE,
             )
@@ -50,14 +58,15 @@ def serve(host: str, port: int, max_size: int, open_browser: bool) -> None:
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            print("ended")
+            print("ended", flush=True)
         finally:
-            page.close(verbose=False)
+            _end(page)
 
 
-@contextmanager
-def _own_folder() -> Iterator[None]:
-    """Gradio keeps uploads and downloads in a folder that is removed in the end."""
-    with tempfile.TemporaryDirectory(prefix="lora-compress-gui-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
+def _end(page: Any) -> None:
+    """Close the page and stop what it works on, so that nothing is written to its folder any more; further signals do not count."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    CLOSING.set()
+    page.close(verbose=False)
+    WORKING.acquire(timeout=_PATIENCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from ..report.html import write_html
 from ..settings import CompressionSettings
 from .offers import PACKED, SETTINGS
 
-__all__ = ["Made", "check_upload", "make", "told_error"]
+__all__ = ["CLOSING", "WORKING", "Made", "check_upload", "make", "told_error"]
+
+CLOSING = threading.Event()  # set when the page ends: what is under way stops at its next module
+WORKING = threading.Lock()  # held while a file is made
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,23 @@ def make(path: str, kind: str, megabytes_asked: float, folder: Path, progress: C
     name = Path(path).name
     target = folder / f"{Path(path).stem}-{'packed' if kind == PACKED else 'small'}.safetensors"
     settings = CompressionSettings.parse({**SETTINGS[kind], "target_size": str(int(megabytes_asked * 1e6))})
-    report = compress_file(path, target, settings, progress=progress)
+    with WORKING:
+        report = compress_file(path, target, settings, progress=_until_closing(progress))
     before, after = map(megabytes, report.bytes)
     if report.output is None:
         return Made(f"Nothing was written: the result would take {after}, the file itself takes {before}. Choose a smaller size.")
     page = folder / f"{Path(path).stem}-report.html"
     write_html(_without_folders(report, name, target), page)
     return Made(f"{before} became {after}, with a relative error of {report.relative_error:.2%}.", target, page)
+
+
+def _until_closing(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if CLOSING.is_set():
+            raise LoraCompressError("the page is being closed")
+        progress(done, total)
+
+    return report
 
 
 def told_error(error: LoraCompressError, path: str, folder: Path | None = None) -> str:

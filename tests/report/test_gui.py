@@ -44,6 +44,7 @@ def write_lora(folder: Path) -> Path:
         (["--prot", "1"], "--prot: unknown flag, did you mean --port?"),
         (["--port", "70000"], "--port 70000: must lie in 1 to 65535"),
         (["--port", "high"], "--port: invalid int value"),
+        (["--max_total", "1GB"], "--max_total 1GB: is less than one file may have, --max_size 2GB"),
         (["--max_size", "much"], "--max_size much: must be a size such as 20MB"),
         (["lora.safetensors"], "lora.safetensors: belongs to no flag"),
         ([], 'Gradio, which is not installed: pip install "lora-compress[gui]"'),
@@ -176,6 +177,30 @@ def test_the_server_takes_no_larger_upload_whatever_the_page_says(served: tuple[
         except HTTPError as error:
             found = error.code
         assert found == status
+
+
+def test_the_server_answers_its_own_page_alone(served: tuple[str, Path]) -> None:
+    address, temporary = served
+    host = address.split("/")[2]
+    cases: list[tuple[str, dict[str, str], int]] = [
+        ("", {}, 200),
+        ("config", {}, 200),
+        ("", {"Host": "evil.example"}, 403),
+        ("config", {"Host": f"evil.example:{host.split(':')[1]}"}, 403),
+        ("config", {"Origin": "http://evil.example"}, 403),
+        ("config", {"Origin": f"http://{host}"}, 200),
+        ("gradio_api/file=/etc/passwd", {}, 403),
+        ("gradio_api/file=http://127.0.0.1:1/", {}, 403),
+        ("gradio_api/file=../../../../etc/passwd", {}, 403),
+        (f"gradio_api/file={temporary}/../log", {}, 403),
+        (f"gradio_api/file={ROOT / 'README.md'}", {}, 403),
+    ]
+    for path, headers, status in cases:
+        try:
+            found = build_opener(ProxyHandler({})).open(Request(address + path, headers=headers), timeout=60).status
+        except HTTPError as error:
+            found = error.code
+        assert found == status, (path, headers)
 
 
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
