@@ -4,7 +4,10 @@ import runpy
 import sys
 from pathlib import Path
 
-from lora_compress.cli import main
+try:
+    from lora_compress.cli import main
+except KeyboardInterrupt:  # while torch is imported, which takes seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["evaluate"], ["run"]):  # diffusers and sd-scripts import torchvision, which needs a hand beside CPU torch

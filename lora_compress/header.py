@@ -103,6 +103,10 @@ def header_has(path: Path, key: str) -> bool:
 def _read_text(path: Path) -> tuple[bytes, int]:
     """The header as it stands in the file, and the size of the file."""
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{path}: the name is not valid UTF-8, with which safetensors opens no file: rename it") from None
+    try:
         with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .jobs import CompressOptions, Job
 from .storage import is_remote
-from .work import Compress, run_job
+from .work import Compress
+from .worker import end_children, start_worker, unheard_interrupts, work
 
 __all__ = ["available_memory", "run_local", "worker_count"]
 
@@ -26,7 +23,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def run_local(
     jobs: Sequence[Job], options: CompressOptions, workers: int | None = None, compress: Compress | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The outcome of every job (see `run_job`) as it comes, from processes of one torch thread each.
 
     When a process dies, of memory mostly, the rest goes on with half as many; alone, the file that it died of is given up.
@@ -36,14 +33,19 @@ def run_local(
     count = workers or worker_count(jobs, options)
     while waiting:
         lost = []
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
+        others = set(multiprocessing.active_children())
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker)
         try:
-            futures = {pool.submit(run_job, job, options, compress): job for job in waiting}
+            with unheard_interrupts():
+                futures = {pool.submit(work, job, options, compress): job for job in waiting}
             for future in as_completed(futures):
                 try:
                     yield future.result()
                 except BrokenProcessPool:
                     lost.append(futures[future])
+        except BaseException:  # interrupted, or the caller wants no more outcomes
+            end_children(others)
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         waiting = [job for job in waiting if job in set(lost)]
@@ -92,16 +94,3 @@ def available_memory() -> int | None:
     except (OSError, ValueError):
         pass
     return max(min(free), 0) if free else None
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once; what is half written has no final name yet
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

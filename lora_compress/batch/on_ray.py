@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from .work import Compress, run_job
 
 __all__ = ["run_on_ray"]
 
+_Outcomes = Generator[dict[str, Any], None, None]
 _RETRIES = 2  # of a task whose node or process is lost
 
 
-def run_on_ray(jobs: Sequence[Job], options: CompressOptions, compress: Compress | None = None) -> Iterator[dict[str, Any]]:
+def run_on_ray(jobs: Sequence[Job], options: CompressOptions, compress: Compress | None = None) -> _Outcomes:
     """The outcome of every job (see `run_job`) as it comes, from the cluster of RAY_ADDRESS, or from this machine without one.
 
     Paths must mean the same on every node: a shared folder, or URLs that fsspec opens. The nodes need this package.
@@ -42,7 +43,7 @@ def run_on_ray(jobs: Sequence[Job], options: CompressOptions, compress: Compress
             ray.shutdown()
 
 
-def _spread(ray: Any, jobs: list[Job], options: CompressOptions, compress: Compress | None) -> Iterator[dict[str, Any]]:
+def _spread(ray: Any, jobs: list[Job], options: CompressOptions, compress: Compress | None) -> _Outcomes:
     gpu = options.settings.quantization_device != "cpu"
     task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=_RETRIES)(run_job)
     most = 2 * max(int(ray.cluster_resources().get("CPU", 1)), 1)  # one in work and one waiting for each core

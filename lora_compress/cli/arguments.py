@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_type_hints
 
@@ -16,6 +17,7 @@ from ..consumers import CONSUMERS
 from ..errors import LoraCompressError, SettingsError
 from ..layouts.peft_config import CONFIG_NAME
 from ..settings import SECTIONS, CompressionSettings, QatSettings, QuantizationSettings, TrainingSettings, setting_names
+from .process import written
 
 __all__ = [
     "PRECISIONS",
@@ -54,7 +56,10 @@ _METAVARS = {float: "X", int: "N", str: "TEXT", bool: "true|false"}
 
 
 class UsageError(LoraCompressError):
-    """The command line is wrong: which flag, what was found, what is allowed, what to do."""
+    """The command line is wrong: which flag, what was found, what is allowed, what to do; more arguments are further lines."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +70,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument ") + " (--help lists every flag)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Show what --help tells; argparse itself would keep silent where it cannot be written."""
+        with written():
+            (file or sys.stdout).write(self.format_help())
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of `argv`.

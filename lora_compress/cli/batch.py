@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from ..batch import CompressOptions, Job, plan_jobs, run_local, run_on_ray
 from ..batch.storage import is_remote
 from . import paths
 from .arguments import UsageError
-from .console import megabytes, print_json, print_notes, progress, quiet_stdout, show
+from .console import cell, megabytes, print_json, print_notes, progress, quiet_stdout, show
 
 __all__ = ["run_batch"]
 
@@ -25,9 +25,9 @@ def run_batch(args: argparse.Namespace, options: CompressOptions) -> int:
     jobs = _plan(args, options)
     run = run_on_ray if args.executor == "ray" else run_local
     outcomes = {}
-    with quiet_stdout() as warned, progress("compressing", "file") as report_progress:
+    with quiet_stdout() as warned, progress("compressing", "file") as report_progress, closing(run(jobs, options)) as done:
         report_progress(0, len(jobs))
-        for outcome in run(jobs, options):
+        for outcome in done:
             outcomes[outcome["input"]] = outcome
             report_progress(len(outcomes), len(jobs))
     files = [outcomes[place] for place in sorted(outcomes)]
@@ -78,7 +78,7 @@ def _table(files: list[dict[str, Any]]) -> Table:
             numbers = (size, *((f"{file['relative_error']:.2%}", f"{file['bits_per_weight']:.2f}") if written else ("-", "-")))
         else:
             numbers = ("-", "-", "-")
-        table.add_row(escape(name), file["status"], *numbers)
+        table.add_row(cell(name), file["status"], *numbers)
     return table
 
 

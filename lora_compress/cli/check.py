@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..checking import Verdict, check_file
 from . import paths
 from .arguments import Parser, add_program_flag
-from .console import print_json, print_notes, quiet_stdout, show
+from .console import cell, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
 
@@ -39,6 +39,6 @@ def run(argv: Sequence[str]) -> int:
 def _table(verdicts: Sequence[Verdict]) -> Table:
     table = Table("program", "opens it", "why not, what it needs or leaves out")
     for verdict in verdicts:
-        told = "\n".join(verdict.reasons + verdict.notes)
-        table.add_row(escape(verdict.title), "yes" if verdict.opens else "no", escape(told))
+        told = Text("\n").join(map(cell, verdict.reasons + verdict.notes))
+        table.add_row(cell(verdict.title), "yes" if verdict.opens else "no", told)
     return table

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from ..comparison import FileComparison, ModuleComparison, compare_files
 from ..update import relative_error
 from . import paths
 from .arguments import Parser, add_scale_flags, scale_options
-from .console import megabytes, print_json, print_notes, quiet_stdout, show
+from .console import cell, megabytes, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
 
@@ -49,9 +48,9 @@ def _parts(comparison: FileComparison) -> Table:
     parts: dict[str, list[ModuleComparison]] = {}
     for module in comparison.modules:
         parts.setdefault(module.part, []).append(module)
-    table = _table("part", "modules", title=" against ".join(map(escape, comparison.paths)))
+    table = _table("part", "modules", title=" against ".join(comparison.paths))
     for name, modules in parts.items():
-        table.add_row(escape(name), str(len(modules)), *_numbers(modules))
+        table.add_row(cell(name), str(len(modules)), *_numbers(modules))
     if len(parts) > 1:
         table.add_row("all", str(len(comparison.modules)), *_numbers(comparison.modules))
     return table
@@ -62,12 +61,12 @@ def _modules(comparison: FileComparison, every: bool) -> Table:
     shown = comparison.modules if every else modules[:_WORST]
     table = _table("module", "part", title="modules" if every or len(modules) <= _WORST else f"the {_WORST} largest errors")
     for module in shown:
-        table.add_row(escape(module.name), escape(module.part), *_numbers([module]))
+        table.add_row(cell(module.name), cell(module.part), *_numbers([module]))
     return table
 
 
 def _table(*headings: str, title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=cell(title))
     for heading in headings:
         table.add_column(heading, overflow="fold")  # names are there to be copied
     for heading in ("components (rank)", "size", "relative error"):

@@ -96,7 +96,7 @@ def read_options(args: argparse.Namespace) -> CompressOptions:
     values |= section_values(args)
     asked = {*values} - _PLACES
     if not asked and args.truncate is None and not (args.save_precision or args.consumers or args.force_resize):
-        raise UsageError(_NOTHING_ASKED)
+        raise UsageError(*_NOTHING_ASKED.splitlines())
     if args.truncate is not None and (asked or args.save_precision or args.consumers):
         raise UsageError(f"--truncate {args.truncate}: cuts a progressive file as it is: leave out every other setting")
     for flag in ("base_model", "calibration"):

@@ -11,20 +11,33 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from ..report.file_report import FileReport, ModuleReport
+from ..text import visible
 from ..update import relative_error
+from .process import written
 
-__all__ = ["megabytes", "print_json", "print_notes", "print_report", "progress", "quiet_stdout", "report_table", "show"]
+__all__ = [
+    "cell",
+    "megabytes",
+    "print_json",
+    "print_notes",
+    "print_report",
+    "progress",
+    "quiet_stdout",
+    "report_table",
+    "say",
+    "show",
+]
 
 
 @contextlib.contextmanager
 def progress(title: str, unit: str = "module") -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr, where that is a terminal; yields report(done, total)."""
-    with tqdm(desc=title, unit=unit, file=sys.stderr, leave=False, disable=None, dynamic_ncols=True) as bar:
+    with tqdm(desc=visible(title), unit=unit, file=sys.stderr, leave=False, disable=None, dynamic_ncols=True) as bar:
 
         def report(done: int, total: int) -> None:
             bar.total = total
@@ -48,21 +61,40 @@ def quiet_stdout() -> Iterator[list[str]]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout; what JSON has no number for is null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    """One JSON object on stdout, in ASCII; what JSON has no number for is null."""
+    with written():
+        print(json.dumps(_finite(value), allow_nan=False))
 
 
-def show(*parts: Any) -> None:
+def show(*parts: Table | str) -> None:
     """Tables and lines on stdout, as wide as the terminal; 140 columns where there is none."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
-    for part in parts:
-        console.print(part, markup=not isinstance(part, str))
+    console = _Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, highlight=False)
+    with written():
+        for part in parts:
+            console.print(cell(part) if isinstance(part, str) else part)
+
+
+def cell(text: str) -> Text:
+    """A text of any origin as one line, or as a cell or the title of a table: nothing in it is taken for a style or a command."""
+    return Text(visible(text))
+
+
+def say(*lines: str) -> None:
+    """Lines on stderr, each as one line whatever it holds; what cannot be written there is lost."""
+    for line in lines:
+        with contextlib.suppress(OSError):
+            print(visible(line), file=sys.stderr, flush=True)
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Each different note once, on stderr."""
-    for note in dict.fromkeys(notes):
-        print(f"note: {note}", file=sys.stderr)
+    say(*(f"note: {note}" for note in dict.fromkeys(notes)))
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller; rich would end the process."""
+        raise
 
 
 def print_report(report: FileReport, verbose: bool = False) -> None:
@@ -88,14 +120,14 @@ def print_report(report: FileReport, verbose: bool = False) -> None:
 
 def report_table(report: FileReport) -> Table:
     """Modules, components, bytes, bits and error for each part of the model and for all."""
-    table = Table(title=f"{escape(report.input)} ({escape(report.layout)}, {escape(report.family)})")
+    table = Table(title=cell(f"{report.input} ({report.layout}, {report.family})"))
     for heading in ("part", "modules", "components (rank)", "size", "bits per weight", "relative error"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     parts: dict[str, list[ModuleReport]] = {}
     for module in report.modules:
         parts.setdefault(module.part, []).append(module)
     for name, modules in [*parts.items(), *([("all", list(report.modules))] if len(parts) > 1 else [])]:
-        table.add_row(escape(name), *_row(modules))
+        table.add_row(cell(name), *_row(modules))
     return table
 
 

@@ -8,14 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
 from ..evaluation.results import Estimate, Evaluation
 from . import paths
 from .arguments import PRECISIONS, Parser, UsageError
-from .console import megabytes, print_json, print_notes, quiet_stdout, show
+from .console import cell, megabytes, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
 
@@ -98,7 +97,7 @@ def _head(found: Evaluation) -> str:
 
 
 def _table(found: Evaluation) -> Table:
-    table = Table(title=escape(f"{found.path} on {found.settings.get('base_model', '')}"))
+    table = Table(title=cell(f"{found.path} on {found.settings.get('base_model', '')}"))
     table.add_column("metric", overflow="fold")
     for heading in ("value", "95 % interval", "floor", "N"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -107,13 +106,13 @@ def _table(found: Evaluation) -> Table:
     for estimate in found.estimates:
         low, high = estimate.interval
         table.add_row(
-            escape(estimate.name),
+            cell(estimate.name),
             _number(estimate.value),
             f"{_number(low)} to {_number(high)}" if math.isfinite(low) else "too few",
             "-" if estimate.floor is None else _number(estimate.floor),
             _count(estimate),
-            escape(estimate.extractor),
-            escape(estimate.meaning),
+            cell(estimate.extractor),
+            cell(estimate.meaning),
         )
     return table
 

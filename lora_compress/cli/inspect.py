@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from ..inspection import FileInspection, ModuleInspection, inspect_file, mean_effective_rank
 from . import paths
 from .arguments import Parser, add_scale_flags, scale_options
-from .console import megabytes, print_json, print_notes, quiet_stdout, show
+from .console import cell, megabytes, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
 
-_BARS = "▁▂▃▄▅▆▇█"
+_BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _BAR_COUNT = 20
 
 
@@ -63,7 +63,7 @@ def _parts(found: FileInspection) -> Table:
     for name, modules in parts.items():
         ranks = [module.rank for module in modules]
         table.add_row(
-            escape(name),
+            cell(name),
             str(len(modules)),
             str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}",
             f"{mean_effective_rank(modules):.1f}",
@@ -84,7 +84,7 @@ def _modules(found: FileInspection) -> Table:
     for module in found.modules:
         first = module.sigma[0] if module.sigma else 0.0
         table.add_row(
-            escape(module.name),
+            cell(module.name),
             " x ".join(map(str, module.shape)),
             str(module.rank),
             f"{module.effective_rank:.1f}",
@@ -123,4 +123,14 @@ def _sparkline(values: Sequence[float]) -> str:
     """Values in [0, 1] as a row of bars, at most 20 of them."""
     if len(values) > _BAR_COUNT:
         values = [values[index * len(values) // _BAR_COUNT] for index in range(_BAR_COUNT)]
-    return "".join(_BARS[min(int(value * len(_BARS)), len(_BARS) - 1)] for value in values)
+    bars = _BARS if _writes(_BARS) else _ASCII_BARS
+    return "".join(bars[min(int(value * len(bars)), len(bars) - 1)] for value in values)
+
+
+def _writes(text: str) -> bool:
+    """Whether the encoding of standard output has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

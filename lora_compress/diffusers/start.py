@@ -8,6 +8,7 @@ import sys
 
 from ..errors import LoraCompressError, SettingsError
 from ..settings import read_config
+from ..text import visible
 from .options import DEFAULTS, DONE_IN_ANY_CASE
 
 __all__ = ["main"]
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
 
         logging.getLogger(__name__).info("%s", train({**config, "command line": over}))
     except LoraCompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
     return 0
 

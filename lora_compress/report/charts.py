@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from ..errors import MissingPackageError
+from ..text import as_html, shortened, visible
+from .drawing import DrawingError, draw
 
 __all__ = ["BYTES", "DESCRIBED", "chart", "size_text"]
 
@@ -30,6 +32,8 @@ _CONFIG = {
 _HEAD = re.compile(r'<svg [^>]*?width="([\d.]+)" height="([\d.]+)" viewBox="([^"]*)">')
 _MARK = re.compile(r'<(\w+) aria-label="([^"]*)"([^>]*)/>')
 
+_LONGEST = 300  # characters of a text in a chart: fitting one of 100,000 into a label takes minutes
+
 DESCRIBED = {"description": {"field": "told"}}  # of an encoding
 BYTES = {"labelExpr": "format(datum.value, '~s') + 'B'"}  # of an axis
 
@@ -39,6 +43,8 @@ def chart(label: str, spec: Mapping[str, Any], *, fluid: bool = True) -> str:
 
     Marks tell what the `told` of their data says where a pointer rests on them, if their encoding has DESCRIBED.
 
+    A chart that cannot be drawn becomes a sentence that says so.
+
     Args:
         label: what is drawn, for those who cannot see it.
         spec: without schema and config; colours are variables of page.css.
@@ -47,11 +53,12 @@ def chart(label: str, spec: Mapping[str, Any], *, fluid: bool = True) -> str:
     Raises:
         MissingPackageError: vl-convert-python is not installed.
     """
+    if importlib.util.find_spec("vl_convert") is None:
+        raise MissingPackageError("charts need the package vl-convert-python: pip install vl-convert-python")
     try:
-        import vl_convert
-    except ImportError as error:
-        raise MissingPackageError("charts need the package vl-convert-python: pip install vl-convert-python") from error
-    drawn: str = vl_convert.vegalite_to_svg({"config": _CONFIG, **spec})
+        drawn = draw(_clean({"config": _CONFIG, **spec}))
+    except DrawingError as error:
+        return f'<p class="undrawn">This chart could not be drawn ({as_html(error)}): {as_html(label)}.</p>'
     size = "" if fluid else r' width="\1" height="\2"'
     style = "wide" if fluid else "fixed"
     drawn = _HEAD.sub(rf'<svg class="{style}" role="img" aria-label="{_literal(label)}" viewBox="\3"{size}>', drawn, count=1)
@@ -66,5 +73,16 @@ def size_text(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def _clean(value: Any) -> Any:
+    """A specification whose texts hold only what can be drawn."""
+    if isinstance(value, str):
+        return visible(shortened(value, _LONGEST))
+    if isinstance(value, Mapping):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    return value
+
+
 def _literal(text: str) -> str:
-    return escape(text).replace("\\", r"\\")
+    return as_html(text).replace("\\", r"\\")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
 
 from ..files import atomic_path
+from ..text import as_html
 from .charts import size_text
 from .file_report import FileReport, ModuleReport
 from .html_charts import bytes_chart, curve_chart, spectrum_overview, worst_spectra
@@ -49,10 +49,10 @@ def write_page(text: str, path: str | os.PathLike[str]) -> None:
 def html_page(report: FileReport) -> str:
     """The page: headline numbers, bytes, size-error curve, ranks and bits by block, spectra, table of modules, notes, settings."""
     name = os.path.basename(report.input)
-    lead = f"{escape(report.input)} &rarr; {escape(report.output or 'nothing written')}"
+    lead = f"{as_html(report.input)} &rarr; {as_html(report.output or 'nothing written')}"
     about = f"{report.layout} layout, {report.family} family, status {report.status.replace('_', ' ')}"
     body = tiles(_headline(report)) + file_body(report)
-    return page(name, lead, escape(about), body, report.notes, report.settings)
+    return page(name, lead, as_html(about), body, report.notes, report.settings)
 
 
 def file_body(report: FileReport) -> str:
@@ -76,13 +76,13 @@ def page(
 ) -> str:
     """Put a page together; `lead`, `about` and `body` are HTML, everything else is text."""
     return Template(_part("page.html")).substitute(
-        title=escape(title),
+        title=as_html(title),
         lead=lead,
         about=about,
         body=body,
-        notes="".join(f"<li>{escape(note)}</li>" for note in dict.fromkeys(notes)) or "<li>Nothing to tell.</li>",
+        notes="".join(f"<li>{as_html(note)}</li>" for note in dict.fromkeys(notes)) or "<li>Nothing to tell.</li>",
         settings="".join(
-            f"<tr><th>{escape(name)}</th><td>{'&ndash;' if value is None else escape(str(value))}</td></tr>"
+            f"<tr><th>{as_html(name)}</th><td>{'&ndash;' if value is None else as_html(value)}</td></tr>"
             for name, value in settings.items()
         ),
         style=_part("page.css"),
@@ -93,7 +93,7 @@ def page(
 def tiles(numbers: Iterable[tuple[str, str, str]]) -> str:
     """Headline numbers: (value, what it is, a remark)."""
     cells = "".join(
-        f'<div class="tile"><dt>{escape(label)}</dt><dd><b>{escape(value)}</b><span>{escape(remark)}</span></dd></div>'
+        f'<div class="tile"><dt>{as_html(label)}</dt><dd><b>{as_html(value)}</b><span>{as_html(remark)}</span></dd></div>'
         for value, label, remark in numbers
     )
     return f'<dl class="tiles">{cells}</dl>'
@@ -150,7 +150,7 @@ def _row(module: ModuleReport, total: float) -> str:
         (share, _known(share, ".2f")),
     )
     cells = "".join(f'<td data-v="{-1 if math.isnan(value) else value:.6g}">{text}</td>' for value, text in numbers)
-    return f"<tr><td>{escape(module.name)}</td><td>{escape(module.part)}</td>{cells}</tr>"
+    return f"<tr><td>{as_html(module.name)}</td><td>{as_html(module.part)}</td>{cells}</tr>"
 
 
 def _part(name: str) -> str:

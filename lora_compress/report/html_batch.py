@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from ..text import as_html
 from .charts import size_text
 from .html import page, tiles, write_page
 
@@ -68,4 +68,4 @@ def _row(file: Mapping[str, Any]) -> str:
         f'<td data-v="{file[name]:.6g}">{file[name] * scale:,.4g}</td>' if file.get(name) is not None else '<td data-v="-1">–</td>'
         for name, scale in _NUMBERS
     )
-    return f"<tr><td>{escape(file['input'])}</td><td>{escape(file['status'].replace('_', ' '))}</td>{cells}</tr>"
+    return f"<tr><td>{as_html(file['input'])}</td><td>{as_html(file['status'].replace('_', ' '))}</td>{cells}</tr>"

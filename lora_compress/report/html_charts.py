@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
+from ..text import as_html
 from .charts import BYTES, DESCRIBED, chart, size_text
 from .file_report import FileReport, ModuleReport
 from .html_blocks import place_of
@@ -53,7 +53,7 @@ def bytes_chart(report: FileReport) -> str:
         },
     )
     lines = "".join(
-        f'<tr><th><span class="key"><i class="{styles[part]}"></i>{escape(part)}</span></th><td>{size_text(before)}</td>'
+        f'<tr><th><span class="key"><i class="{styles[part]}"></i>{as_html(part)}</span></th><td>{size_text(before)}</td>'
         f"<td>{size_text(after)}</td><td>{f'{after / before:.1%}' if before else '–'}</td></tr>"
         for part, (before, after) in sizes.items()
     )

@@ -10,7 +10,6 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..evaluation.results import Estimate, Evaluation
 from ..evaluation.validation import read_history
 from ..inspection import report_files
+from ..text import as_html
 from .charts import size_text
 from .file_report import FileReport
 from .html import file_body, page, tiles, write_page
@@ -58,7 +58,7 @@ def evaluation_page(found: Evaluation, file: FileReport | None = None, history: 
     body += "" if file is None else f"<h2>The file</h2>{file_body(file)}"
     body += f"<h2>The training</h2>{history_body(history)}" if history else ""
     notes = [*found.notes, *(file.notes if file is not None else ()), *history_notes(history)]
-    lead = escape(found.path) if found.original is None else f"{escape(found.original)} &rarr; {escape(found.path)}"
+    lead = as_html(found.path) if found.original is None else f"{as_html(found.original)} &rarr; {as_html(found.path)}"
     return page(os.path.basename(found.path), lead, "evaluation", body, notes, found.settings)
 
 
@@ -93,7 +93,7 @@ def _row(estimate: Estimate) -> str:
         estimate.extractor,
         estimate.meaning,
     )
-    return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<td>{as_html(cell)}</td>' for cell in cells)}</tr>"
 
 
 def _timesteps(found: Evaluation) -> str:
@@ -112,19 +112,19 @@ def _pictures(found: Evaluation) -> str:
     before, after = list(columns.values())[-2:]
     left, right = list(columns)[-2:]
     columns[f"difference × {_GAIN}"] = (after.int() - before.int()).abs().mul(_GAIN).clamp(0, 255).byte()
-    headings = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    headings = "".join(f"<th>{as_html(name)}</th>" for name in columns)
     rows = "".join(
         "<tr>"
-        + "".join(f'<td><img alt="{escape(name)}" src="{_source(side[i])}"></td>' for name, side in columns.items())
+        + "".join(f'<td><img alt="{as_html(name)}" src="{_source(side[i])}"></td>' for name, side in columns.items())
         + "</tr>"
         for i in range(len(before))
     )
     table = f'<table class="pictures"><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>'
     hint = '<span class="unit">left and right of the slider; click a row for other pictures</span>'
     viewer = (  # filled by the script, with pictures of the table
-        f'<figure id="compare" hidden><figcaption>{escape(left)} and {escape(right)} {hint}</figcaption>'
+        f'<figure id="compare" hidden><figcaption>{as_html(left)} and {as_html(right)} {hint}</figcaption>'
         '<div class="stack"><img alt=""><img alt=""></div>'
-        f'<input type="range" min="0" max="100" value="50" aria-label="where {escape(right)} begins"></figure>'
+        f'<input type="range" min="0" max="100" value="50" aria-label="where {as_html(right)} begins"></figure>'
     )
     return f'<section><h2>Pictures of the same prompt and noise</h2>{viewer}<div class="scroll-x">{table}</div></section>'
 

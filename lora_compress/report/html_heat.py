@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
+from ..text import as_html
 from .charts import DESCRIBED, chart
 from .file_report import ModuleReport
 from .html_blocks import Place, place_of
@@ -41,12 +41,12 @@ def _map(part: str, modules: Sequence[ModuleReport], title: str, unit: str, meas
     kept = [measure(module) for module in modules if module.rank[1]]
     dropped = len(modules) - len(kept)
     if not kept:
-        return f"<p><b>{escape(part)}: {title}</b>: every module was dropped.</p>"
+        return f"<p><b>{as_html(part)}: {title}</b>: every module was dropped.</p>"
     low, high = min(kept), max(kept)
     if high - low <= _FLAT * high and not dropped:
-        return f"<p><b>{escape(part)}: {title}</b>: {high:.4g} {unit} in every module.</p>"
+        return f"<p><b>{as_html(part)}: {title}</b>: {high:.4g} {unit} in every module.</p>"
     gone = f"; dashed: dropped ({dropped})" if dropped else ""
-    caption = f'<figcaption>{escape(part)}: {title} <span class="unit">mean in a cell{gone}</span></figcaption>'
+    caption = f'<figcaption>{as_html(part)}: {title} <span class="unit">mean in a cell{gone}</span></figcaption>'
     cells = _cells(modules)
     rows = [_row(place, own, measure, unit) for place, own in cells]
     bounds = (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from ..text import as_html
 from .charts import BYTES, DESCRIBED, chart, size_text
 from .html import page, tiles
 
@@ -28,7 +28,7 @@ def history_page(name: str, history: Sequence[Mapping[str, Any]], settings: Mapp
     """
     body = tiles(_headline(history, _measured(history))) + history_body(history)
     about = f"{history[-1].get('pictures', 0)} pictures each time, measured by {history[-1].get('extractor', 'nothing')}"
-    return page(name, "evaluations of a training", escape(about), body, history_notes(history), settings)
+    return page(name, "evaluations of a training", as_html(about), body, history_notes(history), settings)
 
 
 def history_body(history: Sequence[Mapping[str, Any]]) -> str:
@@ -101,16 +101,16 @@ def _chart(caption: str, lines: Mapping[str, Sequence[Point]], axis: Mapping[str
         ],
     }
     second = ' <span class="unit">dashed: of the uncompressed weights</span>' if len(drawn) > 1 else ""
-    return f"<figure><figcaption>{escape(caption)}{second}</figcaption>{chart(f'{caption} over the steps', spec)}</figure>"
+    return f"<figure><figcaption>{as_html(caption)}{second}</figcaption>{chart(f'{caption} over the steps', spec)}</figure>"
 
 
 def _table(history: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     headings = ["step", *metrics, "rank_ratio", "bits", "strategy", "action", "reason"]
     rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(_cell(entry.get(name)))}</td>' for name in headings)}</tr>"
+        f"<tr>{''.join(f'<td>{as_html(_cell(entry.get(name)))}</td>' for name in headings)}</tr>"
         for entry in ({"reason": entry.get("error"), **entry} for entry in history)
     )
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(f"<th>{as_html(heading)}</th>" for heading in headings)
     table = f'<table class="measures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return f'<section><h2>Evaluations and decisions</h2><div class="scroll-x">{table}</div></section>'
 

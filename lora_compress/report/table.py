@@ -8,6 +8,7 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from ..layouts.families import part_of
+from ..text import visible
 from ..update import relative_error
 
 if TYPE_CHECKING:  # rich is imported where a table is drawn: the plug-ins of other programs work without it
@@ -112,10 +113,11 @@ class CompressionReport:
 def settings_table(settings: Mapping[str, object], title: str) -> str:
     """Settings as a two-column table; None is shown as a dash."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("setting", "value", title=title)
     for name, value in settings.items():
-        table.add_row(name, "-" if value is None else str(value))
+        table.add_row(Text(visible(name)), Text("-" if value is None else visible(str(value))))
     return render(table)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from lora_compress.errors import MissingPackageError
+from lora_compress.report.charts import chart
+from lora_compress.report.drawing import DrawingError, draw
 from lora_compress.report.file_report import FileReport, ModuleReport
 from lora_compress.report.html import html_page, write_html
 from lora_compress.report.html_batch import batch_page
@@ -258,3 +260,29 @@ def test_a_missing_chart_library_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(MissingPackageError, match="pip install vl-convert-python"):
         html_page(report_of(many_modules(2)))
+
+
+@pytest.mark.parametrize("evil", ["\0", "\x01", "\a", "\x1b[2J", "\ufffe", "\ud800", "\u202e", "x" * 100_000], ids=ascii)
+def test_a_page_is_drawn_whatever_names_hold(evil: str) -> None:
+    modules = [
+        _module(f"lora_unet_blocks_0_{evil}", part=f"part {evil}"),
+        _module(f"{evil}_blocks_1_x", part=f"part {evil}", rank=(8, 2)),
+    ]
+    text = html_page(report_of(modules, input=evil, notes=(evil,), settings={evil: evil}))
+    assert text.count("<svg") >= 5 and "could not be drawn" not in text
+    assert not set(text) & set("\0\x01\a\x1b\ufffe\ud800\u202e")
+    assert _Page(text).balanced
+
+
+def test_a_chart_that_cannot_be_drawn_costs_that_chart_alone() -> None:
+    bar = {"mark": "bar", "encoding": {"y": {"field": "name", "type": "nominal"}}}
+    crash = {"data": {"values": [{"name": "\0"}]}, **bar}
+    with pytest.raises(DrawingError, match="ended unexpectedly"):
+        draw(crash)
+    with pytest.raises(DrawingError, match=r"took over 0\.001 seconds"):
+        draw({"data": {"values": [{"name": "a"}]}, **bar}, patience=0.001)
+    with pytest.raises(DrawingError, match="ValueError"):
+        draw({"mark": 1})
+    assert chart("a <label>", {"mark": "nothing"}).startswith('<p class="undrawn">This chart could not be drawn (ValueError')
+    assert "&lt;label&gt;" in chart("a <label>", {"mark": "nothing"})
+    assert "<svg" in chart("bars", {"data": {"values": [{"name": "\0"}]}, **bar})
