@@ -20,7 +20,7 @@ from core.factories import dense, random_update
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_compress import CompressionSettings, LowRankUpdate, as_kohya, compress_file
+from lora_compress import CompressionSettings, LowRankUpdate, SettingsError, as_kohya, compress_file
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -190,3 +190,28 @@ def test_files_of_diffusers_own_layout_get_to_every_layer(make: Callable[[], Any
     source, target = write(tmp_path / "lora.safetensors", tensors), tmp_path / "small.safetensors"
     report = compressed(source, target)
     assert apart(loaded(make, target), wanted) == pytest.approx(report.relative_error, rel=0.02)
+
+
+def kohya_file(path: Path, names: list[str]) -> Path:
+    updates = {name: random_update(4, 1536, 1536, (), 4.0, number, 0.1) for number, name in enumerate(names)}
+    return write(path, as_kohya(updates))
+
+
+def test_kohya_files_that_it_does_not_convert_are_refused_before_it_sees_them(tmp_path: Path) -> None:
+    """Of SD3 it loads nothing, without an error."""
+    source = kohya_file(tmp_path / "lora.safetensors", [f"lora_unet_joint_blocks_{i}_x_block_attn_proj" for i in range(2)])
+    with pytest.raises(SettingsError, match="loads nothing of sd3 files in kohya's layout"):
+        compressed(source, tmp_path / "small.safetensors")
+    assert loaded(sd3, source) == {}
+
+
+def test_wan_files_with_a_hole_are_refused_before_it_sees_them(tmp_path: Path) -> None:
+    if FAMILIES["wan"].since > VERSION:
+        pytest.skip(f"diffusers {diffusers.__version__} has no such pipeline")
+    updates, _ = updates_of(FAMILIES["wan"], wan())
+    del updates["lora_unet_blocks_1_ffn_0"]
+    source = write(tmp_path / "lora.safetensors", as_kohya(updates))
+    with pytest.raises(SettingsError, match="lora_unet_blocks_1_ffn_0 missing"):
+        compressed(source, tmp_path / "small.safetensors", new_rank=2)
+    with pytest.raises((KeyError, ValueError)):
+        loaded(wan, source)
