@@ -164,7 +164,10 @@ def check_installed(requirements: Path) -> None:
     """Raises BootstrapError with the command to run if the running Python lacks a distribution that a requirements file names."""
     missing = []
     for file in included(requirements):
-        for name in re.findall(r"^([A-Za-z][\w.-]*)", file.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        lines = re.findall(
+            r'^([A-Za-z][\w.-]*)(?:; sys_platform == "(\w+)")?', file.read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
+        for name in (name for name, system in lines if system in ("", sys.platform)):
             alike = [name, name.removesuffix("-headless"), name.replace("-headless", "-contrib")] if "opencv" in name else [name]
             if not any(_is_installed(candidate) for candidate in alike):
                 missing.append(name)

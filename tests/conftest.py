@@ -1,4 +1,4 @@
-"""What all tests share: the checkouts of sd-scripts, and the closing count of the tests that ran against them.
+"""What all tests share: the checkouts of sd-scripts, the closing count of the tests that ran against them, and that of the skips.
 
 `sd_scripts` is the checkout that a user would get; its `networks` and `library` are joined with ours when a test receives it:
 
@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from skips import is_allowed, is_required, summary
 
 from networks.sd_scripts_lookup import COMMITS, find_sd_scripts, is_checkout, remedy, sd_scripts_version
 
 ROOT = Path(__file__).resolve().parents[1]
 _ABSENT = "sd-scripts is absent"
 _ran: Counter[str] = Counter()
-_skipped = 0
+_skips: list[str] = []  # the reason of every skip
 
 
 @pytest.fixture(scope="session")
@@ -112,14 +113,42 @@ def _absent(reason: str) -> NoReturn:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Counts per version the tests that ran against sd-scripts, and those that were skipped for want of it."""
-    global _skipped
+    """Counts per version the tests that ran against sd-scripts."""
     report: pytest.TestReport = yield  # type: ignore[misc]
-    if report.skipped:
-        _skipped += _ABSENT in str(report.longrepr)
-    elif report.when == "call":
+    if report.when == "call" and not report.skipped:
         _ran.update(_versions_under_test(item))
     return report  # type: ignore[return-value]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Notes why a test was skipped."""
+    _note_skip(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Notes why a whole file was skipped."""
+    _note_skip(report)
+
+
+def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        told = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skips.append(told.removeprefix("Skipped: "))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run for a skip that is not on the list, where the list is binding."""
+    if is_required() and session.exitstatus == pytest.ExitCode.OK and not all(map(is_allowed, _skips)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Lists what was skipped and why."""
+    if _skips:
+        terminalreporter.section("skipped tests, by reason")
+        for line in summary(_skips):
+            terminalreporter.write_line(line)
 
 
 def _versions_under_test(item: pytest.Item) -> set[str]:
@@ -138,4 +167,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     most_first = sorted(_ran.items(), key=lambda item: item[1], reverse=True)
     against = ", ".join(f"{count} against {version}" for version, count in most_first)
-    reporter.write_line(f"sd-scripts: tests run: {against or 'none'}; {_skipped} skipped for want of it")
+    absent = sum(reason.startswith(_ABSENT) for reason in _skips)
+    reporter.write_line(f"sd-scripts: tests run: {against or 'none'}; {absent} skipped for want of it")

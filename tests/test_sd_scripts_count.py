@@ -1,4 +1,4 @@
-"""The closing line of a test run: what ran against the real sd-scripts, what did not, and when that is a failure."""
+"""The end of a test run: what ran against the real sd-scripts, what was skipped and why, and when that is a failure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+_CHANGED = ("SD_SCRIPTS_DIR", "REQUIRE_SD_SCRIPTS", "REQUIRE_LISTED_SKIPS", "PYTHONPATH")
 
 SUITE = """
 import pytest
@@ -27,18 +29,31 @@ def test_skipped(sd_scripts): pass
 """
 
 
-def _run_suite(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def _run_suite(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs SUITE under our conftest.py, in a project that has no sd-scripts of its own."""
     (folder / "tests").mkdir(parents=True)
     (folder / "networks").mkdir()
-    shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
+    for name in ("conftest.py", "skips.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
     for name in ("sd_scripts_lookup.py", "sd_scripts_path.py"):
         shutil.copy(ROOT / "networks" / name, folder / "networks")
     shutil.copytree(ROOT / "library", folder / "library")
     (folder / "tests" / "test_suite.py").write_text(SUITE)
-    kept = {name: value for name, value in os.environ.items() if name not in ("SD_SCRIPTS_DIR", "REQUIRE_SD_SCRIPTS", "PYTHONPATH")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "pythonpath=.", "--rootdir", str(folder), "tests"]
-    return subprocess.run(command, cwd=folder, env=kept | environment, capture_output=True, text=True)
+    kept = {name: value for name, value in os.environ.items() if name not in _CHANGED}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "pythonpath=. tests",
+        "--rootdir",
+        str(folder),
+        *options,
+        "tests",
+    ]
+    return subprocess.run([*command, *options, "tests"], cwd=folder, env=kept | environment, capture_output=True, text=True)
 
 
 def test_without_sd_scripts_tests_skip_and_are_counted(tmp_path: Path) -> None:
@@ -53,6 +68,22 @@ def test_required_sd_scripts_turns_each_such_skip_into_a_failure(tmp_path: Path)
     done = _run_suite(tmp_path / "project", REQUIRE_SD_SCRIPTS="1")
     assert done.returncode == 1
     assert "1 passed, 1 skipped, 5 errors in" in done.stdout.splitlines()[-2]
+
+
+def test_skips_are_listed_by_reason(tmp_path: Path) -> None:
+    done = _run_suite(tmp_path / "project")
+    listed = done.stdout.partition("skipped tests, by reason")[2].splitlines()[1:]
+    place = next(number for number, line in enumerate(listed) if line.startswith("not on the list in tests/skips.py"))
+    assert [line.split()[0] for line in listed[:place] if "sd-scripts is absent" in line] == ["2", "2", "1"]
+    assert listed[place + 1].split(maxsplit=1) == ["1", "for another reason"]
+    assert listed[place + 2].startswith("=")
+
+
+def test_a_skip_that_is_not_on_the_list_fails_the_run_where_the_list_is_binding(tmp_path: Path) -> None:
+    assert _run_suite(tmp_path / "first", REQUIRE_LISTED_SKIPS="1").returncode == 1
+    listed = _run_suite(tmp_path / "second", "-k", "not test_skipped", REQUIRE_LISTED_SKIPS="1")
+    assert listed.returncode == 0, listed.stdout
+    assert "1 passed, 5 skipped, 1 deselected in" in listed.stdout.splitlines()[-2]
 
 
 @pytest.mark.parametrize("sd_scripts_at", ["v0.10.1"], indirect=True)

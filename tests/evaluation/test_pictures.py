@@ -139,21 +139,47 @@ def test_transformers_load_from_a_folder(kind: str, width: int, folder: Path, tm
     torch.testing.assert_close(extractor(pictures.flip(0)).flip(0), features, rtol=1e-4, atol=1e-5)
 
 
-def test_inception_loads_from_a_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights in the file that torch-fidelity reads; the network is its own."""
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    kept: dict[str, torch.Tensor] = {}
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the file that torch-fidelity reads: torchvision's network with as many classes has the same layers."""
+    pytest.importorskip("torch_fidelity")
+    from torchvision.models import inception_v3
 
-    def keep(self: torch.nn.Module, state: dict[str, torch.Tensor], *_: object) -> None:
-        kept.update(self.state_dict())
+    torch.manual_seed(0)
+    network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.01, 0.1)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
 
-    with monkeypatch.context() as patch:
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", keep)
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(kept, tmp_path / "inception.pth")
-    features = load_extractor("inception", tmp_path / "inception.pth")(torch.cat(list(read_pictures(folder).batches()))[:2])
-    assert tuple(features.shape) == (2, 2048)
+
+@pytest.mark.parametrize("size", [64, 333])
+def test_inception_sees_what_that_of_torch_fidelity_sees(size: int, inception_file: Path) -> None:
+    """Through its own maker of extractors; smaller and larger pictures than the network takes."""
+    from torch_fidelity.utils import create_feature_extractor
+
+    pictures = torch.randint(0, 256, (3, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    theirs = create_feature_extractor(
+        "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(inception_file)
+    )
+    extractor = load_extractor("inception", inception_file)
+    features = extractor(pictures)
+    assert tuple(features.shape) == (3, 2048) and (features.std(dim=0) > 0).float().mean() > 0.5
+    torch.testing.assert_close(features, theirs(pictures)[0])
+    assert [extractor.metric(kind) for kind in ("fd", "kd")] == ["fid", "kid"]
+
+
+def test_weights_that_are_not_of_inception_are_told(inception_file: Path, tmp_path: Path) -> None:
+    state = torch.load(inception_file)
+    del state["Mixed_7c.branch1x1.conv.weight"]
+    torch.save(state, tmp_path / "other.pth")
+    (tmp_path / "torn.pth").write_bytes(inception_file.read_bytes()[:10000])
+    for name in ("other", "torn"):
+        with pytest.raises(EvaluationError, match=r"extractor inception: weights cannot be had .*--weights inception=FILE"):
+            load_extractor("inception", tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize("name", ["clip", "dinov2", "probe"])

@@ -25,6 +25,6 @@ def browser() -> str:
     found = next((path for name in _NAMES if (path := shutil.which(name))), None)
     starts = found and subprocess.run([found, *HEADLESS, "about:blank"], capture_output=True, timeout=120).returncode == 0
     if not starts:
-        absent(f"{found} does not start here" if found else "no Chromium on the path: apt-get install chromium")
+        absent(f"no Chromium that starts: {found} does not" if found else "no Chromium on the path: apt-get install chromium")
     assert found is not None
     return found
