@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = Fal
         SettingsError: nothing matches, two inputs have one output, or an output is an input.
     """
     root = model if is_folder(model) else _fixed_part(model)
-    found = files_under(model) if is_folder(model) else glob_files(model)
+    found = files_under(model) if is_folder(model) else _matches(model)
     inside = _inside(save_to, root)
     sources = [path for path in found if _is_input(path) and not (inside and _inside(path, save_to))]
     if not sources:
@@ -111,6 +112,12 @@ def plan_jobs(model: str, save_to: str, force: bool = False, partner: bool = Fal
     if problems:
         raise SettingsError(problems, "batch")
     return jobs
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files that match a pattern, and the weights in folders of PEFT that match it."""
+    folders = [] if is_remote(pattern) else [path for path in glob.glob(pattern, recursive=True) if os.path.isdir(path)]
+    return sorted({*glob_files(pattern), *filter(None, map(_adapter_weights, folders))})
 
 
 def _fixed_part(pattern: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,8 @@ def evaluate_lora_performance(
 def _weighed(path: str, original: str | None) -> Evaluation:
     """Sizes, and the error of the weights."""
     if original is None:
-        open_lora(path).close()
-        return Evaluation(path, None, os.path.getsize(path))
+        with closing(open_lora(path)) as source:
+            return Evaluation(path, None, os.path.getsize(source.path))
     comparison = compare_files(original, path)
     return Evaluation(path, original, comparison.bytes[1], comparison.bytes[0], comparison.relative_error)
 

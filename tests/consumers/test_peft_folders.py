@@ -191,6 +191,9 @@ def test_a_batch_of_folders_is_one_of_folders(tmp_path: Path) -> None:
     times = [path.stat().st_mtime_ns for path in written]
     for place, updates in before.items():
         check(tmp_path / "out" / place, updates, None)
+    assert main(["--model", f"{tmp_path}/in/*", "--save_to", f"{tmp_path}/matched", "--new_rank", "2"]) == 0
+    assert [path.parent.name for path in (tmp_path / "matched").rglob(CONFIG)] == ["other"]  # the folder that matches
+    check(tmp_path / "matched" / "other", before["other"], None)
     (tmp_path / "out" / "other" / CONFIG).unlink()
     assert main(command) == 0  # goes on: only what is not whole is made again
     assert [path.stat().st_mtime_ns == time for path, time in zip(written, times, strict=True)] == [False, True, True]
@@ -301,3 +304,33 @@ def skeleton(lora: Any) -> nn.Module:
             parent = parent._modules[part]
         parent.add_module(parts[-1], nn.Linear(shape.inputs, shape.outputs, bias=False))
     return root
+
+
+@pytest.mark.parametrize("options", [{}, ADAPTERS["rsLoRA with patterns"]], ids=["plain", "rsLoRA with patterns"])
+def test_a_header_of_diffusers_means_to_us_what_it_means_to_diffusers(options: dict[str, Any], tmp_path: Path) -> None:
+    """diffusers makes a LoraConfig of the header's fields for the model: read so, and written so that it gets the same updates."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    targets = ["to_q", "to_k", "proj_out", "conv"]
+    before = trained(tmp_path / "in", target_modules=targets, **options)
+    tensors = {key.replace("base_model.model", "unet"): t for key, t in load_file(tmp_path / "in" / WEIGHTS).items()}
+    fields = {key: value for key, value in config(tmp_path / "in").items() if key in CHANGED | {"target_modules"}}
+    header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in fields.items()})}
+    save_file(tensors, tmp_path / "in.safetensors", header)
+    report = compress_file(
+        tmp_path / "in.safetensors", tmp_path / "out.safetensors", CompressionSettings.parse({"target_error": 0.3})
+    )
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    model = base()
+    peft.inject_adapter_in_model(peft.LoraConfig(**{key.removeprefix("unet."): value for key, value in told.items()}), model)
+    state = {key.removeprefix("unet."): t for key, t in load_file(tmp_path / "out.safetensors").items()}
+    assert not peft.set_peft_model_state_dict(model, state).unexpected_keys
+    after = deltas(model)
+    with open_lora(tmp_path / "in.safetensors") as one, open_lora(tmp_path / "out.safetensors") as other:
+        for name, delta in before.items():
+            torch.testing.assert_close(one[f"unet.{name}"].dense(), delta.flatten(1), rtol=1e-5, atol=1e-7)
+            mine = other[f"unet.{name}"].dense() if f"unet.{name}" in other else torch.zeros_like(delta.flatten(1))
+            torch.testing.assert_close(after[name].flatten(1), mine, rtol=1e-5, atol=1e-7)
+    assert any("lora_adapter_metadata" in note for note in report.notes)
