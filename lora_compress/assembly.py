@@ -88,7 +88,7 @@ class Assembly:
 
     def packed(self, stored: Mapping[str, Stored]) -> tuple[PackedIndex, list[Chunk]]:
         """Index and chunks of a packed file."""
-        return lay_out(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None])
+        return lay_out(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None], self.passed_on(stored))
 
     def finished_metadata(self, stored: Mapping[str, Stored]) -> dict[str, str]:
         """The metadata of the file."""

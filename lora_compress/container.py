@@ -15,8 +15,8 @@ from .chunks import Chunk, are_intact
 from .encoding import decode_module, decoded_rank, layer_count, layer_place
 from .errors import FormatError
 from .files import DTYPE_NAMES, TensorSpec
-from .header import header_has, read_header
-from .index import Entry, PackedIndex, read_index
+from .header import header_has, read_header, verify_data
+from .index import Entry, PackedIndex, carried_check, read_index
 from .layouts.families import family_of, part_of
 from .layouts.numbered import numbered_metadata
 from .layouts.peft_config import PeftConfig
@@ -59,6 +59,13 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         if INDEX_KEY not in self._places or PAYLOAD_KEY not in self._places:
             raise FormatError(f"{path}: has no {INDEX_KEY}: it is no packed LoRA")
         index = read_index(self._read(INDEX_KEY), str(path))
+        carried = {key: spec for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
+        if index.carried is not None and index.carried != carried_check(carried):
+            raise FormatError(
+                f"{path}: {len(carried)} other tensors, {next(iter(carried), 'none')} among them, whose names, types or shapes are not "
+                "those that the index was written with: the file is damaged, get it again"
+            )
+        self._verified = False
         if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
             raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
         first, end = self._places[PAYLOAD_KEY][1]
@@ -117,8 +124,22 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 
     @property
     def others(self) -> Mapping[str, Tensor]:
-        """Tensors that are carried through, by key."""
+        """Tensors that are carried through, by key.
+
+        Raises:
+            FormatError: the data of the file, if it is whole, do not match the hash in its metadata.
+        """
+        if self.carried_bytes:
+            self._verify()
         return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
+
+    def _verify(self) -> None:
+        """Compare the data with their hash, once: the index has checks of the modules alone. The beginning of a file has no hash."""
+        if self._verified or max(end for _, (_, end) in self._places.values()) > self._size:
+            return
+        with open_regular(self.path) as file:
+            verify_data(file, self.path, self.metadata.get("sshs_model_hash"))
+        self._verified = True
 
     @property
     def carried_bytes(self) -> int:
@@ -219,12 +240,22 @@ class PackedFile(Mapping[str, LowRankUpdate]):
             return file.read(size)
 
 
-def lay_out(layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]]) -> tuple[PackedIndex, list[Chunk]]:
-    """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA."""
+def lay_out(
+    layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]], carried: Mapping[str, TensorSpec] | None = None
+) -> tuple[PackedIndex, list[Chunk]]:
+    """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA.
+
+    Args:
+        layout: of the plain file.
+        stored: what the index says of each module, and its layers.
+        carried: the other tensors of the file by key.
+    """
     modules = list(stored)
     places = [(layer_place(entry, layer), i, layer) for i, (entry, layers) in enumerate(modules) for layer in range(len(layers))]
     chunks = [(i, modules[i][1][layer]) for _, i, layer in sorted(places)]
-    return PackedIndex.of(layout, [entry for entry, _ in modules], chunks), [chunk for _, chunk in chunks]
+    return PackedIndex.of(layout, [entry for entry, _ in modules], chunks, carried_check(carried or {})), [
+        chunk for _, chunk in chunks
+    ]
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .chunks import Chunk
 from .errors import FormatError
+from .files import DTYPE_NAMES, TensorSpec
 from .header import parse_json
 from .plain import KOHYA_KEYS, PlainKeys
 
-__all__ = ["Entry", "PackedIndex", "read_index"]
+__all__ = ["Entry", "PackedIndex", "carried_check", "read_index"]
 
 _LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
 _MOST_MODULES = 1 << 16
@@ -28,6 +29,7 @@ _LARGEST_LAYER = 1 << 31  # weights of a layer
 _LARGEST_FACTORS = 1 << 28  # weights of all factors that any file may hold, and for each byte of payload:
 _WEIGHTS_PER_BYTE = 1 << 10  # far above what a useful LoRA has, far below what would exhaust memory
 _COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict, "keys": int}
+_CARRIED = "carried"
 _CHECK = "crc32"  # another column of a module
 _CHUNK_COLUMNS = ("module", "bytes")
 
@@ -81,14 +83,19 @@ class PackedIndex:
         entries: of the modules.
         chunks: per chunk (module, bytes, crc32), in the order of the payload. The last is that of a module's first chunk that has
             bytes, and 0 of others; see `chunks.are_intact`.
+        carried: CRC-32 of the names, types and shapes of the other tensors in the file, see `carried_check`; None where there are
+            none, and in files of versions that did not write it.
     """
 
     layout: str
     entries: tuple[Entry, ...]
     chunks: tuple[tuple[int, int, int], ...]
+    carried: int | None = None
 
     @classmethod
-    def of(cls, layout: str, entries: Sequence[Entry], chunks: Iterable[tuple[int, Chunk]]) -> PackedIndex:
+    def of(
+        cls, layout: str, entries: Sequence[Entry], chunks: Iterable[tuple[int, Chunk]], carried: int | None = None
+    ) -> PackedIndex:
         """The index of chunks, each with the number of its module, in the order in which they stand in the payload."""
         rows: list[tuple[int, int]] = []
         checks: dict[int, int] = {}
@@ -96,7 +103,7 @@ class PackedIndex:
             rows.append((module, chunk.length))
             if chunk.length:
                 checks.setdefault(module, chunk.crc32)
-        return cls(layout, tuple(entries), tuple(_checked(rows, checks)))
+        return cls(layout, tuple(entries), tuple(_checked(rows, checks)), carried)
 
     @property
     def payload(self) -> int:
@@ -115,7 +122,7 @@ class PackedIndex:
             if end + length > size:
                 break
             end, count = end + length, count + 1
-        return PackedIndex(self.layout, self.entries, self.chunks[:count]), end
+        return replace(self, chunks=self.chunks[:count]), end
 
     def told(self, named: Collection[str] = ()) -> PackedIndex:
         """The index without the modules of which no chunk has bytes, but for those that are named."""
@@ -123,7 +130,7 @@ class PackedIndex:
         kept = [i for i, entry in enumerate(self.entries) if i in filled or entry.name in named]
         place = {module: number for number, module in enumerate(kept)}
         chunks = tuple((place[module], length, crc) for module, length, crc in self.chunks if module in place)
-        return PackedIndex(self.layout, tuple(self.entries[i] for i in kept), chunks)
+        return replace(self, entries=tuple(self.entries[i] for i in kept), chunks=chunks)
 
     def check_declared(self) -> None:
         """Compare what the modules that have chunks decode to with the bytes of their chunks.
@@ -160,6 +167,7 @@ class PackedIndex:
         chunks = dict(zip(_CHUNK_COLUMNS, (steps, lengths), strict=True))
         keys = [[style.down, style.up, style.alpha] for style in styles]
         content = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
+        content |= {} if self.carried is None else {_CARRIED: self.carried}
         text = json.dumps(content, separators=(",", ":")).encode()
         if len(text) > _LARGEST_INDEX or len(self.entries) > _MOST_MODULES:
             raise FormatError(f"an index of {len(self.entries)} modules in {len(text)} bytes is more than a packed file can have")
@@ -189,9 +197,23 @@ def read_index(data: bytes, where: str) -> PackedIndex:
         keys = [key for entry in entries for key in entry.keys.of_module(entry.name)]
         if len(set(keys)) != len(keys):
             raise ValueError("two modules have the same keys")
-        return PackedIndex(str(content["layout"]), entries, chunks)
+        carried = content.get(_CARRIED)
+        if carried is not None and not (type(carried) is int and 0 <= carried < 1 << 32):
+            raise ValueError("its check of the other tensors is none")
+        return PackedIndex(str(content["layout"]), entries, chunks, carried)
     except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{where}: its index cannot be read ({error}): the file is damaged") from None
+
+
+def carried_check(specs: Mapping[str, TensorSpec]) -> int | None:
+    """CRC-32 of what a header says of tensors that a packed file carries, which the checks of its modules do not cover.
+
+    Of the lines `key dtype shape`, sorted, as JSON arrays such as `["te.weight","F16",[2,3]]`; None for no tensors.
+    """
+    lines = sorted(
+        json.dumps([key, DTYPE_NAMES[spec.dtype], list(spec.shape)], separators=(",", ":")) for key, spec in specs.items()
+    )
+    return zlib.crc32("\n".join(lines).encode()) if lines else None
 
 
 def _rows(columns: Mapping[str, list[Any]], names: list[str]) -> Iterable[tuple[Any, ...]]:

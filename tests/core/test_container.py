@@ -341,3 +341,31 @@ def test_large_and_long_headers_are_refused(tmp_path: Path) -> None:
             with pytest.raises(FormatError, match=message):
                 open_it(path)
         assert not is_packed(path)
+
+
+def test_every_flipped_bit_of_what_a_packed_file_carries_is_noticed(tmp_path: Path) -> None:
+    source, path = tmp_path / "source.safetensors", tmp_path / "packed.safetensors"
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 640, generator=torch.Generator().manual_seed(0)),
+        f"{name}.lora_up.weight": torch.randn(640, 4, generator=torch.Generator().manual_seed(1)),
+        f"{name}.alpha": torch.tensor(4.0),
+        f"{name}.dora_scale": torch.ones(1, 5),
+        "bundle_emb.a": torch.ones(5),
+    }
+    save_file(tensors, source)
+    compress_file(source, path, CompressionSettings.parse({"bits": 4}))
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    places = [8 * (begin + i) for key in ("bundle_emb.a", f"{name}.dora_scale") for i in range(*header[key]["data_offsets"])]
+    at = [whole.index(key.encode()) for key in ("bundle_emb.a", f"{name}.dora_scale")]
+    places += [8 * i for place, length in zip(at, (12, len(name) + 11), strict=True) for i in range(place, place + length)]
+    for place in (place + bit for place in places for bit in range(0, 8, 3)):
+        wrong = bytearray(whole)
+        wrong[place // 8] ^= 1 << place % 8
+        path.write_bytes(wrong)
+        with pytest.raises(FormatError):
+            load_lora(path)
+    path.write_bytes(whole)
+    assert torch.equal(load_lora(path).others["bundle_emb.a"], tensors["bundle_emb.a"])
