@@ -62,7 +62,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         carried = {key: spec for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
         if index.carried is not None and index.carried != carried_check(carried):
             raise FormatError(
-                f"{path}: {len(carried)} other tensors, {next(iter(carried), 'none')} among them, whose names, types or shapes are not "
+                f"{path}: {len(carried)} other tensors ({next(iter(carried), 'none')} first), whose names, types or shapes are not "
                 "those that the index was written with: the file is damaged, get it again"
             )
         self._verified = False
@@ -134,7 +134,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
 
     def _verify(self) -> None:
-        """Compare the data with their hash, once: the index has checks of the modules alone. The beginning of a file has no hash."""
+        """Compare the data of a whole file with their hash, once: the index has checks of the modules alone."""
         if self._verified or max(end for _, (_, end) in self._places.values()) > self._size:
             return
         with open_regular(self.path) as file:
@@ -253,9 +253,8 @@ def lay_out(
     modules = list(stored)
     places = [(layer_place(entry, layer), i, layer) for i, (entry, layers) in enumerate(modules) for layer in range(len(layers))]
     chunks = [(i, modules[i][1][layer]) for _, i, layer in sorted(places)]
-    return PackedIndex.of(layout, [entry for entry, _ in modules], chunks, carried_check(carried or {})), [
-        chunk for _, chunk in chunks
-    ]
+    index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks, carried_check(carried or {}))
+    return index, [chunk for _, chunk in chunks]
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

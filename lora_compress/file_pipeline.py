@@ -23,7 +23,7 @@ from .estimate import plan_in, surely_larger
 from .files import TensorWriter, atomic_path, safetensors_size
 from .frame import Frame, Plan
 from .job import Components, Job, Stored, by_svd, pad_to_two
-from .layouts import LoraSource, open_lora
+from .layouts import LoraSource, open_lora, require_readable
 from .layouts.numbered import is_numbered
 from .layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
 from .marks import recognition_marks
@@ -265,6 +265,8 @@ def _write_plain(
                 write_tensors(writer, keys(name).alphas(name, alpha))
             stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))
             writer.metadata = assembly.finished_metadata(stored)
+        if isinstance(lora, PackedFile):  # which names its keys itself; those of a plain one have been read already
+            require_readable(temporary, output.weights, len(assembly.kept(outline)))
     return stored
 
 

@@ -16,7 +16,7 @@ from .encoding import layer_count
 from .errors import FormatError, SettingsError
 from .files import TensorSpec, TensorWriter, atomic_path, safetensors_size
 from .index import PackedIndex
-from .layouts import open_lora
+from .layouts import open_lora, require_readable
 from .layouts.peft_folder import MAGNITUDE, AdapterOutput
 from .metadata import ModuleScale, true_header
 from .parallel import each_module
@@ -66,6 +66,7 @@ def expand_file(
     with atomic_path(output.weights) as temporary, output.written_beside(ranks, has_dora, has_all=False):
         errors: dict[str, tuple[float, float]] = {}
         written = write_expanded(lora, temporary, dtype, errors)
+        require_readable(temporary, output.weights, len(written))
     modules = []
     for name, update in written:
         size = update.numel * dtype.itemsize

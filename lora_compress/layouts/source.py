@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ from .tensors import TensorFile, open_tensors
 if TYPE_CHECKING:
     from ..container import PackedFile
 
-__all__ = ["LoraSource", "open_lora"]
+__all__ = ["LoraSource", "open_lora", "require_readable"]
 
 _TIED = re.compile(r"\.(dora_scale|reshape_weight|lora_magnitude_vector(\.[^.]+)*|lora_(B|up)(\.[^.]+)?\.bias)$")
 
@@ -72,6 +73,30 @@ def open_lora(
         reasons = "; ".join(["it is " + what_it_holds(file), *survey.notes()]).replace(CARRIED, "")
         raise FormatError(f"{file.path}: holds no low-rank update that is known here: {reasons}: give a LoRA")
     return LoraSource(file, survey)
+
+
+def require_readable(written: Path, target: str | os.PathLike[str], modules: int) -> None:
+    """Open a plain file that was written under a temporary name, before it takes its own; its header and alphas alone are read.
+
+    Args:
+        written: the file.
+        target: the name that it is about to take, for messages.
+        modules: how many updates it was written with.
+
+    Raises:
+        FormatError: it cannot be read as a LoRA of that many modules, as when a packed file names the keys of its modules wrongly.
+    """
+    try:
+        with open_lora(written) as source:
+            found = len(source)
+        problem = "" if found == modules else f"{found} modules are found in it, {modules} were written"
+    except FormatError as error:
+        problem = str(error).replace(str(written), "the result")
+    if problem:
+        raise FormatError(
+            f"{target}: was not written, because it could not be read again ({problem}): "
+            "the names of keys in the input do not fit their tensors: get the input again"
+        )
 
 
 class LoraSource(Mapping[str, LowRankUpdate]):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from core.factories import mixed_updates, random_update
-from core.mutations import joined, split
+from core.mutations import joined, pack, split, unpack
 from core.samples import CODECS, dense_file, kohya_file, packed_file, relative_error
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,6 +32,7 @@ from lora_compress import (
 )
 from lora_compress.container import INDEX_KEY, PAYLOAD_KEY, PackedFile
 from lora_compress.file_pipeline import compress_file
+from lora_compress.packed_files import expand_file
 
 SETTINGS = [
     {"bits": 4},
@@ -369,3 +370,21 @@ def test_every_flipped_bit_of_what_a_packed_file_carries_is_noticed(tmp_path: Pa
             load_lora(path)
     path.write_bytes(whole)
     assert torch.equal(load_lora(path).others["bundle_emb.a"], tensors["bundle_emb.a"])
+
+
+@pytest.mark.parametrize("verb", ["compress", "expand"])
+def test_a_result_that_could_not_be_read_again_is_not_written(verb: str, tmp_path: Path) -> None:
+    source = kohya_file(tmp_path / "source.safetensors", count=3, width=640, rank=8)
+    path = packed_file("int8", source, tmp_path / "packed.safetensors")
+    metadata, index, payload, others = unpack(path.read_bytes())
+    down, up, alpha = index["keys"][0]
+    index["keys"][0] = [down, alpha, up]
+    path.write_bytes(pack(metadata, index, payload, others))
+    target = tmp_path / "out.safetensors"
+    target.write_text("old")
+    with pytest.raises(FormatError, match="was not written, because it could not be read again"):
+        if verb == "expand":
+            expand_file(path, target)
+        else:
+            compress_file(path, target, CompressionSettings.parse({"new_rank": 2}), save_dtype=torch.float16)
+    assert target.read_text() == "old"
