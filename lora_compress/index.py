@@ -166,7 +166,7 @@ class PackedIndex:
         steps = [module - before for before, module in pairwise([0, *modules])]  # mostly 1, which takes no room
         chunks = dict(zip(_CHUNK_COLUMNS, (steps, lengths), strict=True))
         keys = [[style.down, style.up, style.alpha] for style in styles]
-        content = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
+        content: dict[str, Any] = {"layout": self.layout, "keys": keys, "modules": columns, "kept": kept, "chunks": chunks}
         content |= {} if self.carried is None else {_CARRIED: self.carried}
         text = json.dumps(content, separators=(",", ":")).encode()
         if len(text) > _LARGEST_INDEX or len(self.entries) > _MOST_MODULES:
