@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
 from .kernels import unflatten
 from .peft_config import PeftConfig
@@ -43,7 +44,15 @@ def _find(survey: Survey) -> None:
         load = _loader(survey.file, keys, scale, inputs, kernel)
         shape = ModuleShape(outputs, inputs, kernel, rank)
         survey.tell("LoHa was converted to plain LoRA, its update unchanged to 1e-6", name)
-        survey.add(Module(name, "loha", shape, (*keys, *used), load, balanced=True))
+        layout, plain = converted_to(survey.config, name, "loha")
+        survey.add(Module(name, layout, shape, (*keys, *used), load, plain, balanced=True))
+
+
+def converted_to(config: PeftConfig, name: str, layout: str) -> tuple[str, PlainKeys]:
+    """The layout of a module that was converted, and its keys in a plain file: those of PEFT's LoRA where PEFT wrote it."""
+    if config.of_method(name) not in ("LOHA", "LOKR"):
+        return layout, KOHYA_KEYS
+    return "peft", PlainKeys.of(name, [f"{name}.lora_A.weight", f"{name}.lora_B.weight"])
 
 
 def lycoris_scale(survey: Survey, config: PeftConfig, name: str, rank: int | None) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..update import LowRankUpdate
 from .kernels import unflatten
-from .loha import cp_pair, lycoris_scale
+from .loha import converted_to, cp_pair, lycoris_scale
 from .peft_config import PeftConfig
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
@@ -88,7 +88,8 @@ def _add(survey: Survey, config: PeftConfig, name: str, first: _Half, second: _H
     shape = ModuleShape(outputs, inputs, kernel, first.rank * second.rank)
     survey.tell("LoKr was converted to plain LoRA, its update unchanged to 1e-6", name)
     load = _loader(survey.file, first, second, scale, inputs, kernel)
-    survey.add(Module(name, "lokr", shape, (*parts, *used), load, balanced=True))
+    layout, plain = converted_to(config, name, "lokr")
+    survey.add(Module(name, layout, shape, (*parts, *used), load, plain, balanced=True))
 
 
 def _loader(

@@ -24,7 +24,10 @@ _DEFAULT_ALPHA = 8  # LoraConfig.lora_alpha of PEFT, where a configuration leave
 _REGEX = frozenset("*+?()[]{}|\\")
 _FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _MORE = ("peft_type", "init_r", "alpha", "init_lora_weights", "use_qalora", "use_bdlora", "alora_invocation_tokens")
-_ADALORA = {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}  # its own fields
+_OF_EVERY_METHOD = (  # fields of PEFT's configurations that do not depend on the method
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "peft_version", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+)
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # init_lora_weights with which PEFT subtracts from the base model
 
 
@@ -211,8 +214,8 @@ def applies_to(path: Path) -> bool:
 def rewritten_config(text: str, ranks: Mapping[str, int], source: str, *, has_dora: bool, has_all: bool = True) -> str:
     """An adapter_config.json made true for a file whose scales are in its factors.
 
-    r, lora_alpha, rank_pattern, alpha_pattern and use_rslora are set; use_dora becomes false where no magnitudes are left; AdaLoRA,
-    which is read as plain LoRA, becomes that.
+    r, lora_alpha, rank_pattern, alpha_pattern and use_rslora are set; use_dora becomes false where no magnitudes are left.
+    Of another method than LoRA (AdaLoRA, LoHa, LoKr), whose modules were converted, it becomes a LoraConfig of the same layers.
     Everything else stays, but for `init_lora_weights` where it keeps PEFT from loading the file, or modules without weights random.
 
     Args:
@@ -228,8 +231,8 @@ def rewritten_config(text: str, ranks: Mapping[str, int], source: str, *, has_do
     values = _loaded(text, source)
     if not isinstance(values, dict):
         raise FormatError(f"{source}: holds a {type(values).__name__}, allowed: the JSON object of a LoraConfig")
-    if str(values.get("peft_type")).upper() == "ADALORA":
-        values = {key: value for key, value in values.items() if key not in _ADALORA} | {"peft_type": "LORA"}
+    if str(values.get("peft_type", "LORA")).upper() != "LORA":  # what was converted is plain LoRA
+        values = {key: value for key, value in values.items() if key in _OF_EVERY_METHOD} | {"peft_type": "LORA"}
     values |= _true_fields({name.removeprefix(_WRAPPER): rank for name, rank in ranks.items()})
     if values.get("use_dora") and not has_dora:
         values["use_dora"] = False

@@ -183,3 +183,15 @@ def test_half_a_lora_of_an_embedding_is_refused_by_name(tmp_path: Path) -> None:
     tensors = {"x.lora_A.weight": torch.ones(2, 4), "x.lora_B.weight": torch.ones(3, 2), "e.lora_embedding_A": torch.ones(2, 9)}
     with pytest.raises(FormatError, match=r"e\.lora_embedding_B: is missing"):
         open_lora(save(tensors, tmp_path))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_folder_of_any_method_that_is_read_becomes_one_that_peft_applies_alike(name: str, tmp_path: Path) -> None:
+    saved(*READ[name], tmp_path / "in")
+    expected = applied(tmp_path / "in")
+    settings = CompressionSettings.parse({"new_rank": 24, "allow_larger": True})
+    compress_file(tmp_path / "in", tmp_path / "out", settings, save_dtype=torch.float32)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "LORA" and sorted(config["target_modules"]) == ["one", "two"]
+    for layer, matrix in applied(tmp_path / "out").items():
+        assert_close(matrix, expected[layer], 1e-5)
