@@ -253,6 +253,8 @@ def test_adalora_comes_out_as_a_folder_of_plain_lora(tmp_path: Path) -> None:
 def test_a_folder_that_comes_out_under_other_keys_is_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(base(), peft.LoHaConfig(r=3, alpha=7, target_modules=["to_q"], init_weights=False))
     model.save_pretrained(str(tmp_path / "in"))
+    about = tmp_path / "in" / CONFIG
+    about.write_text(about.read_text(encoding="utf-8").replace('"LOHA"', '"LORA"'), encoding="utf-8")  # of another program
     with pytest.raises(SettingsError, match=r"is a folder for PEFT, which could not read .*name a safetensors file"):
         compress_file(tmp_path / "in", tmp_path / "out", CompressionSettings.parse({"new_rank": 3}))
     assert not (tmp_path / "out").exists()
