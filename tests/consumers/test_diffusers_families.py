@@ -161,7 +161,8 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
 
 def compressed(source: Path, target: Path, **settings: object) -> Any:
     settings = settings or {"rank_ratio": 0.8, "min_rank": 1}
-    return compress_file(source, target, CompressionSettings.parse(settings), save_dtype=torch.float32, consumers=(RELEASE,))
+    parsed = CompressionSettings.parse({**settings, "allow_larger": True})  # equal ranks take more room than these few layers
+    return compress_file(source, target, parsed, save_dtype=torch.float32, consumers=(RELEASE,))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
