@@ -84,4 +84,6 @@ def _of_plain(consumer: Consumer, file: PlannedFile) -> Verdict:
     if needed.merge_mid:
         reasons.append(f"{consumer.title} refuses lora_mid ({len(needed.merge_mid)} modules): {remedy}")
     notes = [note for note in rules.notes(file) if "padded with zeros" not in note]  # of writing, not of reading
+    if file.family in consumer.no_models_of:
+        notes.append(f"{consumer.title} has no models of {file.family}")
     return Verdict(consumer.name, consumer.title, not reasons, tuple(reasons), tuple(notes))
