@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     if limits.total < limits.upload:
         raise UsageError(f"--max_total {args.max_total}: is less than one file may have, --max_size {args.max_size}")
     if importlib.util.find_spec("gradio") is None:
-        raise UsageError('gui: the page needs Gradio, which is not installed: pip install "lora-compress[gui]"')
+        raise UsageError('gui: the page needs Gradio, which is not installed: pip install "gradio>=6.31,<7"')
     os.environ.update(_QUIET)  # Gradio reads them when it is imported
     _go_around_proxies()
     if args.host not in _LOOPBACK:

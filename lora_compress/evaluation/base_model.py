@@ -45,7 +45,7 @@ def load_base_model(
     try:
         import diffusers
     except ImportError as error:
-        raise EvaluationError(f"diffusers is missing ({error}): pip install lora-compress[evaluate]") from error
+        raise EvaluationError(f"diffusers is missing ({error}): pip install diffusers transformers peft") from error
     text = str(path)
     diffusers.utils.logging.disable_progress_bar()  # of loading five parts; drawing has one of its own
     try:

@@ -47,7 +47,7 @@ def write_lora(folder: Path) -> Path:
         (["--max_total", "1GB"], "--max_total 1GB: is less than one file may have, --max_size 2GB"),
         (["--max_size", "much"], "--max_size much: must be a size such as 20MB"),
         (["lora.safetensors"], "lora.safetensors: belongs to no flag"),
-        ([], 'Gradio, which is not installed: pip install "lora-compress[gui]"'),
+        ([], 'Gradio, which is not installed: pip install "gradio>=6.31,<7"'),
     ],
 )
 def test_wrong_flags_and_a_missing_gradio_are_one_line(
