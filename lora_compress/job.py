@@ -300,7 +300,7 @@ class Job:
     def _product(self, name: str, rank: int) -> float:
         """max|down| max|up|."""
         down, up = self._rows([name], rank)
-        return float(down.abs().amax() * up.abs().amax())
+        return float(down.abs().amax()) * float(up.abs().amax())  # which may be more than float32 holds
 
     def _coded(self, name: str, choice: Choice, padded: int, alpha: float, predict: bool) -> Stored:
         """A quantized module, of a packed file or as plain factors."""

@@ -133,6 +133,11 @@ def fp8_alpha(products: list[float]) -> float:
     largest = max(products, default=0.0)
     if largest == 0.0:
         return 1.0
+    if not largest <= 2.0**127 * _FP8_AMAX**2:
+        raise FormatError(
+            f"the product of a module's largest weights is {largest:.3g}, allowed in fp8: {2.0**127 * _FP8_AMAX**2:.3g}: "
+            "use save_format=packed, or kohya with --save_precision float"
+        )
     return 2.0 ** min(max(math.ceil(math.log2(largest / _FP8_AMAX**2)), -126), 127)  # alpha is stored in float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from .errors import FormatError
 
 __all__ = ["LowRankUpdate", "difference", "differences", "relative_error", "squared_error"]
+
+
+_PLAIN_RANGE = 1e12  # entries beyond it, or under its inverse, are scaled before they are squared in float32
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ def differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) 
         other_down: (b, k', in * kernel), k' at most k: the components beyond have been dropped.
         other_up: (b, k', out).
     """
+    peaks = [_peak(rows) for rows in (down, up, other_down, other_up)]
+    if any(bool(((peak > 0) & ((peak < 1 / _PLAIN_RANGE) | (peak > _PLAIN_RANGE))).any()) for peak in peaks):
+        return _scaled_differences(down, up, other_down, other_up, peaks)
     kept, other_down, other_up = other_down.shape[1], other_down.to(down), other_up.to(up)
     first, other = (_squares(rows[:, :1]).sum(dim=1, keepdim=True) for rows in (down, other_down))
     gain = (other / first).sqrt()  # of the other's balance; any would do but for rounding
@@ -125,6 +132,25 @@ def differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor) 
     crossed = _inner((up @ less_up.mT).double(), (less_down @ other_down.mT).double() / gain)
     beside = _inner((less_up @ less_up.mT).double(), (other_down @ other_down.mT).double() / gain.square())
     return (apart + 2.0 * crossed + beside).clamp_min(0.0)
+
+
+def _scaled_differences(down: Tensor, up: Tensor, other_down: Tensor, other_up: Tensor, peaks: Sequence[Tensor]) -> Tensor:
+    """`differences` of rows whose squares would overflow or vanish in float32: each is brought near 1 by a power of two first."""
+    powers = [torch.where(peak > 0, torch.exp2(torch.where(peak > 0, peak, 1.0).log2().floor()), 1.0) for peak in peaks]
+    down, up, other_down, other_up = (
+        rows.double() / power for rows, power in zip((down, up, other_down, other_up), powers, strict=True)
+    )
+    gain = powers[0] * powers[1]
+    own = powers[2] * powers[3] / gain  # of the other update beside the first one
+    own = torch.where((peaks[2] > 0) & (peaks[3] > 0), own, 1.0)
+    return differences(down, up, other_down * own.sqrt(), other_up * own.sqrt()) * gain.flatten().square()
+
+
+def _peak(rows: Tensor) -> Tensor:
+    """Largest absolute value, (b, 1, 1), float64."""
+    if not rows.numel():
+        return rows.new_zeros(len(rows), 1, 1, dtype=torch.float64)
+    return rows.abs().amax(dim=(1, 2), keepdim=True).double()
 
 
 def _squares(rows: Tensor) -> Tensor:

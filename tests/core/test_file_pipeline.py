@@ -391,3 +391,19 @@ def test_every_layout_is_compressed_and_expanded(tmp_path: Path) -> None:
         compress_file(source, packed, settings(bits=8, allow_larger=True))
         expand_file(packed, plain)
         assert relative_error(load_lora(plain).updates, exact) < 0.02, layout
+
+
+def test_an_update_beyond_the_range_of_fp8_is_refused_and_the_error_of_others_is_a_number(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    generator = torch.Generator().manual_seed(0)
+    source, target = tmp_path / "large.safetensors", tmp_path / "out.safetensors"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(8, 320, generator=generator) * 1e25,
+        f"{name}.lora_up.weight": torch.randn(320, 8, generator=generator) * 1e25,
+        f"{name}.alpha": torch.tensor(8.0),
+    }
+    save_file(tensors, source)
+    with pytest.raises(FormatError, match="allowed in fp8"):
+        compress_file(source, target, CompressionSettings.parse({"save_format": "fp8"}))
+    assert not target.exists()
+    assert 0.0 < compress_file(source, target, CompressionSettings.parse({"bits": 4})).relative_error < 0.2

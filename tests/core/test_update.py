@@ -107,3 +107,17 @@ def test_factors_that_do_not_fit_are_refused_with_both_shapes(down: tuple[int, .
         LowRankUpdate(torch.zeros(down), torch.zeros(up), 1.0)
     assert str(down) in str(caught.value)
     assert str(up) in str(caught.value)
+
+
+@pytest.mark.parametrize("power", [-40, -25, -22, -3, 0, 3, 22, 25, 30])
+@pytest.mark.parametrize("balance", [0, 6])
+def test_differences_are_true_where_squares_leave_the_range_of_float32(power: int, balance: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(2, 4, 30, generator=generator)
+    up = torch.linalg.qr(torch.randn(2, 20, 4, generator=generator)).Q.mT.contiguous()
+    other_down, other_up = down + 0.1 * torch.randn(2, 4, 30, generator=generator), up.clone()
+    wanted = differences(down.double(), up.double(), other_down.double(), other_up.double())
+    scale = 10.0 ** min(power, 0), 10.0 ** max(power, 0)
+    gain = scale[0] * scale[1]
+    found = differences(down * gain, up, other_down * gain * 10.0**balance, other_up * 10.0**-balance)
+    assert torch.allclose(found / gain**2, wanted, rtol=1e-3)
