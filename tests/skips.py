@@ -34,7 +34,10 @@ ALLOWED = {
     "set FORGE_DIR to": "the program is no package",
     "set FORGE_NEO_DIR to": "the program is no package",
     "set REFORGE_DIR to": "the program is no package",
-    "set MUSUBI_DIR to": "the program is no package",
+    "musubi-tuner is absent": "the program is no package",
+    "InvokeAI is absent": "its requirements are at odds with ours",
+    "this file system takes UTF-8 alone": "names of other bytes cannot be made there",
+    "the batch was done before": "the machine was faster than the signal",
 }
 if sys.platform != "linux":
     ALLOWED |= {
