@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["EvaluationError", "FormatError", "LoraCompressError", "MissingPackageError", "SaveError", "SettingsError"]
+__all__ = ["NOT_FINITE", "EvaluationError", "FormatError", "LoraCompressError", "MissingPackageError", "SaveError", "SettingsError"]
+
+# Of a module from whose update nothing can be computed.
+NOT_FINITE = "its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it"
 
 
 class LoraCompressError(Exception):

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .chunks import Chunk, Spool
 from .encoding import Choice, encode_module, spread_channels, take_channels
-from .errors import FormatError
+from .errors import NOT_FINITE, FormatError
 from .index import Entry
 from .parallel import NEIGHBOURS, each_batch, each_module, stream_batches
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from .pruning import select_channels
 from .quantization import FixedFormat, fixed_size
 from .settings import CompressionSettings
-from .spectrum import NOT_FINITE, Spectrum, balanced_rows, quick_svds, thin_svd
+from .spectrum import Spectrum, balanced_rows, quick_svds, thin_svd
 from .update import LowRankUpdate, difference, differences
 
 __all__ = ["Analysis", "Components", "Job", "Stored", "by_svd", "pad_to_two"]

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import FormatError
+from .errors import NOT_FINITE, FormatError
 from .update import LowRankUpdate
 
-__all__ = ["NOT_FINITE", "Spectrum", "balanced_rows", "known_svd", "quick_svds", "thin_svd"]
+__all__ = ["Spectrum", "balanced_rows", "known_svd", "quick_svds", "thin_svd"]
 
-NOT_FINITE = "its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it"
 _LEAST_PIVOT = 1e-5  # of a Cholesky factor of a Gram matrix with unit diagonal; below, its square root has lost too many digits
 _TOLERANCE = 1e-9  # of the checks on what a device computed in float64
 _HALVES = (torch.float16, torch.bfloat16)

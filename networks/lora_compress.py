@@ -22,6 +22,7 @@ import networks.sd_scripts_path  # noqa: F401  joins our packages with those of 
 from lora_compress import (
     CompressionReport,
     CompressionSettings,
+    FormatError,
     LowRankUpdate,
     SaveError,
     SettingsError,
@@ -36,6 +37,7 @@ from lora_compress import (
     save,
     settings_table,
 )
+from lora_compress.errors import NOT_FINITE
 from lora_compress.training import Pair, TrainingSession, find_pairs, write_calibration
 from networks.compress_bases import LYCORIS, base_module, host_arguments, split_arguments
 from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
@@ -154,6 +156,7 @@ class CompressNetwork:
         """Write `file` as the settings say; with all compression off, the host's own bytes. Atomic either way.
 
         Raises:
+            FormatError: a weight is NaN or infinite; nothing is written.
             SaveError: it cannot be written.
         """
         self._remove_lone_partners()
@@ -163,6 +166,7 @@ class CompressNetwork:
 
     def _save(self, file, dtype, metadata) -> None:
         if not self.compression.enabled:
+            _check_finite(self)
             state = self._modules.pop("compress_training", None)  # no part of a LoRA
             try:
                 with atomic_path(file) as temporary:
@@ -240,6 +244,17 @@ def _check_deepspeed(args: Any, settings: CompressionSettings) -> None:
         problems.append("rank_return=true needs gradients, which deepspeed has taken away by then: remove it")
     if problems:
         raise SettingsError(problems, "deepspeed")
+
+
+def _check_finite(network: torch.nn.Module) -> None:
+    """Refuse to save weights of which nothing can be computed: a file that was saved before stays the last one.
+
+    Raises:
+        FormatError: a weight is NaN or infinite.
+    """
+    for name, weight in network.state_dict().items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise FormatError(f"{name}: {NOT_FINITE}")
 
 
 def _check_writable(folder: str | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import FormatError, LoraCompressError
 from ..files import write_safetensors
 from ..layouts import as_kohya
 from ..training import TrainingSession
 
-__all__ = ["Batches", "Progress", "steps_of_epoch"]
+__all__ = ["Batches", "Progress", "check_state_folder", "steps_of_epoch", "whole_folder"]
+
+_STATE, _LAST = "custom_checkpoint_0.pkl", "model.safetensors"  # what accelerate writes of us, and what is written last
 
 
 def steps_of_epoch(pictures: int, batch: int, processes: int) -> int:
@@ -114,15 +119,58 @@ class Progress:
         accelerator.save_state(str(folder))
         if accelerator.is_main_process:
             updates = {name: pair.update() for name, pair in self.session.pairs.items()}
-            write_safetensors(as_kohya(updates), folder / "model.safetensors", {})
+            write_safetensors(as_kohya(updates), folder / _LAST, {})
         accelerator.wait_for_everyone()
 
     def load(self, accelerator: Any, folder: str) -> None:
         """Read what `save` has written.
 
         Raises:
-            FormatError: the folder holds no such state.
+            FormatError: the state is damaged, or of another network.
+            SettingsError: it is of other settings.
         """
-        if not (Path(folder) / "custom_checkpoint_0.pkl").is_file():
-            raise FormatError(f"resume={folder}: holds no state of --host diffusers: give a folder <output_name>-state")
-        accelerator.load_state(folder)
+        try:
+            accelerator.load_state(folder)
+        except LoraCompressError:
+            raise
+        except Exception as error:  # pickle, zip, torch and accelerate each have errors of their own for bytes that are wrong
+            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+            raise FormatError(
+                f"resume={folder}: the state is damaged, or was not saved by this version ({told}): take an earlier one"
+            ) from error
+
+
+def check_state_folder(folder: Path) -> None:
+    """Check that a folder holds a whole state, whose last file is model.safetensors.
+
+    Raises:
+        FormatError: it does not.
+    """
+    if not folder.exists() and (old := _beside(folder, "old")).is_dir():
+        os.replace(old, folder)  # a kill came between the two renamings of `whole_folder`
+    if not (folder / _STATE).is_file():
+        raise FormatError(f"resume={folder}: holds no state of --host diffusers: give a folder <output_name>-state")
+    if not (folder / _LAST).is_file():
+        raise FormatError(f"resume={folder}: the state is unfinished, saving it was interrupted: take an earlier one")
+
+
+@contextmanager
+def whole_folder(folder: Path, accelerator: Any) -> Iterator[Path]:
+    """A new folder to write a state to; it takes its name when it is complete, so that a kill leaves the one before usable."""
+    temporary, old = _beside(folder, "tmp"), _beside(folder, "old")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    yield temporary
+    if accelerator.is_main_process:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")

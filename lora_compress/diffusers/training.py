@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LoraCompressError
+from ..errors import FormatError, LoraCompressError
 from ..evaluation.validation import Validation
 from ..files import atomic_path, write_safetensors
 from ..pipeline import plain_partner, save
@@ -23,7 +23,7 @@ from .base import add_adapters
 from .denoising import Denoiser, load_denoiser
 from .drawing import draw_share, read_samples, save_samples
 from .options import Plan, find_pictures, make_optimizer, read_plan
-from .progress import Batches, Progress, steps_of_epoch
+from .progress import Batches, Progress, check_state_folder, steps_of_epoch, whole_folder
 
 __all__ = ["train"]
 
@@ -113,6 +113,11 @@ class _Run:
         progress.rates.step()
         progress.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
+        if progress.step % _TOLD == 0 and not bool(loss.isfinite()):
+            raise FormatError(
+                f"step {progress.step}: the loss is {loss.item()}: the training diverged; what was saved before is unchanged: "
+                "resume from there, or begin anew, with a lower learning_rate or mixed_precision=bf16"
+            )
         if progress.step % _TOLD == 0 and self.accelerator.is_main_process:
             logger.info("step %d of %d: loss %.4f", progress.step, options["max_train_steps"], loss.item())
         last = progress.step == options["max_train_steps"]
@@ -127,6 +132,7 @@ class _Run:
 
     def resume(self, folder: Path) -> None:
         """Go on where a state was saved."""
+        check_state_folder(folder)
         if self.evaluator is not None:
             self.evaluator.load(folder / "evaluations.jsonl")
         self.progress.load(self.accelerator, str(folder))
@@ -166,9 +172,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if state:
             folder = self.plan.output(f"{suffix}-state")
-            self.progress.save(self.accelerator, folder)
-            if self.evaluator is not None and self.accelerator.is_main_process:
-                self.evaluator.save(folder / "evaluations.jsonl")
+            with whole_folder(folder, self.accelerator) as temporary:
+                if self.evaluator is not None and self.accelerator.is_main_process:
+                    self.evaluator.save(temporary / "evaluations.jsonl")
+                self.progress.save(self.accelerator, temporary)
         return path
 
 

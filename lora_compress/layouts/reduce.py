@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import NOT_FINITE, FormatError
 from ..update import LowRankUpdate
 
 __all__ = ["TAIL", "Triple", "balanced", "kron_svd", "svd_of_matrix", "svd_of_pair", "svd_of_pair_product"]
@@ -98,5 +98,5 @@ def _count(sigma: Tensor) -> int:
 
 def _finite(matrix: Tensor) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
-        raise FormatError("its weights hold NaN or infinity: the training diverged, nothing can be saved from it")
+        raise FormatError(NOT_FINITE)
     return matrix

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, SettingsError
+from ..errors import NOT_FINITE, FormatError, SettingsError
 from .models import choose_models, row_bits
 from .passes import MAX_VALUE, as_symbols, as_values
 from .weights import Model, row_weights
@@ -108,7 +108,7 @@ def module_gains(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarr
     norms = [np.sqrt(np.einsum("ij,ij->i", factor, factor, dtype=np.float64)) for factor in (down, up)]
     sigma = norms[0] * norms[1]
     if not np.isfinite(sigma).all():
-        raise FormatError("its factors hold NaN or infinity: the training diverged, nothing can be saved from it")
+        raise FormatError(NOT_FINITE)
     kept = np.flatnonzero(sigma > 0)
     return kept, np.rint(4 * np.log2(sigma[kept])).astype(np.int64)
 

@@ -155,6 +155,8 @@ class Evaluator:
             drawn[kind] = features
         if not PartialState().is_main_process:
             return {}
+        if not all(bool(features.isfinite().all()) for features in drawn.values()):
+            return {"error": "features of the pictures are NaN or infinite: the training diverged, or the extractor failed"}
         try:
             full = validation.distances(drawn["full"], "_full") if "full" in drawn else {}
             return validation.measure(drawn["compressed"], drawn["other noise"] if floors is None else floors) | full

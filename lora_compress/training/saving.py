@@ -12,7 +12,7 @@ from torch import Tensor
 from ..chunks import Chunk, payload_tensor
 from ..container import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
 from ..encoding import decode_module
-from ..errors import SaveError, SettingsError
+from ..errors import NOT_FINITE, FormatError, SaveError, SettingsError
 from ..files import TensorSpec, safetensors_size
 from ..index import Entry
 from ..job import Components, by_svd
@@ -81,6 +81,9 @@ def compress_trained(
         SettingsError: nothing is left.
         SaveError: what would be written does not decode to what was trained.
     """
+    for name, pair in session.pairs.items():
+        if not all(bool(weight.isfinite().all()) for weight in pair.weights):
+            raise FormatError(f"{name}: {NOT_FINITE}")
     if session.quantizing:
         return _compress_operands(session, dtype, metadata or {})
     modules = _modules(session)

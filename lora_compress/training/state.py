@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingsError
+
 __all__ = ["TrainingState"]
+
+_OTHER_SETTINGS = "the state is of another network or of other pruning and quantization: go on with the settings it was made with"
 
 
 class TrainingState(nn.Module):
     """Flat buffers of fixed shape, a run of each for every pair.
 
     Masks and counts are kept exact: casting a network to half precision moves them between devices and leaves their dtypes alone.
+    A state dict of another network or of other settings is refused as a whole, before anything is loaded.
     A state dict that holds none of them (of a training without compression) loads as it is: the session is then at its start.
 
     Args:
@@ -62,7 +67,11 @@ class TrainingState(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if any(key.startswith(prefix) for key in state_dict):
+        found = {key.removeprefix(prefix): value.shape for key, value in state_dict.items() if key.startswith(prefix)}
+        if found:
+            own = {name: buffer.shape for name, buffer in self._buffers.items() if buffer is not None}
+            if wrong := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
+                raise SettingsError([f"{', '.join(wrong)} differ: {_OTHER_SETTINGS}"], "resume")
             super()._load_from_state_dict(state_dict, prefix, *rest)
             self._tell()
 

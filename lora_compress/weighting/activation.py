@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import NOT_FINITE, FormatError
 from ..update import LowRankUpdate
 
 __all__ = ["WeightedSpectrum", "diagonal_gram", "weighted_spectrum"]
@@ -58,7 +58,7 @@ def weighted_spectrum(update: LowRankUpdate, gram: Tensor, floor: float = _FLOOR
     triangle = torch.linalg.qr(up, mode="r").R * update.scale  # s R, (p, r)
     a, sigma, bt = torch.linalg.svd(triangle @ roots, full_matrices=False)
     if not bool(torch.isfinite(sigma).all()):
-        raise FormatError("its factors or its alpha hold NaN or infinity: the training diverged, nothing can be saved from it")
+        raise FormatError(NOT_FINITE)
     alive = sigma > sigma[:1] * _ZERO
     mix_down = (a.T @ triangle) * alive.unsqueeze(1)  # (k, r): rows u_i^T dW over down
     mix_up = torch.where(alive, update.scale / sigma, 0.0).unsqueeze(1) * (bt @ roots.T)  # (k, r): rows u_i over up^T

@@ -232,6 +232,26 @@ def test_a_resumed_training_ends_where_the_uninterrupted_one_does(tmp_path: Path
     with pytest.raises(training.LoraCompressError, match="holds no state of --host diffusers"):
         AcceleratorState._reset_state(reset_partial_state=True)
         training.train({**_config(tmp_path), "own": {"resume": str(tmp_path)}})
+    state = tmp_path / "watched-step00000003-state"
+    with pytest.raises(training.LoraCompressError, match="differ: the state is of another network or of other pruning"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        training.train({**_config(tmp_path), **runs["resumed"], "pruning": pruning})
+    whole = (state / "custom_checkpoint_0.pkl").read_bytes()
+    (state / "custom_checkpoint_0.pkl").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(training.LoraCompressError, match=r"resume=.*: the state is damaged, or was not saved by this version"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        training.train({**_config(tmp_path), **runs["resumed"], "pruning": pruning, "quantization": qat})
+
+
+def test_a_training_that_diverges_ends_with_one_error_and_keeps_its_last_file(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", count=4, repeats=1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    wild = {"unet_lr": 1e30, "text_encoder_lr": 1e30, "max_grad_norm": 0, "save_every_n_steps": 1, "save_state": True}
+    with pytest.raises(training.LoraCompressError, match=r"the training diverged|do not fit"):
+        training.train({**_config(tmp_path), "own": {"output_name": "wild", **wild}})
+    for path in tmp_path.glob("wild*.safetensors"):
+        assert all(update.down.isfinite().all() and update.up.isfinite().all() for update in load_lora(path).updates.values())
+    assert not (tmp_path / "wild.safetensors").exists()
 
 
 def test_the_controller_leads_the_compression(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from models import narrow_unet
 from safetensors.torch import load_file
 
-from lora_compress import SettingsError, load_lora
+from lora_compress import FormatError, SettingsError, load_lora
 
 STEPS = 10
 PRUNING = {"iterative_pruning": "True", "rank_ratio": "0.5", "min_rank": "0", "max_iterations": "2"}
@@ -196,3 +196,16 @@ def test_what_cannot_follow_deepspeed_is_refused_before_training(
     args = argparse.Namespace(**given, deepspeed=True, **told)
     with pytest.raises(SettingsError, match=found) if found else nullcontext():
         network.prepare_network(args)
+
+
+@pytest.mark.parametrize("settings", [{}, PRUNING, {"bits": "4"}], ids=["as the host", "pruned", "quantized"])
+def test_weights_that_are_not_finite_are_not_saved(unet: Any, tmp_path: Path, settings: dict[str, str]) -> None:
+    run = Training(unet, tmp_path, **settings).run(1)
+    path = tmp_path / "lora.safetensors"
+    run.network.save_weights(str(path), None, {})
+    before = path.read_bytes()
+    with torch.no_grad():
+        run.network.unet_loras[0].lora_up.weight[0, 0] = torch.nan
+    with pytest.raises(FormatError, match="NaN or infinity: the training diverged"):
+        run.network.save_weights(str(path), None, {})
+    assert path.read_bytes() == before
