@@ -19,6 +19,7 @@ from ..update import LowRankUpdate
 from .families import family_of, part_of
 from .foreign import CARRIED
 from .identity import what_it_holds
+from .left_over import refuse_left_over
 from .numbered import is_numbered, numbered_metadata
 from .peft_config import PeftConfig
 from .peft_folder import weights_of
@@ -67,7 +68,7 @@ def open_lora(
         survey.tell("factors that another program had quantized were multiplied by their scales", key)
     for layout in LAYOUTS:
         layout.find(survey)
-    survey.check_left_over()
+    refuse_left_over(survey)
     survey.finish()
     if not survey.modules:
         reasons = "; ".join(["it is " + what_it_holds(file), *survey.notes()]).replace(CARRIED, "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +11,6 @@ from functools import cached_property
 import torch
 
 from ..errors import FormatError, SettingsError
-from ..files import DTYPE_NAMES
 from ..metadata import alpha_in_header
 from ..plain import KOHYA_KEYS, PlainKeys
 from ..update import LowRankUpdate
@@ -32,10 +30,6 @@ _FACTOR_DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-_HARMLESS = re.compile(  # of DoRA, of norms, of a bias, and the layer's own weights
-    r"(alpha|dora_scale|lora_magnitude_vector(\.[^.]+)*|reshape_weight|w_norm|b_norm|diff|diff_b|set_weight"
-    r"|lora_(B|up)(\.[^.]+)?\.bias|(base_layer\.)?(weight|bias)|.+\.(diff|diff_b|w_norm|b_norm|set_weight))"
-)
 _UNKNOWN_SCALE = (
     "the strength of the file is not known: PEFT keeps alpha in adapter_config.json, which is not beside the file. It was read as "
     "alpha = rank, as most programs read it; state it with --alpha NUMBER or --peft_config FILE"
@@ -43,9 +37,6 @@ _UNKNOWN_SCALE = (
 _HEADER_ALPHA = (
     "the strength of the file is not known: its header says alpha {0:g}, which some programs apply and most do not. It was read as "
     "alpha = rank, as most programs read it; state it with --alpha {0:g} if it was trained so"
-)
-_OF_AN_UPDATE = re.compile(
-    r"\.(lora_(?!magnitude_vector|(B|up)(\.[^.]+)?\.bias)|lokr_|hada_)\w+(\.|$)|_lora_latent|[._]lora_(down|up|[ABab])\.weight$"
 )
 
 
@@ -274,35 +265,6 @@ class Survey:
         """Whether this program wrote the file, with the scales in its factors."""
         return any(key.startswith("ss_compress_") for key in self.file.metadata)
 
-    def check_left_over(self) -> None:
-        """Refuse what no layout took and what cannot be carried through as it is."""
-        self._check_parts()
-        for key in self.free():
-            dtype = self.file[key].dtype
-            if dtype not in DTYPE_NAMES:
-                name = str(dtype).removeprefix("torch.")
-                self.refuse(key, f"is {name}", "a type that programs read from safetensors files", "it is left out")
-                self.claim([key])
-
-    def _check_parts(self) -> None:
-        """Refuse modules with a key that no layout has taken: it may well change what the update is."""
-        if not self.modules:
-            return  # what the file is instead tells more
-        owners = {prefix: module.name for module in self.modules.values() for prefix in module.prefixes()}
-        for key in self.free():
-            prefix = next((prefix for prefix in _prefixes(key) if prefix in owners), "")
-            owner, part = owners.get(prefix), key.removeprefix(f"{prefix}.")
-            if _is_harmless(part, self.file[key]) if owner else not _OF_AN_UPDATE.search(key):
-                continue
-            allowed = "what LoRA modules are known to have (lora_down, lora_up, alpha, dora_scale, bias ...)"
-            if owner is None:
-                self.refuse(key, "is a part of an update that is not read here", allowed, "it is left out")
-                self.claim([key])
-            elif key in self._free:
-                self.refuse(key, f"is a part of the module {owner} that is not known here", allowed, "the module is left out")
-                gone = self.modules.pop(owner, None)
-                self.claim(other for other in self.free() if gone and other.startswith(gone.prefixes()))
-
     def finish(self) -> None:
         """Raises: FormatError: something was refused; the first problem, and how many there are."""
         if self.problems:
@@ -316,20 +278,6 @@ class Layout:
 
     name: str
     find: Callable[[Survey], None]
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    """What a key begins with up to each of its dots, the longest first."""
-    while "." in key:
-        key = key.rpartition(".")[0]
-        yield key
-
-
-def _is_harmless(part: str, info: TensorInfo) -> bool:
-    """Whether a tensor beside an update leaves it as it is."""
-    if part == "bias" and len(info.shape) > 1:
-        return False  # as large as the weight: AUTOMATIC1111 adds it to the update
-    return _HARMLESS.fullmatch(part) is not None
 
 
 def _factor_problem(info: TensorInfo | None) -> str:
