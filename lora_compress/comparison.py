@@ -17,6 +17,7 @@ from .errors import FormatError
 from .layer_matching import fused_layers, match_layers
 from .layouts import LoraSource, open_lora
 from .layouts.peft_folder import template_of, weights_of
+from .layouts.sketch import MOST_COMPONENTS
 from .parallel import each_module
 from .update import LowRankUpdate, relative_error
 
@@ -160,7 +161,8 @@ def compare_updates(
     def compare(name: str, job: tuple[str | None, str | None]) -> ModuleComparison:
         mine, theirs = (first[job[0]] if job[0] else None), (second[job[1]] if job[1] else None)
         try:
-            error, norm = difference_norm(mine, theirs) ** 2, difference_norm(mine, None) ** 2
+            error, norm = difference_norm(mine, theirs) ** 2, difference_norm(mine, None) ** 2 + (mine.rest if mine else 0.0)
+            error += _rest(mine, theirs)
         except FormatError as problem:
             raise FormatError(f"{name}: {problem}") from None
         sizes = first.factor_bytes(job[0]) if job[0] else 0, second.factor_bytes(job[1]) if job[1] else 0
@@ -192,6 +194,23 @@ def difference_norm(first: LowRankUpdate | None, second: LowRankUpdate | None) -
     ups = [update.up_matrix.double() * (update.scale if update is first else -update.scale) for update in updates]
     downs = [update.down_matrix.double() for update in updates]
     return float(torch.linalg.matrix_norm(_triangle(torch.cat(ups, dim=1)) @ _triangle(torch.cat(downs).T).T))
+
+
+def _rest(first: LowRankUpdate | None, second: LowRankUpdate | None) -> float:
+    """What the squared difference of two updates has beyond that of their factors, where one was not read as a whole.
+
+    Raises:
+        FormatError: both were not, and differ.
+    """
+    rests = [update.rest for update in (first, second) if update is not None and update.rest]
+    if len(rests) < 2 or first is None or second is None:
+        return sum(rests)
+    if rests[0] == rests[1] and torch.equal(first.up, second.up) and torch.equal(first.down, second.down):
+        return 0.0  # read from the same difference
+    raise FormatError(
+        f"is in both files a full difference so large that only its {MOST_COMPONENTS} strongest components are read, which does "
+        "not tell how far the two are apart: compare one of them with a LoRA that was made of it"
+    )
 
 
 def match_names(first: Iterable[str], second: Iterable[str]) -> dict[str, str]:

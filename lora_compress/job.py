@@ -14,7 +14,7 @@ from .chunks import Chunk, Spool
 from .encoding import Choice, encode_module, spread_channels, take_channels
 from .errors import NOT_FINITE, FormatError
 from .index import Entry
-from .parallel import NEIGHBOURS, each_batch, each_module, stream_batches
+from .parallel import NEIGHBOURS, each_module, stream_batches
 from .plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from .pruning import select_channels
 from .quantization import FixedFormat, fixed_size
@@ -42,7 +42,7 @@ class Analysis:
         spectrum: of the channels that survive, without the factors.
         scores: (k,), falling: what its components are chosen by.
         shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
-        lost: ||dW||_F^2 of the channels that do not.
+        lost: ||dW||_F^2 of the channels that do not, and of what was left out when the module was read.
         norm: ||dW||_F^2 of the whole module.
         alpha: of the module in the input.
     """
@@ -126,7 +126,8 @@ class Job:
         keys: of a module in a plain file.
         pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
         spool: makes the place where the chunks of a run wait; None for memory.
-        progress: called with (modules done, modules in all) in every run; a search for a budget takes several.
+        progress: called with (modules done, modules in all) in the first pass and in every run, of which a search for a budget
+            takes several.
 
     Raises:
         FormatError: an update holds NaN or infinity.
@@ -145,7 +146,11 @@ class Job:
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
         self.decompose, self.keys, self.pad, self.spool, self.progress = decompose, keys, pad, spool, progress
-        self.analyses = each_batch(self._analyse, updates)
+        self.analyses: dict[str, Analysis] = {}
+        for name, analysis in stream_batches(self._analyse, list(updates), NEIGHBOURS):
+            self.analyses[name] = analysis
+            if progress:
+                progress(len(self.analyses), len(updates))
 
     @property
     def packed(self) -> bool:
@@ -249,6 +254,7 @@ class Job:
         found = {}
         for name, (spectrum, scores) in self._decomposed(parts).items():
             update, (kept, lost) = updates[name], channels[name]
+            lost += update.rest
             norm = lost + float(spectrum.sigma.square().sum())
             sizes = (update.up.shape[0], update.down.shape[1])
             shape = Entry(name, sizes[0], sizes[1], update.kernel, update.rank, "", {}, kept, self.keys(name))

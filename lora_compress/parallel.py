@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["NEIGHBOURS", "each_batch", "each_module", "stream_batches"]
+__all__ = ["NEIGHBOURS", "each_batch", "each_module", "stop_if_cancelled", "stream_batches"]
 
 NEIGHBOURS = 32  # modules that are handed over at once where they gain by it: handing one over takes as long as a small one
 _FEW = 4  # where they do not
@@ -55,7 +55,8 @@ def stream_batches(
     work = torch.no_grad()(function)
     _keep_freed_memory()
     workers = max(min(workers, len(names)), 1)
-    with _single_threaded_blas(), _single_threaded_workers(workers) as pool:
+    cancelled = threading.Event()
+    with _single_threaded_blas(), _single_threaded_workers(workers, cancelled) as pool:
         try:
             for first in range(0, len(names), size):
                 batch = names[first : first + size]
@@ -65,6 +66,7 @@ def stream_batches(
             while pending:
                 yield from _in_order(*pending.popleft())
         finally:
+            cancelled.set()  # nobody waits for what is still under way
             for _, future in pending:
                 future.cancel()
 
@@ -85,17 +87,36 @@ _setting = threading.RLock()  # it may be asked for again in its own thread: a g
 _limits: list[Any] = []  # what holds each BLAS library at one thread, once for each call that is in need of it
 
 
+_worker = threading.local()  # .cancelled: the event that ends the work of a thread of a pool
+
+
+def stop_if_cancelled() -> None:
+    """For work that takes seconds to call now and then: ends it where whoever asked for it was interrupted or has failed.
+
+    Raises:
+        CancelledError: in a thread of `stream_batches` whose caller takes no more results.
+    """
+    cancelled = getattr(_worker, "cancelled", None)
+    if cancelled is not None and cancelled.is_set():
+        raise CancelledError
+
+
 @contextmanager
-def _single_threaded_workers(count: int) -> Iterator[ThreadPoolExecutor]:
+def _single_threaded_workers(count: int, cancelled: threading.Event) -> Iterator[ThreadPoolExecutor]:
     """So many threads, all of them begun, that run torch on one thread each; every other thread has what it had."""
     all_begun = threading.Barrier(count)
-    with ThreadPoolExecutor(count, initializer=_run_torch_on_one_thread) as pool:
+    with ThreadPoolExecutor(count, initializer=_begin_worker, initargs=(cancelled,)) as pool:
         try:
             for begun in [pool.submit(all_begun.wait) for _ in range(count)]:
                 begun.result()
         finally:
             all_begun.abort()  # nobody waits on if one of them cannot begin
         yield pool
+
+
+def _begin_worker(cancelled: threading.Event) -> None:
+    _worker.cancelled = cancelled
+    _run_torch_on_one_thread()
 
 
 def _run_torch_on_one_thread() -> None:

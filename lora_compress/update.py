@@ -25,6 +25,8 @@ class LowRankUpdate:
         down: (r, in) for a linear layer, (r, in, *kernel) for a convolution.
         up: (out, r), or (out, r, 1, ...) for a convolution.
         alpha: the scale numerator; the update is scaled by alpha / r.
+        rest: squared Frobenius norm of what the layer's change has beside this, orthogonal to it: of a large full difference
+            only the strongest components are read. What is made of the update has lost that too.
 
     Raises:
         FormatError: the shapes do not fit together.
@@ -33,6 +35,7 @@ class LowRankUpdate:
     down: Tensor
     up: Tensor
     alpha: float
+    rest: float = 0.0
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)

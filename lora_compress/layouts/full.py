@@ -8,6 +8,7 @@ from collections.abc import Callable
 from ..update import LowRankUpdate
 from .kernels import unflatten
 from .reduce import balanced, svd_of_matrix
+from .sketch import converted, largest_rank
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
@@ -30,8 +31,9 @@ def _find(survey: Survey) -> None:
         outputs, columns = shape[0], math.prod(shape[1:])
         inputs, kernel = (shape[1], shape[2:]) if shape[2:] else unflatten(name, columns)
         load = _loader(survey.file, key, inputs, kernel)
-        survey.tell("a full difference was converted to plain LoRA, unchanged to 1e-6", name)
-        module = ModuleShape(outputs, inputs, kernel, min(outputs, columns))
+        text = "a full difference was converted to plain LoRA, unchanged to 1e-6"
+        survey.tell(converted(text, outputs, columns), name)
+        module = ModuleShape(outputs, inputs, kernel, largest_rank(outputs, columns))
         survey.add(Module(name, "full", module, (key,), load, balanced=True))
 
 

@@ -13,6 +13,7 @@ from ..update import LowRankUpdate
 from .kernels import unflatten
 from .peft_config import PeftConfig
 from .reduce import balanced, svd_of_pair_product
+from .sketch import converted, largest_rank
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
@@ -38,12 +39,13 @@ def _find(survey: Survey) -> None:
             continue
         outputs, columns, ranks, kernel = sizes
         inputs, kernel = (columns // math.prod(kernel), kernel) if kernel else unflatten(name, columns)
-        rank = min(ranks[0] * ranks[1], outputs, columns)
+        rank = largest_rank(ranks[0] * ranks[1], outputs, columns)
         scale = lycoris_scale(survey, config, name, ranks[0])
         used = survey.taken(name + ".alpha", name + ".scale")
         load = _loader(survey.file, keys, scale, inputs, kernel)
         shape = ModuleShape(outputs, inputs, kernel, rank)
-        survey.tell("LoHa was converted to plain LoRA, its update unchanged to 1e-6", name)
+        text = "LoHa was converted to plain LoRA, its update unchanged to 1e-6"
+        survey.tell(converted(text, ranks[0] * ranks[1], outputs, columns), name)
         layout, plain = converted_to(survey.config, name, "loha")
         survey.add(Module(name, layout, shape, (*keys, *used), load, plain, balanced=True))
 

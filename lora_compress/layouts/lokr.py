@@ -11,6 +11,7 @@ from .kernels import unflatten
 from .loha import converted_to, cp_pair, lycoris_scale
 from .peft_config import PeftConfig
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
+from .sketch import converted, largest_rank
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
 from .tensors import TensorFile
 
@@ -61,16 +62,16 @@ def _half(file: TensorFile, keys: tuple[str, ...]) -> _Half | None:
     a, *rest = (file[key].shape for key in keys)
     if not rest:
         columns = math.prod(a[1:])
-        return _Half(keys, a[0], columns, min(a[0], columns), a[2:], None)
+        return _Half(keys, a[0], columns, largest_rank(a[0], columns), a[2:], None)
     b = rest[0]
     if len(rest) == 1:
         fits = a[1] == b[0] and math.prod(a[2:]) == 1
         columns = math.prod(b[1:])
-        return _Half(keys, a[0], columns, min(b[0], a[0], columns), b[2:], b[0]) if fits else None
+        return _Half(keys, a[0], columns, largest_rank(b[0], a[0], columns), b[2:], b[0]) if fits else None
     t = rest[1]
     fits = a[0] == t[0] and b[0] == t[1] and len(a) == len(b) == 2
     columns = b[1] * math.prod(t[2:])
-    return _Half(keys, a[1], columns, min(t[0], a[1], columns), t[2:], b[0]) if fits else None
+    return _Half(keys, a[1], columns, largest_rank(t[0], a[1], columns), t[2:], b[0]) if fits else None
 
 
 def _fits(first: _Half, second: _Half) -> bool:
@@ -86,7 +87,9 @@ def _add(survey: Survey, config: PeftConfig, name: str, first: _Half, second: _H
     scale = lycoris_scale(survey, config, name, second.dim or first.dim)  # two whole matrices have no rank
     used = survey.taken(name + ".alpha", name + ".scale")
     shape = ModuleShape(outputs, inputs, kernel, first.rank * second.rank)
-    survey.tell("LoKr was converted to plain LoRA, its update unchanged to 1e-6", name)
+    text = "LoKr was converted to plain LoRA, its update unchanged to 1e-6"
+    whole = max((first, second), key=lambda half: min(half.rows, half.columns))
+    survey.tell(converted(text, whole.dim or whole.rows, whole.rows, whole.columns), name)
     load = _loader(survey.file, first, second, scale, inputs, kernel)
     layout, plain = converted_to(config, name, "lokr")
     survey.add(Module(name, layout, shape, (*parts, *used), load, plain, balanced=True))

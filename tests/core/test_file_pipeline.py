@@ -114,7 +114,7 @@ def test_progress_is_told_to_the_last_module(source: Path, tmp_path: Path) -> No
     told: list[tuple[int, int]] = []
     for values in ({"bits": 4}, {"new_rank": 2}):
         compress_file(source, tmp_path / "out.safetensors", settings(**values), progress=lambda *pair: told.append(pair))
-    assert told == 2 * [(done, 6) for done in range(1, 7)]
+    assert told == 4 * [(done, 6) for done in range(1, 7)]  # of each file the spectra, then the modules
     told.clear()
     values = {"strategy": "entropy", "target_size": "3kB"}  # a search: several passes, each told to its last module
     compress_file(source, tmp_path / "out.safetensors", settings(**values), progress=lambda *pair: told.append(pair))
