@@ -226,7 +226,7 @@ def test_converted_factors_stay_in_range(scale: float, tmp_path: Path) -> None:
 
 def test_nan_in_a_converted_module_is_an_error_that_names_it(tmp_path: Path) -> None:
     source = open_lora(save({"m.diff": torch.full((3, 4), float("nan"))}, tmp_path))
-    with pytest.raises(FormatError, match=r"lora\.safetensors: m: its weights hold NaN"):
+    with pytest.raises(FormatError, match=r"lora\.safetensors: m: its .* hold NaN"):
         source["m"]
 
 
