@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .errors import FormatError
 
-__all__ = ["LowRankUpdate", "difference", "differences", "relative_error", "squared_error"]
+__all__ = ["LowRankUpdate", "difference", "differences", "relative_error", "require_range", "squared_error"]
 
 
 _PLAIN_RANGE = 1e12  # entries beyond it, or under its inverse, are scaled before they are squared in float32
+_LARGEST_EXPONENT = 140  # of ten; twice as much, and sums over the weights of a layer, fit into float64
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,28 @@ class LowRankUpdate:
     def dense(self) -> Tensor:
         """dW itself in float64, (out, in * kernel): for tests and small layers only."""
         return self.up_matrix.double() @ self.down_matrix.double() * self.scale
+
+
+def require_range(update: LowRankUpdate) -> None:
+    """Refuse an update whose square has no number in float64, so that its norm would come out as 0 or infinity.
+
+    Factors in float32 and narrower types never come that far, whatever their weights; the scale alone may.
+
+    Raises:
+        FormatError: a factor in float64, or the product of the largest weights of both with the scale, is beyond 1e-140 to 1e140.
+    """
+    if torch.float64 not in (update.down.dtype, update.up.dtype) and 1e-40 < abs(update.scale) < 1e40:
+        return
+    peaks = [float(factor.double().abs().amax()) if factor.numel() else 0.0 for factor in (update.down, update.up)]
+    if not all(0.0 < value < math.inf for value in (*peaks, abs(update.scale))):
+        return  # an update of zeros, or what is refused for NaN or infinity
+    exponents = [math.log10(value) for value in (*peaks, abs(update.scale))]
+    for what, exponent in (("a factor", exponents[0]), ("a factor", exponents[1]), ("the update", sum(exponents))):
+        if abs(exponent) > _LARGEST_EXPONENT:
+            found = f"{what} has weights of about 1e{exponent:+.0f}, allowed: 1e-{_LARGEST_EXPONENT} to 1e+{_LARGEST_EXPONENT}"
+            raise FormatError(
+                f"{found}: squares of others leave the range of float64, and no training gives them: get the file again"
+            )
 
 
 def squared_error(reference: LowRankUpdate, other: LowRankUpdate | None) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..plain import KOHYA_KEYS, PlainKeys
-from ..update import LowRankUpdate
+from ..update import LowRankUpdate, require_range
 from .families import family_of, part_of
 from .foreign import CARRIED
 from .identity import what_it_holds
@@ -136,7 +136,9 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         """Raises: FormatError: the module cannot be read, or holds what has no decomposition."""
         module = self._modules[name]
         try:
-            return module.load()
+            update = module.load()
+            require_range(update)
+            return update
         except FormatError as error:
             text = str(error)
             raise FormatError(text if text.startswith(str(self.path)) else f"{self.path}: {name}: {text}") from error

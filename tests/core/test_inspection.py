@@ -98,3 +98,36 @@ def test_packed_files_take_what_is_told(tmp_path: Path) -> None:
         settings = CompressionSettings.parse({"strategy": "entropy", "target_error": error})
         made = compress_file(path, tmp_path / "out.safetensors", settings)
         assert made.bytes[1] == pytest.approx(told[error], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "alpha", "found"),
+    [
+        (1e-150, 1e-150, 4.0, r"a factor has weights of about 1e-1[45]\d"),
+        (1e150, 1.0, 4.0, r"a factor has weights of about 1e\+15\d"),
+        (1e-100, 1e-100, 4.0, r"the update has weights of about 1e-(199|200)"),
+        (1.0, 1.0, 1e200, r"the update has weights of about 1e\+200"),
+    ],
+)
+def test_an_update_whose_square_is_no_number_is_refused_and_not_called_zero(
+    tmp_path: Path, down: float, up: float, alpha: float, found: str
+) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 8, dtype=torch.float64) * down,
+        f"{name}.lora_up.weight": torch.randn(8, 4, dtype=torch.float64) * up,
+        f"{name}.alpha": torch.tensor(alpha, dtype=torch.float64),
+    }
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(FormatError, match=f"{name}: {found}"):
+        inspect_file(path)
+
+
+def test_factors_of_opposite_magnitudes_have_a_norm(tmp_path: Path) -> None:
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    down, up = torch.randn(4, 8, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    tensors = {f"{name}.lora_down.weight": down * 1e-120, f"{name}.lora_up.weight": up * 1e120, f"{name}.alpha": torch.tensor(4.0)}
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path)
+    assert inspect_file(path).modules[0].norm == pytest.approx(float((up @ down).norm()), rel=1e-9)
