@@ -88,7 +88,7 @@ def test_a_training_by_the_hosts_contract_prunes_quantizes_and_saves_what_it_com
     file = tmp_path / "lora.safetensors"
     training.network.save_weights(str(file), None, {"ss_network_dim": "4"})
     loaded = load_lora(file)
-    assert loaded.metadata["ss_compress_qat"] == "true" and loaded.metadata["ss_compress_relative_error"] == "0.000000e+00"
+    assert loaded.metadata["ss_compress_qat"] == "true" and 0.0 < float(loaded.metadata["ss_compress_relative_error"]) < 1.0
     assert {name: update.rank for name, update in loaded.updates.items()} == {n: k for n, k in kept.items() if k}
 
     noisy, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)

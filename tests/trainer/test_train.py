@@ -188,7 +188,7 @@ def test_sd_scripts_own_trainer_prunes_quantizes_and_saves_the_same_way(
     assert file.packed and metadata["ss_compress_bits"] == "8" and json.loads(metadata["ss_network_args"])["rank_ratio"] == "0.5"
     kept, components = map(int, metadata["ss_compress_components"].split("/"))
     assert sum(update.rank for update in file.updates.values()) == kept == components // 2
-    assert metadata["ss_compress_relative_error"] == "0.000000e+00" and metadata["ss_compress_trained_steps"] == "4"
+    assert 0.0 < float(metadata["ss_compress_relative_error"]) < 1.0 and metadata["ss_compress_trained_steps"] == "4"
 
 
 def test_a_training_that_prunes_and_quantizes_is_interrupted_and_goes_on(
@@ -205,7 +205,7 @@ def test_a_training_that_prunes_and_quantizes_is_interrupted_and_goes_on(
     assert masks.sum() == len(masks) // 2 and bool(state["compress_training.quantizing"])
     whole = load_lora(tmp_path / "lora.safetensors")
     assert json.loads(whole.metadata["ss_compress_trained_steps"]) == steps // 3 * 4
-    assert whole.metadata["ss_compress_relative_error"] == "0.000000e+00"
+    assert 0.0 < float(whole.metadata["ss_compress_relative_error"]) < 1.0
 
     (tmp_path / "again").mkdir()
     resume = f"--resume={tmp_path / 'lora-000003-state'}"

@@ -142,6 +142,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def _heed_interrupts() -> None:
+    """Gives the command the handler of a terminal: a suite that runs in the background passes on that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @posix
 @pytest.mark.parametrize(
     ("number", "status", "said"), [(signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
@@ -150,7 +155,9 @@ def test_a_signal_removes_what_is_half_written_and_says_so(number: int, status: 
     path = lora_file(tmp_path / "lora.safetensors")
     words = ["--model", str(path), "--save_to", str(tmp_path / "out.safetensors"), "--new_rank", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, *words], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, *words], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    )
     assert process.stderr is not None and process.stderr.readline() == "ready\n"
     process.send_signal(number)
     told = process.stderr.read()
@@ -166,7 +173,7 @@ def test_a_batch_ends_with_its_processes(number: int, tmp_path: Path) -> None:
     for index in range(40):
         lora_file(tmp_path / "in" / f"{index}.safetensors")
     command = [*COMMAND, "--model", str(tmp_path / "in"), "--save_to", str(tmp_path / "out"), "--new_rank", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_heed_interrupts)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and len(children.read_text().split()) < 3:  # one of them is Python's own
         time.sleep(0.05)
