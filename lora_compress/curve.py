@@ -11,7 +11,7 @@ from .allocation import bits_for_error, truncation_points
 from .job import Job
 from .quantization import FixedFormat, component_size
 
-__all__ = ["entropy_points", "packed_overhead", "size_curve"]
+__all__ = ["entropy_points", "packed_overhead", "size_curve", "with_rest"]
 
 _ERRORS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75)
 _HEADER_BYTES, _INDEX_BYTES = 700, 25  # of a packed file with our own metadata, and of its index for each module: typical
@@ -25,6 +25,23 @@ def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
         job: whose spectra and storage are taken.
         overhead: bytes of the file that are no factors.
     """
+    lost, norm = (sum(getattr(analysis, field) for analysis in job.analyses.values()) for field in ("lost", "norm"))
+    return with_rest(_spectral_curve(job, overhead), lost, norm)
+
+
+def with_rest(points: Sequence[tuple[int, float]], rest: float, norm: float) -> tuple[tuple[int, float], ...]:
+    """(bytes, relative error) of the whole update, from those of a part of it.
+
+    Args:
+        points: of the part that has a spectrum.
+        rest: ||dW||_F^2 of what every one of the files leaves out.
+        norm: ||dW||_F^2 of the whole.
+    """
+    share = rest / norm if rest else 0.0
+    return tuple((size, math.sqrt(error**2 * (1.0 - share) + share)) for size, error in points) if share else tuple(points)
+
+
+def _spectral_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
     quantization = job.settings.quantization
     if quantization.enabled and quantization.strategy == "entropy":
         return entropy_points([(a.shape.stored, a.spectrum.sigma.tolist()) for a in job.analyses.values()], overhead)

@@ -19,7 +19,7 @@ __all__ = ["header_has", "parse_json", "read_header", "verify_data"]
 # take many MB more, as one text, and safetensors itself reads headers of up to 100 MB. Python needs up to 80 bytes for a value, 4
 # for a byte of ASCII and 8 where a character beyond the basic plane is among them: 0.4 GB for 100 MB of tags, 0.8 GB at most.
 _LARGEST_HEADER = 100_000_000  # bytes
-_MOST_VALUES = 1 << 19  # numbers, texts, lists and objects; 35,000 tensors
+_MOST_VALUES = 1 << 20  # numbers, texts, lists and objects; 70,000 tensors
 _HASHED_AT_A_TIME = 1 << 20
 _PIECE = 1 << 18  # bytes that are counted at a time
 

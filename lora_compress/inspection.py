@@ -16,7 +16,7 @@ import torch
 from .allocation import truncation_points
 from .comparison import compare_files
 from .container import PackedFile
-from .curve import entropy_points, packed_overhead
+from .curve import entropy_points, packed_overhead, with_rest
 from .energy import energy_notes
 from .errors import FormatError
 from .layouts import LoraSource, open_lora
@@ -41,6 +41,7 @@ class ModuleInspection:
         rank: of the factors as they are read: of a cut file, the components that are left.
         bytes: that its factors take.
         sigma: effective singular values, falling; alpha / r is part of them.
+        rest: squared norm of what they do not hold; see `LowRankUpdate.rest`.
     """
 
     name: str
@@ -49,11 +50,12 @@ class ModuleInspection:
     rank: int
     bytes: int
     sigma: tuple[float, ...]
+    rest: float = 0.0
 
     @property
     def norm(self) -> float:
         """||dW||_F."""
-        return math.sqrt(math.fsum(value * value for value in self.sigma))
+        return math.sqrt(math.fsum((*(value * value for value in self.sigma), self.rest)))
 
     @property
     def effective_rank(self) -> float:
@@ -157,7 +159,8 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
         except FormatError as error:
             raise FormatError(f"{path}: {name}: {error}") from None
         shape = (update.up.shape[0], *update.down.shape[1:])
-        return ModuleInspection(name, source.part(name), shape, update.rank, source.factor_bytes(name), tuple(sigma.tolist()))
+        sizes = shape, update.rank, source.factor_bytes(name)
+        return ModuleInspection(name, source.part(name), *sizes, tuple(sigma.tolist()), update.rest)
 
     modules = tuple(each_module(look, dict.fromkeys(source)).values())
     size, dtype = os.path.getsize(source.path), source.dtype
@@ -167,7 +170,8 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
     beside = overhead if isinstance(source, PackedFile) else _beside_payload(source)
     precision = _precision(source, modules)
     curves = truncation_curve(modules, precision.itemsize, overhead), entropy_points(spectra, beside)
-    plain, packed = (tuple(point for point in curve if point[0] < size) for curve in curves)
+    rest, norm = math.fsum(module.rest for module in modules), math.fsum(module.norm**2 for module in modules)
+    plain, packed = (tuple(point for point in with_rest(curve, rest, norm) if point[0] < size) for curve in curves)
     return FileInspection(
         path,
         source.layout,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from lora_compress import CompressionSettings, FormatError, compress_file
 from lora_compress.comparison import compare_files
+from lora_compress.inspection import inspect_file
 from lora_compress.layouts import open_lora
 from lora_compress.layouts.sketch import MOST_COMPONENTS, strongest_components
 from lora_compress.parallel import stop_if_cancelled, stream_batches
@@ -57,6 +58,9 @@ def test_the_error_of_a_large_difference_counts_what_was_not_read(tmp_path: Path
     truth = float((made - change.double()).norm() / change.double().norm())
     assert report.relative_error == pytest.approx(truth, rel=1e-5)
     assert "no more components are read" in " ".join(report.notes)
+    inspected = inspect_file(source)
+    left_out = inspected.modules[0].rest ** 0.5 / float(change.norm())
+    assert min(error for _, error in (*report.curve, *inspected.curve, *inspected.packed_curve)) >= left_out > 0.03
     compared = compare_files(source, target)
     assert compared.relative_error == pytest.approx(truth, rel=1e-5)
     assert compare_files(source, source).relative_error == 0.0
