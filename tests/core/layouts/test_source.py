@@ -193,3 +193,14 @@ def test_no_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.safetensors", tmp_path, tmp_path / "absent.pt"):
         with pytest.raises(FormatError, match="no such file"):
             open_lora(path)
+
+
+def test_a_file_of_twenty_thousand_modules_is_read(tmp_path: Path) -> None:
+    down, up, alpha = torch.ones(1, 2), torch.ones(2, 1), torch.tensor(1.0)
+    tensors = {}
+    for number in range(20_000):
+        name = f"lora_unet_down_blocks_{number}_proj_in"
+        tensors |= {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": up.clone(), f"{name}.alpha": alpha.clone()}
+    with open_lora(save(tensors, tmp_path)) as source:
+        assert len(source) == 20_000
+        assert float(dense(source["lora_unet_down_blocks_19999_proj_in"]).sum()) == 4.0
