@@ -91,4 +91,4 @@ def _read(source: LoraSource | PackedFile, name: str, dtype: torch.dtype | None)
     if isinstance(source, PackedFile):
         return source.decode(name, dtype or source.dtype)
     update = source[name]
-    return update if dtype is None else LowRankUpdate(update.down.to(dtype), update.up.to(dtype), update.alpha)
+    return update if dtype is None else LowRankUpdate(update.down.to(dtype), update.up.to(dtype), update.alpha, update.rest)
