@@ -111,7 +111,7 @@ def test_contradictions_are_refused(ext: ModuleType, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("base_quantize = 'int9'", "one of int8, nf4, fp8"), ("load_8bit_text_encoder = 'yes'", "must be true or false")],
+    [("base_quantize = 'int9'", "one of int8, nf4, fp8"), ("load_8bit_text_encoder = 'yes'", "must be written true")],
 )
 def test_wrong_values_in_a_config(
     ext: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, message: str
