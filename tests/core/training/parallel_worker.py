@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nets import Net, batch  # beside this script: torch-fidelity installs a package `tests` of its own
 
 from lora_compress import CompressionSettings
 from lora_compress.training import TrainingSession
-from tests.core.training.nets import Net, batch
 
 
 def main(folder: Path, settings: dict[str, object], steps: int, stage: int) -> None:
