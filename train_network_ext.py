@@ -40,6 +40,7 @@ from library.compress_flags import parse_flags
 from library.compress_flux import adapt_flux_sizes
 from library.compress_host import check_dataset_config, read_as_sd_scripts
 from library.compress_model import adapt_sd_widths, adapt_sdxl_widths, detect_model_type, require_model
+from library.compress_resume import check_resume
 from library.compress_trainer import CompressTrainerMixin
 from library.compress_validation import ValidationMixin
 from lora_compress import LoraCompressError
@@ -176,6 +177,7 @@ def main() -> int:
             importlib.import_module(host.timesteps).show_timesteps(args)
             return 0
         _require_network(args.network_module)
+        check_resume(args)
         host.adapt(args)
         trainer = getattr(_script(host), host.trainer)
         type(f"Compress{host.trainer}", (CompressTrainerMixin, ValidationMixin, BaseModelMixin, trainer), {})().train(args)

@@ -1,9 +1,11 @@
-"""What is mixed into a trainer of sd-scripts: the numbers of the compression for the trackers."""
+"""What is mixed into a trainer of sd-scripts: the numbers of the compression for the trackers, and states that are whole."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
+
+from library.compress_resume import guard_states
 
 __all__ = ["CompressTrainerMixin"]
 
@@ -15,9 +17,13 @@ class CompressTrainerMixin:
     _network: Any = None
 
     def post_process_network(self, args: argparse.Namespace, accelerator: Any, network: Any, *rest: Any) -> None:
-        """The host's; keeps the trackers open until the last file, saved after the host closes them, has been measured."""
+        """The host's; then guards the states.
+
+        The host closes the trackers before it saves the last file: they are kept open until that has been measured.
+        """
         super().post_process_network(args, accelerator, network, *rest)  # type: ignore[misc]
         self._accelerator, self._network = accelerator, network
+        guard_states(args, accelerator, network)
         accelerator.end_training = lambda: None
 
     def train(self, args: argparse.Namespace) -> None:

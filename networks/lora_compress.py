@@ -37,7 +37,6 @@ from lora_compress import (
     save,
     settings_table,
 )
-from lora_compress.errors import NOT_FINITE
 from lora_compress.training import Pair, TrainingSession, find_pairs, write_calibration
 from networks.compress_bases import LYCORIS, base_module, host_arguments, split_arguments
 from networks.compress_lycoris import LycorisNetwork, check_lycoris, shape_like_layers
@@ -46,6 +45,10 @@ from networks.compress_split import SplitNetwork, split_network
 
 __all__ = ["CompressNetwork", "base_module", "create_network", "create_network_from_weights", "host_arguments"]
 
+_DIVERGED = (
+    "NaN or infinity: the training diverged; what was saved before is kept: go on from there with a lower learning_rate, "
+    "or with mixed_precision=bf16 where it is fp16"
+)
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}
 
 
@@ -159,14 +162,25 @@ class CompressNetwork:
             FormatError: a weight is NaN or infinite; nothing is written.
             SaveError: it cannot be written.
         """
+        self.check_finite(file, (metadata or {}).get("ss_steps"))
         self._remove_lone_partners()
         self._save(file, dtype, metadata)
         if self.session is not None and self.session.calibrated:
             tqdm.write(f"calibration: {write_calibration(self.session, file)}")
 
+    def check_finite(self, path: str | os.PathLike[str], step: str | None = None) -> None:
+        """Check that there is something worth saving to `path`, after `step` steps.
+
+        Raises:
+            FormatError: a weight is NaN or infinite; what was saved before stays the last one.
+        """
+        for name, weight in self.state_dict().items():
+            if weight.is_floating_point() and not name.startswith("compress_training.") and not bool(weight.isfinite().all()):
+                after = f"after step {step} " if step else ""
+                raise FormatError(f"{path}: not saved: {after}{name} holds {_DIVERGED}")
+
     def _save(self, file, dtype, metadata) -> None:
         if not self.compression.enabled:
-            _check_finite(self)
             state = self._modules.pop("compress_training", None)  # no part of a LoRA
             try:
                 with atomic_path(file) as temporary:
@@ -244,17 +258,6 @@ def _check_deepspeed(args: Any, settings: CompressionSettings) -> None:
         problems.append("rank_return=true needs gradients, which deepspeed has taken away by then: remove it")
     if problems:
         raise SettingsError(problems, "deepspeed")
-
-
-def _check_finite(network: torch.nn.Module) -> None:
-    """Refuse to save weights of which nothing can be computed: a file that was saved before stays the last one.
-
-    Raises:
-        FormatError: a weight is NaN or infinite.
-    """
-    for name, weight in network.state_dict().items():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise FormatError(f"{name}: {NOT_FINITE}")
 
 
 def _check_writable(folder: str | None) -> None:

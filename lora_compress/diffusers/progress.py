@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, LoraCompressError
+from ..errors import FormatError
 from ..files import write_safetensors
 from ..layouts import as_kohya
 from ..training import TrainingSession
+from ..training.state_folder import put_back, reading_state
 
-__all__ = ["Batches", "Progress", "check_state_folder", "steps_of_epoch", "whole_folder"]
+__all__ = ["Batches", "Progress", "check_state_folder", "steps_of_epoch"]
 
 _STATE, _LAST = "custom_checkpoint_0.pkl", "model.safetensors"  # what accelerate writes of us, and what is written last
 
@@ -129,15 +127,8 @@ class Progress:
             FormatError: the state is damaged, or of another network.
             SettingsError: it is of other settings.
         """
-        try:
+        with reading_state(folder):
             accelerator.load_state(folder)
-        except LoraCompressError:
-            raise
-        except Exception as error:  # pickle, zip, torch and accelerate each have errors of their own for bytes that are wrong
-            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-            raise FormatError(
-                f"resume={folder}: the state is damaged, or was not saved by this version ({told}): take an earlier one"
-            ) from error
 
 
 def check_state_folder(folder: Path) -> None:
@@ -146,31 +137,8 @@ def check_state_folder(folder: Path) -> None:
     Raises:
         FormatError: it does not.
     """
-    if not folder.exists() and (old := _beside(folder, "old")).is_dir():
-        os.replace(old, folder)  # a kill came between the two renamings of `whole_folder`
+    put_back(folder)
     if not (folder / _STATE).is_file():
         raise FormatError(f"resume={folder}: holds no state of --host diffusers: give a folder <output_name>-state")
     if not (folder / _LAST).is_file():
         raise FormatError(f"resume={folder}: the state is unfinished, saving it was interrupted: take an earlier one")
-
-
-@contextmanager
-def whole_folder(folder: Path, accelerator: Any) -> Iterator[Path]:
-    """A new folder to write a state to; it takes its name when it is complete, so that a kill leaves the one before usable."""
-    temporary, old = _beside(folder, "tmp"), _beside(folder, "old")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield temporary
-    if accelerator.is_main_process:
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def _beside(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{kind}")

@@ -18,12 +18,13 @@ from ..pipeline import plain_partner, save
 from ..plain import PlainKeys
 from ..training import TrainingSession, find_pairs
 from ..training.evaluator import Evaluator, kept_random_states, undisturbed
+from ..training.state_folder import whole_folder
 from ..update import LowRankUpdate
 from .base import add_adapters
 from .denoising import Denoiser, load_denoiser
 from .drawing import draw_share, read_samples, save_samples
 from .options import Plan, find_pictures, make_optimizer, read_plan
-from .progress import Batches, Progress, check_state_folder, steps_of_epoch, whole_folder
+from .progress import Batches, Progress, check_state_folder, steps_of_epoch
 
 __all__ = ["train"]
 

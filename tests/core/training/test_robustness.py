@@ -12,6 +12,7 @@ from core.training.nets import Net, train
 
 from lora_compress import CompressionSettings, FormatError, SettingsError, save
 from lora_compress.training import TrainingSession
+from lora_compress.training.state_folder import whole_folder
 
 PRUNING = {"iterative_pruning": True, "rank_ratio": 0.5, "min_rank": 1}
 QAT = {"qat": True, "qat_start": 0.3, "bits": 4}
@@ -60,7 +61,7 @@ def test_a_kill_while_a_state_is_saved_leaves_the_one_before(tmp_path: Path) -> 
     folder = tmp_path / "lora-state"
 
     def write(text: str, *, stop: bool = False) -> None:
-        with progress.whole_folder(folder, accelerator) as temporary:
+        with whole_folder(folder, accelerator) as temporary:
             (temporary / "custom_checkpoint_0.pkl").write_text(text)
             if stop:
                 raise KeyboardInterrupt
