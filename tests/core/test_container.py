@@ -334,7 +334,7 @@ def test_large_and_long_headers_are_refused(tmp_path: Path) -> None:
     for data, message in (
         (b"\xff" * 8 + b"{}", "no safetensors file, or cut short"),
         ((2**27).to_bytes(8, "little") + b" " * 2**27, large),
-        ((2**20).to_bytes(8, "little") + b"[" * 2**20, large),
+        ((2**21).to_bytes(8, "little") + b"[" * 2**21, large),
         ((2**10).to_bytes(8, "little") + b"[" * 2**10, "no safetensors file, or cut short"),
     ):
         path.write_bytes(data)
