@@ -149,7 +149,7 @@ def test_a_step_is_that_on_the_decoded_base(base: Any, name: str) -> None:
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert len(gradients) == len(expected) and any(gradient.any() for gradient in gradients)
     for ours, theirs in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()) + 1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + 1e-9)
     assert all(parameter.grad is None for parameter in base.model.parameters())
 
 
