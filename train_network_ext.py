@@ -17,7 +17,7 @@ if __name__ == "__main__" and (
     "--host=diffusers" in sys.argv or ("--host", "diffusers") in zip(sys.argv, sys.argv[1:], strict=False)
 ):
     from library.compress_torchvision import declare_missing_operators
-    from lora_compress.diffusers.start import main as train_with_diffusers  # before sd-scripts is looked for
+    from lora_compress.trainer.start import main as train_with_diffusers  # before sd-scripts is looked for
 
     declare_missing_operators()
     sys.exit(train_with_diffusers(sys.argv[1:]))

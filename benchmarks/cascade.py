@@ -32,9 +32,9 @@ from measure import Goal, goal_table  # noqa: E402
 from peers import Point  # noqa: E402
 
 from lora_compress import CompressionSettings, LowRankUpdate, SettingsError, load_lora, thin_svd  # noqa: E402
-from lora_compress.comparison import compare_files  # noqa: E402
-from lora_compress.file_pipeline import compress_file  # noqa: E402
-from lora_compress.quantization.entropy import decode_entropy, encode_entropy  # noqa: E402
+from lora_compress.engine.to_file import compress_file  # noqa: E402
+from lora_compress.inspection.comparison import compare_files  # noqa: E402
+from lora_compress.quantization.entropy.codec import decode_entropy, encode_entropy  # noqa: E402
 from lora_compress.update import difference, relative_error  # noqa: E402
 
 _GOAL = 1.15

@@ -99,7 +99,7 @@ def _asked_for(pictures: int) -> tuple[list[Any], list[str], Any]:
 
 def _compress(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     from lora_compress import CompressionSettings
-    from lora_compress.file_pipeline import compress_file
+    from lora_compress.engine.to_file import compress_file
 
     return {"bytes": compress_file(source, target, CompressionSettings.parse(settings)).bytes[1]}
 

@@ -25,16 +25,8 @@ from measure import Goal, goal_table  # noqa: E402
 from peers import Point  # noqa: E402
 from rate_distortion import SPECTRA, interpolated, synthetic  # noqa: E402
 
-from lora_compress import (  # noqa: E402
-    CompressionSettings,
-    FormatError,
-    LowRankUpdate,
-    as_kohya,
-    compress_file,
-    load_lora,
-    truncate_file,
-)
-from lora_compress.comparison import compare_files  # noqa: E402
+from lora_compress import CompressionSettings, FormatError, LowRankUpdate, as_kohya, compress_file, load_lora, truncate_file  # noqa: E402
+from lora_compress.inspection.comparison import compare_files  # noqa: E402
 from lora_compress.report.file_report import FileReport  # noqa: E402
 
 _FINEST, _COARSEST = 0.02, 0.5  # errors

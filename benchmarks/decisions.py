@@ -30,10 +30,10 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "benchmarks")]
 
 from measure import Goal, goal_table  # noqa: E402
 
-from lora_compress.adaptive import Compression, decide  # noqa: E402
 from lora_compress.evaluation.frechet import frechet_distance  # noqa: E402
 from lora_compress.evaluation.intervals import jackknife  # noqa: E402
 from lora_compress.settings import AdaptiveSettings  # noqa: E402
+from lora_compress.training.controller import Compression, decide  # noqa: E402
 
 COUNTS = (8, 24, 64, 256)
 TRUTHS = {"fid_trend": (0.0, 0.3, 1.0), "fid_gap": (0.0, 0.075, 0.3)}  # floors per evaluation; of the metric

@@ -34,9 +34,9 @@ def build(base_quantize: str | None, checkpointing: bool, unet: Any) -> tuple[An
     """A denoiser of this U-Net as the trainer prepares it, and the optimizer of its LoRA."""
     from diffusers import DDPMScheduler
 
-    from lora_compress.diffusers.base import add_adapters
-    from lora_compress.diffusers.denoising import Denoiser
-    from lora_compress.diffusers.options import DEFAULTS, make_optimizer
+    from lora_compress.trainer.base import add_adapters
+    from lora_compress.trainer.denoising import Denoiser
+    from lora_compress.trainer.options import DEFAULTS, make_optimizer
 
     options = DEFAULTS | {"network_dim": 16, "network_alpha": 16, "unet_lr": 1e-4, "text_encoder_lr": 0}
     options |= {"base_quantize": base_quantize, "gradient_checkpointing": checkpointing}

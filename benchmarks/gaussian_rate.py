@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_compress.quantization import CODECS
-from lora_compress.quantization.entropy import SINGLE, EncodedModule, decode_entropy, encode_entropy
-from lora_compress.quantization.schedule import Layering
+from lora_compress.quantization.entropy.codec import SINGLE, EncodedModule, decode_entropy, encode_entropy
+from lora_compress.quantization.entropy.stages import Layering
 from lora_compress.update import LowRankUpdate, squared_error
 
 _STEPS_PER_SIGMA = 4.13  # sigma * sqrt(2 pi e) / 2^bits is the step of a rate

@@ -51,7 +51,7 @@ _SPEEDS = {"entropy, 3 bits": 25.0, "progressive, 3 bits": 10.0, "int8": 100.0, 
 def ours(source: str, target: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Compress a file."""
     from lora_compress import CompressionSettings
-    from lora_compress.file_pipeline import compress_file
+    from lora_compress.engine.to_file import compress_file
 
     parsed = CompressionSettings.parse(settings)
     _start_afresh(target)

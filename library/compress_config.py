@@ -9,14 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from library.compress_host import HostValues, read_host_values
-from lora_compress import (
-    AdaptiveSettings,
-    CompressionSettings,
-    EvaluationSettings,
-    SettingsError,
-    refuse_setting,
-    setting_names,
-)
+from lora_compress import AdaptiveSettings, CompressionSettings, EvaluationSettings, SettingsError, refuse_setting, setting_names
 from lora_compress.settings import SECTIONS, read_config, split_pairs
 from networks.compress_bases import empty_arguments, unread_arguments
 

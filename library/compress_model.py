@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress import LoraCompressError
-from lora_compress.layouts.families import family_of
 from lora_compress.layouts.survey import ModuleShape
+from lora_compress.names.families import family_of
 
 __all__ = ["adapt_sd_widths", "adapt_sdxl_widths", "checkpoint_shapes", "detect_model_type", "require_model"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress import CompressionSettings, FormatError, SettingsError
-from lora_compress.header import read_header
+from lora_compress.files.header import read_header
 from lora_compress.training.state_folder import put_back, reading_state, whole_folder
 
 __all__ = ["check_resume", "check_state", "guard_states"]

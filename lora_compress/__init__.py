@@ -12,14 +12,14 @@ from .api import (
     quantize_lora_weights,
     save_compressed_lora,
 )
-from .container import is_packed
+from .engine.in_memory import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
+from .engine.to_file import compress_file
 from .errors import EvaluationError, FormatError, LoraCompressError, SaveError, SettingsError
-from .file_pipeline import compress_file
-from .files import atomic_path
+from .files.writer import atomic_path
 from .layouts import LoraSource, as_kohya, open_lora
-from .loading import LoraFile, load_lora
-from .packed_files import expand_file, truncate_file
-from .pipeline import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
+from .layouts.load import LoraFile, load_lora
+from .packed.convert import expand_file, truncate_file
+from .packed.file import is_packed
 from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table
 from .report.file_report import FileReport, ModuleReport

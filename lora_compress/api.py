@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .engine.in_memory import CompressedLora, compress, save
+from .engine.to_file import compress_file
 from .errors import FormatError
-from .file_pipeline import compress_file
 from .layouts import as_kohya, from_kohya
-from .loading import load_lora
-from .pipeline import CompressedLora, compress, save
+from .layouts.load import load_lora
 from .report import CompressionReport
 from .report.file_report import FileReport
 from .settings import CompressionSettings

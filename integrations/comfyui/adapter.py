@@ -9,8 +9,8 @@ import comfy.weight_adapter
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import HeldModule, held_layers
+from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
+from lora_compress.packed.in_memory import HeldModule, held_layers
 
 __all__ = ["PackedAdapter", "register"]
 

@@ -11,10 +11,10 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 
-from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.file_pipeline import compress_file
-from lora_compress.held import held_part
-from lora_compress.inspection import inspect_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.inspection.file import inspect_file
+from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
+from lora_compress.packed.in_memory import held_part
 from lora_compress.settings import CompressionSettings
 from lora_compress.settings.budget import parse_size
 

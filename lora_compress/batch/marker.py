@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from ..header import verify_data
+from ..files.header import verify_data
 from ..layouts.peft_config import applies_to
 from .jobs import CompressOptions
 from .storage import config_beside, exists, is_remote, open_binary

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from ..errors import LoraCompressError
-from ..files import atomic_path
+from ..files.regular import open_regular
+from ..files.writer import atomic_path
 from ..layouts.peft_config import CONFIG_NAME, applies_to
-from ..regular import open_regular
 
 __all__ = [
     "at_hand",

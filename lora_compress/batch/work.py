@@ -71,6 +71,6 @@ def _outcome(job: Job, status: str, **more: Any) -> dict[str, Any]:
 
 
 def _compress_file() -> Compress:
-    from ..file_pipeline import compress_file
+    from ..engine.to_file import compress_file
 
     return compress_file

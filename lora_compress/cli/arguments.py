@@ -13,9 +13,9 @@ from typing import Any, NoReturn, get_type_hints
 
 import torch
 
-from ..consumers import CONSUMERS
 from ..errors import LoraCompressError, SettingsError
 from ..layouts.peft_config import CONFIG_NAME
+from ..programs.table import CONSUMERS
 from ..settings import SECTIONS, CompressionSettings, QatSettings, QuantizationSettings, TrainingSettings, setting_names
 from .process import written
 

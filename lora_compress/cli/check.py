@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ..checking import Verdict, check_file
+from ..programs.check import Verdict, check_file
 from . import paths
 from .arguments import Parser, add_program_flag
 from .console import cell, print_json, print_notes, quiet_stdout, show

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from ..comparison import FileComparison, ModuleComparison, compare_files
+from ..inspection.comparison import FileComparison, ModuleComparison, compare_files
 from ..update import relative_error
 from . import paths
 from .arguments import Parser, add_scale_flags, scale_options

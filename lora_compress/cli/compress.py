@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
         return run_truncate(args)
     source, target = _checked_paths(args, options.settings)
     with quiet_stdout() as warned, progress(os.path.basename(source)) as report_progress, at_hand(source, target) as (local, out):
-        from ..file_pipeline import compress_file
+        from ..engine.to_file import compress_file
 
         report = compress_file(local, out, options.settings, progress=report_progress, **options.keywords)
     report = replace(report, input=source, output=report.output and target)
@@ -123,7 +123,7 @@ def _checked_paths(args: argparse.Namespace, settings: CompressionSettings) -> t
     else:
         target = paths.check_output(args.save_to, [source], force=args.force, remote=True)
     if settings.save_format == "both" and not is_remote(target):
-        from ..pipeline import kohya_partner
+        from ..engine.in_memory import kohya_partner
 
         paths.check_output(str(kohya_partner(target)), [source], force=args.force)
     if args.report:

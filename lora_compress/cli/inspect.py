@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from ..inspection import FileInspection, ModuleInspection, inspect_file, mean_effective_rank
+from ..inspection.file import FileInspection, ModuleInspection, inspect_file, mean_effective_rank
 from . import paths
 from .arguments import Parser, add_scale_flags, scale_options
 from .console import cell, megabytes, print_json, print_notes, quiet_stdout, show

@@ -10,16 +10,7 @@ from collections.abc import Sequence
 from ..errors import LoraCompressError, SettingsError
 from .arguments import UsageError
 from .console import print_json, say
-from .process import (
-    EXIT_BROKEN_PIPE,
-    OutputError,
-    Terminated,
-    drop_output,
-    exit_status,
-    sound_streams,
-    stoppable,
-    written,
-)
+from .process import EXIT_BROKEN_PIPE, OutputError, Terminated, drop_output, exit_status, sound_streams, stoppable, written
 
 __all__ = ["EXIT_REFUSED", "EXIT_USAGE", "VERBS", "main"]
 

@@ -41,8 +41,8 @@ def run(argv: Sequence[str]) -> int:
 def _teach_load_file() -> None:
     import safetensors.torch
 
-    from ..container import is_packed
-    from ..packed_files import read_expanded
+    from ..packed.convert import read_expanded
+    from ..packed.file import is_packed
 
     plain = safetensors.torch.load_file
 

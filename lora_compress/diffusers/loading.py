@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..container import PackedFile
 from ..errors import FormatError, SettingsError
 from ..layouts import LoraSource, open_lora
-from ..loading import read_lora
+from ..layouts.load import read_lora
+from ..names.diffusers import find_layers
+from ..packed.file import PackedFile
 from ..update import LowRankUpdate
 from .attaching import attach_updates, dtype_of, swap_updates
-from .names import find_layers
 
 __all__ = ["load_lora"]
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..comparison import match_names
 from ..errors import EvaluationError
+from ..inspection.comparison import match_names
 from ..layouts import as_kohya, open_lora
-from ..loading import load_lora
+from ..layouts.load import load_lora
 from ..update import LowRankUpdate
 from .base_model import Pipeline, denoiser_of, family_of_pipeline, text_encoders_of
 

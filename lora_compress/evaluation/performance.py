@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..cache import cache_folder
-from ..comparison import compare_files
 from ..errors import EvaluationError
+from ..inspection.comparison import compare_files
 from ..layouts import open_lora
+from ..settings.cache_folder import cache_folder
 from .attachment import Lora, read_lora
 from .base_model import load_base_model
 from .extractors import FeatureExtractor, load_extractor

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files.writer import atomic_path
 from .extractors import FeatureExtractor
 from .pictures import PictureFolder
 

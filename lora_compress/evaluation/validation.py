@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cache import cache_folder
 from ..errors import EvaluationError, FormatError
-from ..files import atomic_path
+from ..files.writer import atomic_path
 from ..settings import EvaluationSettings
+from ..settings.cache_folder import cache_folder
 from .extractors import FeatureExtractor, load_extractor
 from .frechet import frechet_distance
 from .intervals import Measurement, interval_of, jackknife, jackknife_interval

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cli.console import megabytes
-from ..inspection import FileInspection
+from ..inspection.file import FileInspection
 from ..text import as_html
 
 __all__ = ["PACKED", "PLAIN", "SETTINGS", "Curve", "SizeRange", "about", "chart_rows", "curves", "size_range"]

@@ -11,7 +11,7 @@ import gradio as gr
 import pandas as pd
 
 from ..errors import LoraCompressError
-from ..inspection import inspect_file
+from ..inspection.file import inspect_file
 from ..text import as_html
 from .offers import PACKED, PLAIN, SizeRange, about, chart_rows, curves, size_range
 from .work import check_upload, make, told_error

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cli.console import megabytes
+from ..engine.to_file import compress_file
 from ..errors import FormatError, LoraCompressError
-from ..file_pipeline import compress_file
 from ..report.file_report import FileReport
 from ..report.html import write_html
 from ..settings import CompressionSettings

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..plain import PlainKeys
 from .numbered import KEY, layer_names
 from .pairs import PairStyle, find_pairs
+from .plain import PlainKeys
 from .survey import Layout, Survey
 
 __all__ = ["CLONEOFSIMO"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..files.tensors import TensorFile
+from ..names.kernels import unflatten
 from ..update import LowRankUpdate
-from .kernels import unflatten
 from .reduce import balanced, svd_of_matrix
 from .sketch import converted, largest_rank
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
-from .tensors import TensorFile
 
 __all__ = ["FULL"]
 

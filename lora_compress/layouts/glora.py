@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..files.tensors import TensorFile
 from ..update import LowRankUpdate
 from .survey import Layout, Module, ModuleShape, Survey
-from .tensors import TensorFile
 
 __all__ = ["GLORA"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from .families import family_of
+from ..files.tensors import TensorFile
+from ..names.families import family_of
 from .foreign import foreign_kind
 from .survey import ModuleShape
-from .tensors import TensorFile
 
 __all__ = ["what_it_holds"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..files import DTYPE_NAMES
+from ..files.tensors import TensorInfo
+from ..files.writer import DTYPE_NAMES
 from .survey import Survey
-from .tensors import TensorInfo
 
 __all__ = ["refuse_left_over"]
 

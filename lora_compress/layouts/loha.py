@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..plain import KOHYA_KEYS, PlainKeys
+from ..files.tensors import TensorFile
+from ..names.kernels import unflatten
 from ..update import LowRankUpdate
-from .kernels import unflatten
 from .peft_config import PeftConfig
+from .plain import KOHYA_KEYS, PlainKeys
 from .reduce import balanced, svd_of_pair_product
 from .sketch import converted, largest_rank
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
-from .tensors import TensorFile
 
 __all__ = ["LOHA"]
 

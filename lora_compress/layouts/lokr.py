@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..files.tensors import TensorFile
+from ..names.kernels import unflatten
 from ..update import LowRankUpdate
-from .kernels import unflatten
 from .loha import converted_to, cp_pair, lycoris_scale
 from .peft_config import PeftConfig
 from .reduce import Triple, balanced, kron_svd, svd_of_matrix, svd_of_pair
 from .sketch import converted, largest_rank
 from .survey import LARGEST_CONVERSION, LARGEST_RANK, Layout, Module, ModuleShape, Survey
-from .tensors import TensorFile
 
 __all__ = ["LOKR"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from ..plain import PlainKeys
+from .plain import PlainKeys
 
 __all__ = ["KEY", "is_numbered", "keys_of_list", "layer_names", "numbered_metadata"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plain import KOHYA_KEYS, PlainKeys
+from ..files.tensors import TensorFile
 from ..update import LowRankUpdate
+from .plain import KOHYA_KEYS, PlainKeys
 from .survey import LARGEST_CONVERSION, Module, ModuleShape, Survey
-from .tensors import TensorFile
 
 __all__ = ["PairStyle", "find_pairs"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
-from .tensors import TensorFile
+from ..files.tensors import TensorFile
 
 __all__ = ["CONFIG_NAME", "METADATA_KEY", "PeftConfig", "applies_to", "rewritten_config"]
 

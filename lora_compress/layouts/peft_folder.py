@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError, SettingsError
-from ..files import atomic_path
-from ..header import read_header
+from ..files.header import read_header
+from ..files.writer import atomic_path
 from .peft_config import CONFIG_NAME, PeftConfig, applies_to, rewritten_config
 
 __all__ = ["CONFIG_DETAIL", "CONFIG_NAME", "MAGNITUDE", "WEIGHTS_NAMES", "AdapterOutput", "template_of", "weights_of"]

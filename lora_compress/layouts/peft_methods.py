@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..plain import PlainKeys
+from ..files.tensors import TensorFile
 from ..update import LowRankUpdate
 from .peft_config import PeftConfig
+from .plain import PlainKeys
 from .survey import Layout, Module, ModuleShape, Survey
-from .tensors import TensorFile
 
 __all__ = ["PEFT_METHODS"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tensors import TensorFile, TensorInfo
+from ..files.tensors import TensorFile, TensorInfo
 
 __all__ = ["QUANTIZED", "UnknownScale", "dequantized"]
 

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..plain import KOHYA_KEYS, PlainKeys
+from ..files.tensors import TensorFile, open_tensors
+from ..names.families import family_of, part_of
 from ..update import LowRankUpdate, require_range
-from .families import family_of, part_of
 from .foreign import CARRIED
 from .identity import what_it_holds
 from .left_over import refuse_left_over
 from .numbered import is_numbered, numbered_metadata
 from .peft_config import PeftConfig
 from .peft_folder import weights_of
+from .plain import KOHYA_KEYS, PlainKeys
 from .quantized import dequantized
 from .registry import LAYOUTS
 from .survey import Module, ModuleShape, Stated, Survey
-from .tensors import TensorFile, open_tensors
 
 if TYPE_CHECKING:
-    from ..container import PackedFile
+    from ..packed.file import PackedFile
 
 __all__ = ["LoraSource", "open_lora", "require_readable"]
 
@@ -56,7 +56,7 @@ def open_lora(
         SettingsError: alpha is 0 or no finite number.
         FormatError: no such file, no LoRA, or something is wrong with it that was not to be repaired.
     """
-    from ..container import PackedFile, is_packed  # which names modules by the rules of this package
+    from ..packed.file import PackedFile, is_packed  # which names modules by the rules of this package
 
     path = weights_of(path)
     stated = Stated(alpha, peft_config)

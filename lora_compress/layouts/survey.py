@@ -11,12 +11,12 @@ from functools import cached_property
 import torch
 
 from ..errors import FormatError, SettingsError
-from ..metadata import alpha_in_header
-from ..plain import KOHYA_KEYS, PlainKeys
+from ..files.metadata import alpha_in_header
+from ..files.tensors import TensorFile, TensorInfo
 from ..update import LowRankUpdate
 from .peft_config import PeftConfig, applies_to
+from .plain import KOHYA_KEYS, PlainKeys
 from .quantized import UnknownScale
-from .tensors import TensorFile, TensorInfo
 
 __all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Stated", "Survey"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from ..marks import recognition_marks
+from ..programs.marks import recognition_marks
 
 __all__ = ["consumer_minimum", "drop_layers"]
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import SettingsError
-from .integers import (
+from .entropy.integers import (
     QuantizedModule,
     as_array,
     quantize_module,

@@ -9,7 +9,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from ..files import atomic_path
+from ..files.writer import atomic_path
 from ..text import as_html
 from .charts import size_text
 from .file_report import FileReport, ModuleReport

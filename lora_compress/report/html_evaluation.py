@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..evaluation.results import Estimate, Evaluation
 from ..evaluation.validation import read_history
-from ..inspection import report_files
+from ..inspection.file import report_files
 from ..text import as_html
 from .charts import size_text
 from .file_report import FileReport

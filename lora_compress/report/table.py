@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING
 
-from ..layouts.families import part_of
+from ..names.families import part_of
 from ..text import visible
 from ..update import relative_error
 

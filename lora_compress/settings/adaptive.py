@@ -18,7 +18,7 @@ _LEAST_WINDOW = 3
 
 @dataclass(frozen=True)
 class AdaptiveSettings:
-    """When a training relaxes or tightens its compression; `lora_compress.adaptive` has the rules.
+    """When a training relaxes or tightens its compression; `lora_compress.training.controller` has the rules.
 
     Raises:
         SettingsError: a value is out of range or two values contradict each other.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..parallel import each_module
-from ..quantization.entropy import encode_integers
-from ..quantization.integers import QuantizedModule, as_array, quantize_rows, restore_rows, row_units
-from ..quantization.models import choose_models
+from ..quantization.entropy.codec import encode_integers
+from ..quantization.entropy.integers import QuantizedModule, as_array, quantize_rows, restore_rows, row_units
+from ..quantization.entropy.table_choice import choose_models
 
 __all__ = ["EntropyGrid"]
 

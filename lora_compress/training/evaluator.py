@@ -19,7 +19,7 @@ from ..evaluation.validation import Validation, read_history, write_history
 from ..report.html import write_page
 from ..report.html_history import history_page
 from ..settings import AdaptiveSettings
-from .adapting import SessionController
+from .controller_session import SessionController
 from .evidence import pictures_warning
 from .session import TrainingSession
 

@@ -8,11 +8,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..adaptive import slope
 from ..evaluation.frechet import FeatureStatistics
 from ..evaluation.intervals import Measurement, interval_of, jackknife
 from ..evaluation.validation import DISTANCES, Validation, distance_floor
 from ..settings import AdaptiveSettings
+from .controller import slope
 
 __all__ = ["expected_slope_reach", "pictures_warning"]
 

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk, payload_tensor
-from ..container import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
-from ..encoding import decode_module
+from ..engine.in_memory import CompressedLora, compress, plain_size
+from ..engine.job import Components, by_svd
 from ..errors import NOT_FINITE, FormatError, SaveError, SettingsError
-from ..files import TensorSpec, safetensors_size
-from ..index import Entry
-from ..job import Components, by_svd
+from ..files.metadata import finish_metadata
+from ..files.writer import TensorSpec, safetensors_size
 from ..layouts import as_kohya
-from ..metadata import finish_metadata
+from ..layouts.plain import exact_plain
+from ..packed.chunks import Chunk, payload_tensor
+from ..packed.file import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
+from ..packed.index import Entry
+from ..packed.module import decode_module
 from ..parallel import each_module
-from ..pipeline import CompressedLora, compress, plain_size
-from ..plain import exact_plain
 from ..report import CompressionReport, PartReport
 from ..settings import PruningSettings, QatSettings, TrainingSettings
 from ..spectrum import Spectrum

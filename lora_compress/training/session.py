@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..engine.in_memory import CompressedLora
 from ..errors import SettingsError
 from ..parallel import each_module
-from ..pipeline import CompressedLora
 from ..settings import CompressionSettings
 from .across import take_from_first_rank
 from .attach import Attachment

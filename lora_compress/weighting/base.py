@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..cache import cache_folder
 from ..errors import FormatError, SaveError
-from ..files import atomic_path
-from ..header import read_header
-from .names import LayerRows, layer_name, layers_of_key
+from ..files.header import read_header
+from ..files.writer import atomic_path
+from ..names.base_layers import LayerRows, layer_name, layers_of_key
+from ..settings.cache_folder import cache_folder
 
 __all__ = ["BaseNorm", "base_norms", "relative_scores", "relative_weights", "spectral_norm"]
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
-from ..files import atomic_path
-from ..header import read_header
+from ..files.header import read_header
+from ..files.writer import atomic_path
 from ..update import LowRankUpdate
 from .activation import diagonal_gram
 

@@ -17,7 +17,7 @@ import resize
 import torch
 from safetensors import safe_open
 
-from lora_compress.quantization.schedule import Layering
+from lora_compress.quantization.entropy.stages import Layering
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ declare_missing_operators()
 
 from consumers.test_diffusers_training import _config  # noqa: E402
 
-from lora_compress.diffusers import denoising, training  # noqa: E402
+from lora_compress.trainer import denoising, training  # noqa: E402
 
 _WHOLE = 4  # of all processes
 

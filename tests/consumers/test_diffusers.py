@@ -18,7 +18,7 @@ from lora_compress import CompressionSettings, FormatError, LowRankUpdate, Setti
 from lora_compress import load_lora as read_lora
 from lora_compress.diffusers import load_lora
 from lora_compress.diffusers.attaching import _pattern
-from lora_compress.diffusers.names import find_layers, sgm_name
+from lora_compress.names.diffusers import find_layers, sgm_name
 
 TINY_SD = Path(__file__).resolve().parents[2] / "assets" / "tiny-sd"
 

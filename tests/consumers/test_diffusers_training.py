@@ -24,8 +24,8 @@ from lora_compress.evaluation.validation import read_history
 declare_missing_operators()
 peft = pytest.importorskip("peft")
 
-from lora_compress.diffusers import training  # noqa: E402
-from lora_compress.diffusers.options import read_plan  # noqa: E402
+from lora_compress.trainer import training  # noqa: E402
+from lora_compress.trainer.options import read_plan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_SD = ROOT / "assets" / "tiny-sd"

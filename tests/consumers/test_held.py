@@ -14,8 +14,8 @@ from core.factories import mixed_updates
 from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, FormatError, as_kohya, compress_file, load_lora
-from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import held_modules, held_part
+from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
+from lora_compress.packed.in_memory import held_modules, held_part
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +82,7 @@ def test_the_built_folder_reads_packed_files_without_this_repository(tmp_path: P
         assert "from lora_compress" not in file.read_text(encoding="utf-8")
     script = (
         "import importlib, sys; from safetensors.torch import load_file\n"
-        f"held = importlib.import_module('{tool.VENDORED}.held').held_modules(load_file({str(path)!r}))\n"
+        f"held = importlib.import_module('{tool.VENDORED}.packed.in_memory').held_modules(load_file({str(path)!r}))\n"
         "assert 'lora_compress' not in sys.modules\n"
         "print(sum(float(module.decode().up.abs().sum()) for module in held.values()))"
     )

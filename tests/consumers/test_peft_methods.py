@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from library.compress_torchvision import declare_missing_operators
 from lora_compress import CompressionSettings, FormatError, open_lora
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
 
 declare_missing_operators()
 peft = pytest.importorskip("peft")

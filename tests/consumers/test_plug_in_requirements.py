@@ -32,11 +32,11 @@ def ours(name):
 source, made = Path(sys.argv[2]), Path(sys.argv[2]).parent
 CompressionSettings = ours("settings").CompressionSettings
 for number, values in enumerate(({"bits": 4, "strategy": "entropy"}, {"bits": 4, "strategy": "nf4"}, {"rank_ratio": 0.5})):
-    report = ours("file_pipeline").compress_file(source, made / f"{number}.safetensors", CompressionSettings.parse(values))
+    report = ours("engine.to_file").compress_file(source, made / f"{number}.safetensors", CompressionSettings.parse(values))
     assert report.notes is not None
-    assert ours("inspection").inspect_file(made / f"{number}.safetensors").modules
+    assert ours("inspection.file").inspect_file(made / f"{number}.safetensors").modules
 from safetensors.torch import load_file
-for module in ours("held").held_layers(load_file(made / "0.safetensors")).values():
+for module in ours("packed.in_memory").held_layers(load_file(made / "0.safetensors")).values():
     assert module.decode().up.isfinite().all()
 import importlib.util
 print(*(name for name in ("rich", "tqdm", "vl_convert", "numba") if importlib.util.find_spec(name)))

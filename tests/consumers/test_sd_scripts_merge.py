@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lora_compress import CompressionSettings, LowRankUpdate, as_kohya, load_lora
 from lora_compress.cli.main import main
-from lora_compress.pipeline import compress, save
+from lora_compress.engine.in_memory import compress, save
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {  # and where a module of their model family may be

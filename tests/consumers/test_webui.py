@@ -19,7 +19,7 @@ from core.factories import dense, random_update
 from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, LowRankUpdate, as_kohya, compress_file, expand_file, load_lora
-from lora_compress.container import PAYLOAD_KEY, is_packed
+from lora_compress.packed.file import PAYLOAD_KEY, is_packed
 
 SETTINGS = (*FORMATS.values(), {"bits": 8, "channel_threshold": 0.5})
 

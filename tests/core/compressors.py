@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_compress import CompressionSettings, FormatError, atomic_path
-from lora_compress.files import write_safetensors
+from lora_compress.files.writer import write_safetensors
 from lora_compress.report.file_report import FileReport
 
 LOG = "COMPRESSORS_LOG"  # names a file that gets a line for every call

@@ -24,9 +24,9 @@ from core.mutations import mutate
 from core.samples import CODECS, LAYOUTS, kohya_file, packed_file, sample_file
 
 from lora_compress import CompressionSettings, LoraCompressError, open_lora
-from lora_compress.container import PackedFile
-from lora_compress.file_pipeline import compress_file
-from lora_compress.packed_files import expand_file, truncate_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.packed.convert import expand_file, truncate_file
+from lora_compress.packed.file import PackedFile
 
 SECONDS = 10.0  # of processor time a file
 MEMORY = 200_000_000  # bytes of address space beyond what a file was found to declare

@@ -10,7 +10,7 @@ from core.layouts.files import PAIRS, cp, dense, product, random, save, scaled
 from torch import Tensor
 
 from lora_compress import CompressionSettings, LowRankUpdate, open_lora
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
 
 LAYOUTS = (*PAIRS, "mid", "loha", "lokr", "glora", "full")
 CODECS: dict[str, dict[str, object]] = {

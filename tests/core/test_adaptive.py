@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lora_compress import SettingsError
-from lora_compress.adaptive import CONTROLLERS, Compression, Decision, adaptive_compression_strategy, decide, fid_gap
 from lora_compress.settings import AdaptiveSettings, allows_bits
+from lora_compress.training.controller import CONTROLLERS, Compression, Decision, adaptive_compression_strategy, decide, fid_gap
 
 TREND = AdaptiveSettings(mode="fid_trend")
 START = Compression(0.8, 8)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_compress.cache import cache_folder
+from lora_compress.settings.cache_folder import cache_folder
 from lora_compress.weighting import base_norms
 
 

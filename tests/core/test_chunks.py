@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_compress import SaveError
-from lora_compress.chunks import Chunk, Spool, payload_tensor
+from lora_compress.packed.chunks import Chunk, Spool, payload_tensor
 
 
 def test_what_is_kept_reads_the_same_in_any_order(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from core.samples import kohya_file, packed_file
 
-from lora_compress.checking import check_file
-from lora_compress.comparison import compare_files
-from lora_compress.inspection import inspect_file, report_files
+from lora_compress.inspection.comparison import compare_files
+from lora_compress.inspection.file import inspect_file, report_files
+from lora_compress.programs.check import check_file
 
 LOOKS: dict[str, Callable[[str, str], object]] = {
     "inspect": lambda plain, packed: (inspect_file(plain), inspect_file(packed)),

@@ -11,7 +11,7 @@ from core.factories import dense, mixed_updates, random_update
 from safetensors.torch import save_file
 
 from lora_compress import FormatError, LowRankUpdate, as_kohya
-from lora_compress.comparison import compare_files, difference_norm, match_names
+from lora_compress.inspection.comparison import compare_files, difference_norm, match_names
 
 
 @pytest.mark.parametrize("kernel", [(), (3, 3)])

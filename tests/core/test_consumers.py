@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_compress import CompressionSettings, LowRankUpdate, SettingsError, as_kohya, compress_file
-from lora_compress.consumers import CONSUMERS, ConsumerRules, PlannedFile, PlannedModule, opened_by
-from lora_compress.plain import FP8
+from lora_compress.layouts.plain import FP8
+from lora_compress.programs.table import CONSUMERS, ConsumerRules, PlannedFile, PlannedModule, opened_by
 
 UNET, TEXT = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", "lora_te_text_model_encoder_layers_0_mlp_fc1"
 

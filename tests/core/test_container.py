@@ -30,9 +30,9 @@ from lora_compress import (
     open_lora,
     save,
 )
-from lora_compress.container import INDEX_KEY, PAYLOAD_KEY, PackedFile
-from lora_compress.file_pipeline import compress_file
-from lora_compress.packed_files import expand_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.packed.convert import expand_file
+from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile
 
 SETTINGS = [
     {"bits": 4},

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress import FormatError, QuantizationSettings
-from lora_compress.encoding import Choice, decode_module, decode_rows, encode_module, spread_channels
-from lora_compress.index import Entry
+from lora_compress.packed.index import Entry
+from lora_compress.packed.module import Choice, decode_module, decode_rows, encode_module, spread_channels
 
 CODECS = {
     **{f"int{bits}": QuantizationSettings(bits=bits) for bits in (2, 3, 4, 5, 6, 8)},

@@ -18,9 +18,9 @@ from core.samples import dense_file, kohya_file, packed_file, relative_error, sa
 from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, FormatError, SaveError, SettingsError, as_kohya, load_lora
-from lora_compress.container import PackedFile
-from lora_compress.file_pipeline import compress_file
-from lora_compress.packed_files import expand_file, truncate_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.packed.convert import expand_file, truncate_file
+from lora_compress.packed.file import PackedFile
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals and file limits")
@@ -141,8 +141,8 @@ def test_a_folder_that_is_none_is_a_save_error(values: dict[str, object], source
 SMALL_DISK = """
 import resource, signal, sys
 from lora_compress import CompressionSettings, SaveError
-from lora_compress.file_pipeline import compress_file
-from lora_compress.packed_files import expand_file, truncate_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.packed.convert import expand_file, truncate_file
 source, packed, target = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
@@ -182,7 +182,7 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from lora_compress import CompressionSettings, load_lora
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
 source, target = sys.argv[1:]
 forms = [{"new_rank": 8}, {"bits": 8}, {"bits": 4}]
 wanted, begun = [], time.monotonic()

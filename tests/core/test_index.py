@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress import FormatError
-from lora_compress.chunks import Chunk
-from lora_compress.index import Entry, PackedIndex, read_index
-from lora_compress.plain import PlainKeys
+from lora_compress.layouts.plain import PlainKeys
+from lora_compress.packed.chunks import Chunk
+from lora_compress.packed.index import Entry, PackedIndex, read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 PEFT = PlainKeys("{}.lora_A.weight", "{}.lora_B.weight", None)
@@ -214,7 +214,7 @@ import json, os, sys, zlib
 sys.path[:0] = sys.argv[1:3]
 from core.test_index import content
 from lora_compress import FormatError
-from lora_compress.index import read_index
+from lora_compress.packed.index import read_index
 
 def of_tree(**columns):
     tree = content()

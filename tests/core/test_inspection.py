@@ -12,7 +12,7 @@ from core.factories import dense, mixed_updates, update_of_spectrum
 from safetensors.torch import save_file
 
 from lora_compress import CompressionSettings, FormatError, as_kohya, compress_file, open_lora, truncate_file
-from lora_compress.inspection import effective_rank, inspect_file
+from lora_compress.inspection.file import effective_rank, inspect_file
 
 
 def test_effective_rank_counts_equal_components() -> None:

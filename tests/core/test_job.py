@@ -10,9 +10,9 @@ import torch
 from core.factories import dense, mixed_updates, random_update, update_of_spectrum
 
 from lora_compress import CompressionSettings, FormatError, LowRankUpdate
-from lora_compress.encoding import Choice, decode_module
-from lora_compress.job import Job, Stored, pad_to_two
-from lora_compress.plain import FP8, PlainKeys
+from lora_compress.engine.job import Job, Stored, pad_to_two
+from lora_compress.layouts.plain import FP8, PlainKeys
+from lora_compress.packed.module import Choice, decode_module
 
 PEFT = PlainKeys("{}.lora_A.weight", "{}.lora_B.weight", None)
 FORMS: dict[str, tuple[dict[str, object], Choice]] = {

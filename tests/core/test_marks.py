@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_compress import CompressionSettings, SettingsError, as_kohya, compress, compress_file
-from lora_compress.marks import MARKS, is_taken_whole, missing_of_whole, recognition_marks
+from lora_compress.programs.marks import MARKS, is_taken_whole, missing_of_whole, recognition_marks
 
 ATTN2 = [
     ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", "lora_unet_mid_block_attn2_to_v"),

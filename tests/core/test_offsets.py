@@ -15,7 +15,7 @@ from core.samples import kohya_file, packed_file
 from safetensors import SafetensorError, safe_open
 
 from lora_compress import FormatError, load_lora, open_lora
-from lora_compress.regular import open_regular
+from lora_compress.files.regular import open_regular
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ from core.samples import kohya_file
 from threadpoolctl import threadpool_info
 
 from lora_compress import CompressionSettings, compress_file
-from lora_compress.comparison import compare_files
-from lora_compress.inspection import inspect_file
+from lora_compress.inspection.comparison import compare_files
+from lora_compress.inspection.file import inspect_file
 from lora_compress.parallel import each_module, stream_batches
 
 

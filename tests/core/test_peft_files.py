@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from lora_compress import CompressionSettings, FormatError, SettingsError, compress_file, expand_file, open_lora
 from lora_compress.cli import main
-from lora_compress.comparison import compare_files
-from lora_compress.inspection import inspect_file
+from lora_compress.inspection.comparison import compare_files
+from lora_compress.inspection.file import inspect_file
 
 
 def peft_file(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from core.factories import dense, dense_error, mixed_updates, random_update
 
 from lora_compress import CompressionSettings, FormatError, LowRankUpdate, compress
 from lora_compress.layouts import from_kohya
-from lora_compress.plain import FP8
+from lora_compress.layouts.plain import FP8
 
 ODD = {
     "alpha 0.5": random_update(alpha=0.5),

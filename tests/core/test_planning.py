@@ -10,7 +10,7 @@ import torch
 from core.samples import kohya_file
 
 from lora_compress import CompressionSettings, SettingsError, load_lora
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
 from lora_compress.report.file_report import FileReport
 
 FORMS: dict[str, dict[str, object]] = {

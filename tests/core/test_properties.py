@@ -24,8 +24,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lora_compress import CompressionSettings, SettingsError, open_lora
-from lora_compress.file_pipeline import compress_file
-from lora_compress.packed_files import expand_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.packed.convert import expand_file
 from lora_compress.report.file_report import FileReport
 
 ROOT = Path(__file__).resolve().parents[2]

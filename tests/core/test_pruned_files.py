@@ -11,8 +11,8 @@ from core.samples import CARRIED, dense_file, kohya_file, relative_error, sample
 from safetensors.torch import load_file
 
 from lora_compress import CompressionSettings, load_lora
-from lora_compress.container import PackedFile
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.packed.file import PackedFile
 
 
 def settings(**values: object) -> CompressionSettings:

@@ -18,11 +18,11 @@ from lora_compress import CompressionSettings, FormatError, SettingsError, load_
 from lora_compress.batch import CompressOptions, Job, run_job
 from lora_compress.cli import main
 from lora_compress.cli.batch import _table as batch_table
-from lora_compress.container import PackedFile
-from lora_compress.energy import energy_notes
-from lora_compress.file_pipeline import compress_file
-from lora_compress.inspection import inspect_file
-from lora_compress.precision import Factors, budget_precisions, half_precision
+from lora_compress.engine.energy import energy_notes
+from lora_compress.engine.precision import Factors, budget_precisions, half_precision
+from lora_compress.engine.to_file import compress_file
+from lora_compress.inspection.file import inspect_file
+from lora_compress.packed.file import PackedFile
 from lora_compress.report.html_batch import batch_page
 
 FP8 = torch.float8_e4m3fn
@@ -160,7 +160,7 @@ def test_a_lokr_does_not_grow(
     values: dict[str, object], real_lora: RealLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing is encoded to find that out: the estimate is sure."""
-    monkeypatch.setattr("lora_compress.job.Job.run", lambda *args, **more: pytest.fail("modules are made"))
+    monkeypatch.setattr("lora_compress.engine.job.Job.run", lambda *args, **more: pytest.fail("modules are made"))
     source = real_lora("lycoris_smart_falcon_4_lokr.safetensors")
     report = compress_file(source, tmp_path / "out.safetensors", settings(**values), save_dtype=torch.float16)
     assert report.status == "not_smaller" and report.output is None and not list(tmp_path.iterdir())

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lora_compress import CompressionSettings, LowRankUpdate
-from lora_compress.encoding import Choice
-from lora_compress.frame import Frame
-from lora_compress.job import Job, Stored
-from lora_compress.planning import plan
+from lora_compress.engine.frame import Frame
+from lora_compress.engine.job import Job, Stored
+from lora_compress.engine.planning import plan
+from lora_compress.packed.module import Choice
 from lora_compress.update import relative_error
 
 

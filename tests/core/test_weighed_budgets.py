@@ -10,7 +10,8 @@ from core.factories import dense
 from core.samples import kohya_file
 from torch import Tensor
 
-from lora_compress import CompressionSettings, LowRankUpdate, compress_file, file_pipeline, open_lora
+from lora_compress import CompressionSettings, LowRankUpdate, compress_file, open_lora
+from lora_compress.engine import to_file as file_pipeline
 from lora_compress.report.file_report import FileReport
 from lora_compress.weighting import Moments, save_calibration
 

@@ -22,7 +22,7 @@ from lora_compress.evaluation.attachment import Lora, _converted, attached, read
 from lora_compress.evaluation.base_model import draw, load_base_model
 from lora_compress.evaluation.output_error import relative_output_error
 from lora_compress.evaluation.shapes import concept_prompts, write_dataset
-from lora_compress.inspection import report_files
+from lora_compress.inspection.file import report_files
 from lora_compress.report.html_evaluation import evaluation_page, write_evaluation_html
 from lora_compress.settings import CompressionSettings
 
@@ -149,7 +149,9 @@ def test_without_a_base_model_it_is_size_and_weights(files: tuple[Path, Path]) -
     full, small = files
     found = evaluate_lora_performance(small, original=full)
     assert found["size_mb"] == small.stat().st_size / 1e6 and found["size_mb_full"] == full.stat().st_size / 1e6
-    assert found["relative_error"] == pytest.approx(lora_compress.comparison.compare_files(str(full), str(small)).relative_error)
+    assert found["relative_error"] == pytest.approx(
+        lora_compress.inspection.comparison.compare_files(str(full), str(small)).relative_error
+    )
     assert evaluate_lora_performance(small).metrics.keys() == {"size_mb"}
 
 

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 from lora_compress import CompressionSettings, FormatError, LoraCompressError, as_kohya, load_lora
 from lora_compress.cli.main import main
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
 from lora_compress.gui.offers import PACKED, PLAIN, SETTINGS, about, chart_rows, curves, size_range
 from lora_compress.gui.work import make, told_error
-from lora_compress.inspection import inspect_file
+from lora_compress.inspection.file import inspect_file
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = Path(os.environ.get("GUI_OVERLAY") or ROOT / ".gui")

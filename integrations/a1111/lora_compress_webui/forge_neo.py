@@ -9,7 +9,7 @@ import modules_forge.packages.comfy.weight_adapter as host
 import torch
 
 import networks
-from lora_compress.held import HeldModule
+from lora_compress.packed.in_memory import HeldModule
 
 from .guard import applied_or_error, recorded
 from .opening import MODULE, opening

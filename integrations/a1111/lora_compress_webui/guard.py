@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_compress.container import is_packed
+from lora_compress.packed.file import is_packed
 
 from .opening import MODULE
 

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import held_layers
+from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
+from lora_compress.packed.in_memory import held_layers
 
 __all__ = ["MODULE", "by_module", "opening"]
 

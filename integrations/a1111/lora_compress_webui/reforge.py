@@ -8,8 +8,8 @@ from typing import Any
 import ldm_patched.modules.weight_adapter as host
 import torch
 
-from lora_compress.container import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.held import HeldModule, held_layers
+from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
+from lora_compress.packed.in_memory import HeldModule, held_layers
 
 from .guard import recorded
 

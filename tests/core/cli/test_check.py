@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lora_compress import LowRankUpdate, as_kohya
 from lora_compress.cli.main import main
-from lora_compress.consumers import CONSUMERS
+from lora_compress.programs.table import CONSUMERS
 
 
 def usual() -> dict[str, LowRankUpdate]:

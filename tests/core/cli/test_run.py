@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, as_kohya
 from lora_compress.cli import main
-from lora_compress.pipeline import compress, save
+from lora_compress.engine.in_memory import compress, save
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lora_compress import as_kohya
 from lora_compress.cli import main
-from lora_compress.inspection import inspect_file
+from lora_compress.inspection.file import inspect_file
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = [sys.executable, str(ROOT / "resize_lora_ext.py")]
@@ -129,7 +129,7 @@ _SLOW = """\
 import os, signal, sys, threading, time
 from lora_compress import file_pipeline
 from lora_compress.cli import main
-from lora_compress.files import atomic_path
+from lora_compress.files.writer import atomic_path
 
 def slow(source, target, *_, **__):
     with atomic_path(target) as temporary:

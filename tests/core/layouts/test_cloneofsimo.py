@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_compress import CompressionSettings, FormatError, SettingsError, load_lora, open_lora
-from lora_compress.checking import check_file
-from lora_compress.comparison import compare_files
-from lora_compress.file_pipeline import compress_file
-from lora_compress.packed_files import expand_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.inspection.comparison import compare_files
+from lora_compress.packed.convert import expand_file
+from lora_compress.programs.check import check_file
 
 SD1 = [(320, 320)] * 4 + [(2560, 320)] + [(320, 320), (320, 768), (320, 768), (320, 320)]  # of one transformer block
 BLOCKS = [320, 320, 640, 640, 1280, 1280, *[1280] * 3, *[640] * 3, *[320] * 3, 1280]

@@ -11,7 +11,7 @@ from core.layouts.files import PAIRS, assert_close, dense, product, random, save
 from torch import Tensor
 
 from lora_compress import CompressionSettings, FormatError, load_lora, open_lora
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
 
 DOWN, UP = random(4, 6), random(5, 4, seed=1)
 PLACES = ("{key}.scale", "{key}_scale", "{key}.scale_weight", "{key}.weight_scale", "{stem}.scale_weight", "{stem}.scale")

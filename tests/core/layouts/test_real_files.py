@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lora_compress import CompressionSettings, open_lora
-from lora_compress.comparison import compare_files
-from lora_compress.file_pipeline import compress_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.inspection.comparison import compare_files
 
 FILES = {  # layout, family, modules, other tensors
     "cloneofsimo_analog_svd_rank4.safetensors": ("cloneofsimo", "sd1", 192, 0),

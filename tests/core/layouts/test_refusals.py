@@ -14,11 +14,11 @@ from core.layouts.files import random, save
 from torch import Tensor
 
 from lora_compress import CompressionSettings, FormatError, load_lora, open_lora
-from lora_compress.checking import check_file
-from lora_compress.comparison import compare_files
-from lora_compress.file_pipeline import compress_file
-from lora_compress.inspection import inspect_file
-from lora_compress.packed_files import expand_file
+from lora_compress.engine.to_file import compress_file
+from lora_compress.inspection.comparison import compare_files
+from lora_compress.inspection.file import inspect_file
+from lora_compress.packed.convert import expand_file
+from lora_compress.programs.check import check_file
 
 ONES = torch.ones(4, 4)
 LORA = {"lora_unet_x.lora_down.weight": random(2, 3), "lora_unet_x.lora_up.weight": random(4, 2)}

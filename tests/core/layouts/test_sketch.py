@@ -11,8 +11,8 @@ from core.layouts.files import dense, save
 from safetensors.torch import load_file
 
 from lora_compress import CompressionSettings, FormatError, compress_file
-from lora_compress.comparison import compare_files
-from lora_compress.inspection import inspect_file
+from lora_compress.inspection.comparison import compare_files
+from lora_compress.inspection.file import inspect_file
 from lora_compress.layouts import open_lora
 from lora_compress.layouts.sketch import MOST_COMPONENTS, strongest_components
 from lora_compress.parallel import stop_if_cancelled, stream_batches

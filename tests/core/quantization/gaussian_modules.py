@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_compress.quantization.entropy import EncodedModule
+from lora_compress.quantization.entropy.codec import EncodedModule
 
 
 def module(rank: int, inputs: int, outputs: int, spectrum: Callable[[int], float], seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress.errors import FormatError
-from lora_compress.quantization import entropy
-from lora_compress.quantization.ans import CHECK_BITS, AnsReader, AnsWriter, uniform
-from lora_compress.quantization.compiled import CompiledReader, compiled_kernels
-from lora_compress.quantization.entropy import decode_entropy, encode_entropy
-from lora_compress.quantization.models import LARGEST_SCALE
-from lora_compress.quantization.passes import as_symbols, read_steps, write_steps
-from lora_compress.quantization.schedule import Layering
-from lora_compress.quantization.steps import Passes, plan_steps
-from lora_compress.quantization.tables import SHAPES, base_counts
-from lora_compress.quantization.weights import Model, row_weights
+from lora_compress.quantization.entropy import codec as entropy
+from lora_compress.quantization.entropy.ans import CHECK_BITS, AnsReader, AnsWriter, uniform
+from lora_compress.quantization.entropy.codec import decode_entropy, encode_entropy
+from lora_compress.quantization.entropy.numba_reader import CompiledReader, compiled_kernels
+from lora_compress.quantization.entropy.passes import as_symbols, read_steps, write_steps
+from lora_compress.quantization.entropy.reconstruction import Model, row_weights
+from lora_compress.quantization.entropy.stages import Layering
+from lora_compress.quantization.entropy.steps import Passes, plan_steps
+from lora_compress.quantization.entropy.table_choice import LARGEST_SCALE
+from lora_compress.quantization.entropy.tables import SHAPES, base_counts
 
 pytest.importorskip("numba")
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress.errors import FormatError, LoraCompressError, SettingsError
-from lora_compress.quantization.entropy import components_told, decode_entropy, encode_entropy, predict_entropy
-from lora_compress.quantization.integers import quantize_module, restore_module
+from lora_compress.quantization.entropy.codec import components_told, decode_entropy, encode_entropy, predict_entropy
+from lora_compress.quantization.entropy.integers import quantize_module, restore_module
+from lora_compress.quantization.entropy.stages import Layering
 from lora_compress.quantization.refine import refine_module, rows_squared_error
-from lora_compress.quantization.schedule import Layering
 from tests.core.quantization import reference_decoder
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module, shannon_bits
 
@@ -74,8 +74,8 @@ def test_decoding_in_another_process_from_bytes_alone_is_exact(tmp_path: Path) -
     for number, chunk in enumerate(encoded.chunks):
         (tmp_path / str(number)).write_bytes(chunk)
     code = (
-        "import sys, torch; from pathlib import Path; from lora_compress.quantization.entropy import decode_entropy\n"
-        "from lora_compress.quantization.schedule import Layering\n"
+        "import sys, torch; from pathlib import Path; from lora_compress.quantization.entropy.codec import decode_entropy\n"
+        "from lora_compress.quantization.entropy.stages import Layering\n"
         "folder, rank = Path(sys.argv[1]), int(sys.argv[2])\n"
         "chunks = [(folder / str(number)).read_bytes() for number in range(4)]\n"
         "torch.save(decode_entropy(chunks, rank, 100, 60, 0.01, Layering(4)), folder / 'out.pt')"

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_compress.errors import FormatError
-from lora_compress.quantization.entropy import decode_entropy, encode_entropy
-from lora_compress.quantization.schedule import Layering
+from lora_compress.quantization.entropy.codec import decode_entropy, encode_entropy
+from lora_compress.quantization.entropy.stages import Layering
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module
 
 SPECTRA = {"root": lambda i: i**-0.5, "inverse": lambda i: 1 / i, "exponential": lambda i: 0.85**i}

@@ -8,8 +8,16 @@ from math import erf, sqrt
 import numpy as np
 import pytest
 
-from lora_compress.quantization.ans import AnsReader, AnsWriter, joint_counts, uniform
-from lora_compress.quantization.tables import MAX_SCALE, SHAPES, base_counts, bit_contexts, bit_counts, cell_centres, signed_counts
+from lora_compress.quantization.entropy.ans import AnsReader, AnsWriter, joint_counts, uniform
+from lora_compress.quantization.entropy.tables import (
+    MAX_SCALE,
+    SHAPES,
+    base_counts,
+    bit_contexts,
+    bit_counts,
+    cell_centres,
+    signed_counts,
+)
 from tests.core.quantization import reference_tables
 from tests.core.quantization.reference_decoder import Stack, read_grouped
 

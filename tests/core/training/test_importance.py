@@ -8,12 +8,7 @@ import torch
 from lora_compress import PruningSettings
 from lora_compress.pruning import select_ranks
 from lora_compress.training.entropy_grid import EntropyGrid
-from lora_compress.training.importance import (
-    component_sensitivity,
-    rotate_averages,
-    update_gram,
-    update_sensitivity,
-)
+from lora_compress.training.importance import component_sensitivity, rotate_averages, update_gram, update_sensitivity
 from lora_compress.training.masks import choose_masks
 
 

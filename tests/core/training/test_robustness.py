@@ -56,7 +56,7 @@ def test_a_state_of_other_settings_is_refused_as_a_whole(other: dict[str, Any], 
 
 
 def test_a_kill_while_a_state_is_saved_leaves_the_one_before(tmp_path: Path) -> None:
-    progress = pytest.importorskip("lora_compress.diffusers.progress")
+    progress = pytest.importorskip("lora_compress.trainer.progress")
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     folder = tmp_path / "lora-state"
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_compress import FormatError
+from lora_compress.names.base_layers import layer_name, layers_of_key
 from lora_compress.weighting import BaseNorm, base_norms, relative_scores, relative_weights
 from lora_compress.weighting import base as base_module
 from lora_compress.weighting.base import spectral_norm
-from lora_compress.weighting.names import layer_name, layers_of_key
 
 # LDM path, diffusers path: of SD1 (tested against diffusers' own conversion below) and of SDXL's names.
 SPELLINGS = [

@@ -1,0 +1,108 @@
+"""Before modules are made: how large the file would be, and in which precision a plain one meets its budget."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..allocation.step_search import expected_bytes
+from ..errors import SettingsError
+from ..packed.module import Choice
+from ..quantization import FixedFormat, fixed_size
+from .frame import Frame, Plan, error_targets
+from .job import Job
+from .planning import Search, kept_scores, payload_budget, plan
+from .precision import PLAIN_NOISE
+
+__all__ = ["Expected", "expected_size", "plan_in", "surely_larger"]
+
+_FILLED = 0.98  # share of a size that a search for it uses at least
+# Least sizes, relative to the expected ones, that were seen on real files; the rest is margin.
+_MIXED_LEAST, _ENTROPY_LEAST = 0.9, 0.7
+_MOST_BITS = 8  # of strategy mixed
+
+
+class Expected(NamedTuple):
+    """Bytes of a file: what is expected of it, and what it takes in any case."""
+
+    bytes: int
+    least: int
+
+
+def expected_size(job: Job, frame: Frame) -> Expected:
+    """Return the size of the file that `planning.plan` will choose.
+
+    Exact but for the header where ranks and bits are given. Where an error is asked for, the components that are lost are known by
+    their singular values, while what storing the others adds to the error is not, and makes the file larger. The rate of an entropy
+    coder is that of Gaussian weights.
+
+    Raises:
+        SettingsError: pruning leaves nothing, or the error cannot be reached.
+    """
+    settings, kept = job.settings, kept_scores(job, frame)
+    quantization, budget = settings.quantization, settings.budget
+    everything = {name: Choice(len(scores)) for name, scores in kept.items()}
+    payload = payload_budget(job, kept)
+    if budget.size is None and payload is None and budget.enabled:
+        if quantization.strategy == "entropy":
+            size = expected_bytes(job, kept, frame)
+            size += frame.file_size({}) if job.packed else 0
+            return Expected(int(size), int(size * _ENTROPY_LEAST)) if job.packed else Expected(int(size), 0)
+        size = _size(job, frame, Search(job, frame, kept, False).losing(error_targets(budget, frame.parts)))
+        return Expected(size, int(size * _MIXED_LEAST) if quantization.strategy == "mixed" else size)
+    if quantization.averages and not job.packed:
+        return Expected(0, 0)  # ranks follow from what coding leaves of the modules
+    if quantization.strategy == "entropy":
+        size = sys.maxsize  # an entropy coder always finds something to spend bits on
+    else:
+        size = _size(job, frame, everything, _MOST_BITS if quantization.strategy == "mixed" else None)
+    if payload is not None:
+        size = min(size, frame.file_size({}) + payload)
+    if budget.size is not None:
+        size = min(size, budget.size)
+    searched = payload is not None or budget.size is not None
+    return Expected(size, int(size * _FILLED) if searched else size)
+
+
+def _size(job: Job, frame: Frame, choices: dict[str, Choice], bits: int | None = None) -> int:
+    """Bytes of a file of these components, at `bits` each where the choices name none; of a packed file without its index."""
+    if not job.packed:
+        return frame.file_size(job.outline(choices))
+    form = FixedFormat.of_settings(job.settings.quantization)
+    payload = 0
+    for name, choice in choices.items():
+        widths = (bits,) * choice.rank if bits else choice.bits
+        payload += fixed_size(choice.rank, *job.analyses[name].shape.stored, form, widths)
+    return frame.file_size({}) + payload
+
+
+def surely_larger(job: Job, frame: Frame, size: int) -> int | None:
+    """Return the bytes to expect of the file if it certainly takes `size` or more, else None."""
+    found = expected_size(job, frame)
+    return found.bytes if found.least >= size else None
+
+
+def plan_in(job: Job, frame: Frame, precisions: Sequence[torch.dtype]) -> Plan:
+    """Plan in the first of some precisions of plain factors in which the budget is met, and leave the job with it.
+
+    Raises:
+        SettingsError: it is met in none of them.
+    """
+    errors = [] if job.settings.budget.size is not None or job.packed else _errors(job, frame)
+    for precision in precisions[:-1]:
+        job.dtype = precision
+        if any(PLAIN_NOISE.get(precision, 0.0) >= error**2 for error in errors):
+            continue  # rounding alone loses more
+        try:
+            return plan(job, frame)
+        except SettingsError:
+            continue
+    job.dtype = precisions[-1]
+    return plan(job, frame)
+
+
+def _errors(job: Job, frame: Frame) -> list[float]:
+    return [*error_targets(job.settings.budget, frame.parts).values()] if job.settings.budget.enabled else []

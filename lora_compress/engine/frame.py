@@ -1,0 +1,56 @@
+"""What surrounds the modules of a file, and a plan for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from ..packed.module import Choice
+from ..settings import BudgetSettings
+from .job import Stored
+
+__all__ = ["Frame", "Plan", "error_targets", "payload_size"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What surrounds the modules of a file.
+
+    Args:
+        file_size: bytes of the whole file for modules that `Job.run` gave.
+        parts: part of the model that each module is in.
+        weights: of the modules' squared errors, 1 where absent.
+        protected: modules that programs need in order to know the file.
+        one_rank: modules of a part are padded to one rank.
+    """
+
+    file_size: Callable[[Mapping[str, Stored]], int]
+    parts: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    protected: Collection[str] = ()
+    one_rank: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices by module, and the modules themselves where choosing took making them (packed files alone)."""
+
+    choices: dict[str, Choice]
+    stored: dict[str, Stored] | None = None
+
+
+def error_targets(budget: BudgetSettings, parts: Mapping[str, str]) -> dict[str, float]:
+    """Relative errors by part of the model; the whole file is the part "".
+
+    Without one for the whole file, parts that have none of their own keep to the smallest that is given.
+    """
+    targets = {part: error for part in sorted(set(parts.values())) if (error := budget.part_error(part)) is not None}
+    if budget.target_error is not None:
+        return {"": budget.target_error, **targets}
+    given = [error for error in (budget.target_error_unet, budget.target_error_text_encoder) if error is not None]
+    return {part: targets.get(part, min(given)) for part in sorted(set(parts.values()))}
+
+
+def payload_size(stored: Mapping[str, Stored]) -> int:
+    """Bytes of what coding made of all modules."""
+    return sum(module.payload for module in stored.values())

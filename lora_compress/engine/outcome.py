@@ -1,0 +1,89 @@
+"""What is told of a compressed file: its modules in numbers, and what a user should know of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from ..layouts import LoraSource
+from ..packed.file import PackedFile
+from ..programs.marks import Mark
+from ..report.file_report import ModuleReport
+from .assembly import Assembly
+from .job import Job, Stored
+
+__all__ = ["file_notes", "module_report"]
+
+_MUCH_LARGER = 1.05  # times the input, which is about what metadata add to a small file
+
+
+def file_notes(lora: LoraSource | PackedFile, job: Job, named: torch.dtype | None) -> Iterator[str]:
+    """Yield what to know of a plain file: channels that saved nothing, and a precision that is not that of the input.
+
+    Args:
+        named: the precision that was asked for, None if it was left open.
+    """
+    yield from _channel_notes(job)
+    if job.packed or named is not None or job.settings.save_format == "fp8" or isinstance(lora, PackedFile):
+        return
+    if job.dtype != lora.dtype:
+        stored, given = (str(dtype).removeprefix("torch.") for dtype in (job.dtype, lora.dtype))
+        yield f"factors are stored as {stored}, those of the input are {given}: --save_precision names another precision"
+        if lora.dtype.itemsize == 1 and any(lora.plain_keys(name).alpha is None for name in lora):
+            yield f"8-bit floats need an alpha, which {lora.layout} files do not have: packed, with --quantize bits=8, is as small"
+
+
+def partner_notes(partner: Path, before: int) -> Iterator[str]:
+    """Yield what to know of the plain file beside a packed one made from `before` bytes."""
+    size = os.path.getsize(partner)
+    if size > _MUCH_LARGER * before:
+        yield f"{partner} takes {size} bytes, the input took {before}: --format packed leaves it out"
+
+
+def zero_notes(assembly: Assembly, stored: Mapping[str, Stored]) -> Iterator[str]:
+    """Yield what to know of modules that were dropped from a folder for PEFT."""
+    if dropped := len(assembly.kept(stored)) - len(stored):
+        yield f"zeros stand for the modules that were dropped ({dropped}), since PEFT makes a layer for each"
+
+
+def mark_notes(marks: Mapping[str, Mark], stored: Mapping[str, Stored], modules: int) -> Iterator[str]:
+    """Yield, for each module that was left one component while others were dropped, which program recognises the file by it."""
+    if len(stored) < modules:
+        for name, mark in marks.items():
+            if name in stored and stored[name].rank == 1:
+                yield f"{name} keeps one component: {mark.program} recognises a {mark.kind} by it"
+
+
+def _channel_notes(job: Job) -> list[str]:
+    """What a plain file makes of channels that were dropped."""
+    if job.packed:
+        return []
+    shapes = [analysis.shape for analysis in job.analyses.values()]
+    counts = [(shape.outputs, shape.kept[0]) for shape in shapes] + [(shape.inputs, shape.kept[1]) for shape in shapes]
+    dropped = sum(count - len(kept) for count, kept in counts if kept is not None)
+    if not dropped:
+        return []
+    return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
+
+
+def module_report(assembly: Assembly, lora: LoraSource | PackedFile, name: str, stored: Stored | None, made: bool) -> ModuleReport:
+    """The report of a module. If it was not made, its error is not known: NaN."""
+    analysis = assembly.job.analyses[name]
+    shape = analysis.shape
+    lost, rank, after = (
+        (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))
+    )
+    return ModuleReport(
+        name,
+        lora.part(name),
+        (shape.outputs, shape.inputs, *shape.kernel),
+        (shape.rank, rank),
+        (lora.factor_bytes(name), after),
+        lost if made else math.nan,
+        analysis.norm,
+        tuple(analysis.spectrum.sigma.tolist()),
+    )

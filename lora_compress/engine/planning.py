@@ -1,0 +1,256 @@
+"""What every module of a file gets: ranks, bits and steps, chosen over all of them at once, and fitted to a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..allocation import (
+    bits_for_error,
+    bits_for_size,
+    common_ranks_for_error,
+    common_ranks_for_size,
+    ranks_for_error,
+    ranks_for_size,
+)
+from ..allocation.step_search import fit_steps
+from ..errors import SettingsError
+from ..packed.index import Entry
+from ..packed.module import Choice
+from ..pruning import select_ranks
+from ..quantization import FixedFormat, component_size
+from ..update import relative_error
+from .frame import Frame, Plan, error_targets, payload_size
+from .job import Job, Stored
+from .precision import PLAIN_NOISE
+
+__all__ = ["Search", "kept_scores", "payload_budget", "plan"]
+
+_ATTEMPTS = 12  # at meeting a budget; two or three are usual
+_TIGHTER = 0.99  # the error to prune to, where a target was missed by less than a component is worth
+_CLOSE = 0.01  # share of a budget that may be left
+# Relative squared error of a factor by bits, Gaussian weights, groups of 64: where the search for a budget begins.
+_DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
+_KEPT = {bits: 1 - 2 * d - d**2 for bits, d in _DISTORTION.items()}  # share of a component's square, both factors so coded
+_HALVINGS = 24  # of the errors between which one is sought
+_INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
+_ENTRY_BYTES = 68  # of a tensor in a header, its key apart
+
+
+def plan(job: Job, frame: Frame) -> Plan:
+    """A choice for each module of the job: what pruning leaves, cut further to the size or the error that is asked for.
+
+    Raises:
+        SettingsError: the budget cannot be met, or nothing is left.
+    """
+    settings, kept = job.settings, kept_scores(job, frame)
+    if not settings.budget.enabled and not settings.quantization.averages:
+        return Plan({name: Choice(len(scores)) for name, scores in kept.items()})
+    payload = payload_budget(job, kept)
+    if settings.quantization.strategy == "entropy":
+        found = fit_steps(job, kept, frame, payload)
+        return found if job.packed else _of_what_is_left(found)
+    search = Search(job, frame, kept, payload is not None)
+    if payload is not None:
+        return search.for_size(payload, payload_size)
+    return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
+
+
+def kept_scores(job: Job, frame: Frame) -> dict[str, Tensor]:
+    """Return the scores of the components that pruning leaves of each module, (k,).
+
+    Raises:
+        SettingsError: it leaves nothing.
+    """
+    scores = {name: analysis.scores for name, analysis in job.analyses.items()}
+    relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
+    kernels = {name: analysis.shape.kernel for name, analysis in job.analyses.items()}
+    ranks = select_ranks(relative, job.settings.pruning, kernels, frame.protected)
+    if scores and not any(ranks.values()):
+        raise SettingsError(["pruning removes every module: choose smaller thresholds"])
+    return {name: score[: ranks[name]] for name, score in scores.items()}
+
+
+def _of_what_is_left(found: Plan) -> Plan:
+    """The same for a plain file: modules and components that coding made nothing of are left out."""
+    stored = found.stored or {}
+    return Plan({name: replace(found.choices[name], left=module.rank) for name, module in stored.items()})
+
+
+def payload_budget(job: Job, kept: Mapping[str, Tensor]) -> int | None:
+    """Bytes of payload that `bits` as an average mean; None where a size or an error is asked for."""
+    bits = job.settings.quantization.bits
+    if bits is None or not job.settings.quantization.averages:
+        return None
+    return int(sum(len(scores) * sum(job.analyses[name].shape.stored) for name, scores in kept.items()) * bits / 8)
+
+
+class Search:
+    """Ranks, or ranks and bits, for a budget: allocate by the spectra, make the modules, correct by what came out.
+
+    Args:
+        payload: the budget is one of codes alone, whatever file they are in.
+    """
+
+    def __init__(self, job: Job, frame: Frame, kept: Mapping[str, Tensor], payload: bool) -> None:
+        self.job, self.frame, self.kept, self.payload = job, frame, kept, payload
+        self.index_bytes = 0 if payload else _INDEX_BYTES
+        self._form = FixedFormat.of_settings(job.settings.quantization) if job.settings.quantization.enabled else None
+        self._mixed = job.settings.quantization.strategy == "mixed"
+        sigmas = {name: job.analyses[name].spectrum.sigma[: len(scores)] for name, scores in kept.items()}
+        self._weighed = bool(frame.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
+
+    def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
+        """The least error in at most `budget` of what `measure` counts."""
+        inner, best, most, tried, size, over = budget, None, -1, None, 0, 0
+        for _ in range(_ATTEMPTS):
+            choices = self._allocate(inner, {})
+            if choices == tried and (best is not None or size > budget + inner // 2):
+                break
+            if choices != tried:
+                stored, tried = self._make(choices) if self.job.packed else self.job.outline(choices), choices
+                found, size = Plan(choices, stored if self.job.packed else None), measure(stored)
+            if most < size <= budget:
+                best, most = found, size
+            if budget * (1 - _CLOSE) <= size <= budget:
+                break
+            over += size > budget
+            inner += budget - size - (min(2**over, 500) * budget // 1000 if size > budget else 0)  # a few bytes change nothing
+        if best is None:
+            raise SettingsError([f"{budget} bytes are too few: the least that was reached is {size}; take a larger target_size"])
+        return best
+
+    def for_error(self) -> Plan:
+        """The fewest bytes at the errors that are asked for: the squared error that coding adds is taken off the target."""
+        wanted = error_targets(self.job.settings.budget, self.frame.parts)
+        noise = self._noise()
+        inner = {part: _less(target, noise) for part, target in wanted.items()}
+        best, most, tried = None, -1.0, None
+        for _ in range(_ATTEMPTS):
+            try:
+                choices = self.losing(inner)
+            except SettingsError:
+                if tried is None:
+                    raise
+                break  # nothing stricter is possible: what was reached tells more than the reason
+            if choices == tried:
+                if best is not None:
+                    break
+                inner = {part: _TIGHTER * error for part, error in inner.items()}  # by less than a component: ask for one more
+                continue
+            stored, tried = self._make(choices), choices
+            found = Plan(choices, stored if self.job.packed else None)
+            reached = {part: self._error(stored, part) for part in wanted}
+            if all(reached[part] <= target for part, target in wanted.items()) and sum(reached.values()) > most:
+                best, most = found, sum(reached.values())
+                if any(reached[part] >= (1 - _CLOSE) * target for part, target in wanted.items()):
+                    break
+            inner = {part: _less(target, (reached[part] ** 2 - inner[part] ** 2)) for part, target in wanted.items()}
+        if best is None:
+            told = ", ".join(f"{reached[part]:.4g} for {part or 'the whole file'}" for part in wanted)
+            raise SettingsError([f"the error that is asked for was not reached, {told} was: take more bits or a larger error"])
+        return best
+
+    def losing(self, errors: Mapping[str, float]) -> dict[str, Choice]:
+        """Choices that lose what is asked for, by the spectra.
+
+        Allocation counts in scores and weights. Where these are not the singular values, an error of theirs is sought, by halves,
+        at which the error of the weights is the one that is meant.
+
+        Raises:
+            SettingsError: so little cannot be lost.
+        """
+        if not self._weighed:
+            return self._allocate(None, errors)
+        low, high = dict.fromkeys(errors, 0.0), dict.fromkeys(errors, 1.0)
+        for _ in range(_HALVINGS):
+            middle = {part: (low[part] + high[part]) / 2 for part in errors}
+            try:
+                choices = self._allocate(None, middle)
+            except SettingsError:  # so little cannot be lost
+                low = middle
+                continue
+            lost = {name: self._predicted_loss(name, choice) for name, choice in choices.items()}
+            for part, error in errors.items():
+                edge = low if self._relative(lost, part) <= error else high
+                edge[part] = middle[part]
+        return self._allocate(None, low)
+
+    def _predicted_loss(self, name: str, choice: Choice) -> float:
+        """Squared error of a module's weights, by its singular values and what bits are known to cost."""
+        analysis = self.job.analyses[name]
+        squares = analysis.spectrum.sigma[: choice.rank].square().numpy()
+        kept = squares @ np.array([_KEPT[bits] for bits in choice.bits]) if choice.bits else squares.sum()
+        return max(analysis.norm - float(kept), 0.0)
+
+    def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, Choice]:
+        frame = self.frame
+        parts = {part: error for part, error in errors.items() if part}
+        common: dict[str, Any] = {"weights": frame.weights, "protected": frame.protected}
+        if self._mixed:
+            widths = {name: sum(self.job.analyses[name].shape.stored) for name in self.kept}
+            common |= {"overhead": dict.fromkeys(self.kept, self.index_bytes), "component_bytes": self._bytes}
+            if size is not None:
+                bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
+            else:
+                more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
+                bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
+            return {name: Choice(len(b), b) for name, b in bits.items()}
+        costs = {name: self._bytes(name) for name in self.kept}
+        shapes = {name: self.job.analyses[name].shape for name in self.kept}
+        fixed = {name: self.index_bytes if self.job.packed else _plain_overhead(shape) for name, shape in shapes.items()}
+        common |= {"min_rank_stored": 1 if self.job.packed else 2}
+        common |= {"min_rank": self.job.settings.pruning.min_rank or 0}
+        padded = frame.one_rank and not self.job.packed  # components of zeros are paid for
+        if size is not None:
+            for_size = partial(common_ranks_for_size, parts=frame.parts) if padded else ranks_for_size
+            ranks = for_size(self.kept, costs, fixed, size, **common)
+        else:
+            more = {"part_errors": parts, "parts": frame.parts}
+            for_error = common_ranks_for_error if padded else ranks_for_error
+            ranks = for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
+        return {name: Choice(rank) for name, rank in ranks.items()}
+
+    def _bytes(self, name: str, bits: int | None = None) -> int:
+        """Of one component."""
+        shape = self.job.analyses[name].shape
+        if (self.job.packed or self.payload) and self._form is not None:
+            return component_size(*shape.stored, self._form, bits)
+        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.job.dtype.itemsize
+
+    def _make(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+        return {name: stored.without_factors() for name, stored in self.job.run(choices)}
+
+    def _error(self, stored: Mapping[str, Stored], part: str) -> float:
+        return self._relative({name: module.squared_error for name, module in stored.items()}, part)
+
+    def _relative(self, lost: Mapping[str, float], part: str) -> float:
+        """Relative error over a part of the model by the modules' squared errors; modules without one are lost."""
+        norms = {n: self.job.analyses[n].norm for n in self.kept if not part or self.frame.parts[n] == part}
+        return relative_error(sum(lost.get(name, norm) for name, norm in norms.items()), sum(norms.values()))
+
+    def _noise(self) -> float:
+        """Squared relative error that storing adds, to begin with."""
+        if self._mixed:
+            return 0.0
+        if self._form is not None:
+            return 2 * _DISTORTION[int(self.job.settings.quantization.bits or 8)]
+        return PLAIN_NOISE.get(self.job.dtype, 0.0)
+
+
+def _less(target: float, squared: float) -> float:
+    """sqrt(target^2 - squared), kept above zero: a target that coding alone exceeds is tried with next to no pruning."""
+    return max(target**2 - squared, 1e-4 * target**2) ** 0.5
+
+
+def _plain_overhead(shape: Entry) -> int:
+    """Bytes of a module's alpha and header entries, offsets of nine digits taken."""
+    keys = shape.keys.specs(shape.name, (1, shape.inputs, *shape.kernel), (shape.outputs, 1), torch.float32)
+    return sum(len(key) + _ENTRY_BYTES for key in keys) + 4

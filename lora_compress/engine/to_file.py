@@ -1,0 +1,297 @@
+"""A LoRA file of any layout to a compressed one; weights are read and written a module at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..errors import SettingsError
+from ..files.metadata import header_notes
+from ..files.writer import TensorWriter, atomic_path, safetensors_size
+from ..layouts import LoraSource, open_lora, require_readable
+from ..layouts.numbered import is_numbered
+from ..layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
+from ..layouts.plain import PlainKeys
+from ..packed.chunks import Spool, payload_tensor
+from ..packed.convert import check_target, tensor_specs, write_expanded, write_tensors
+from ..packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile
+from ..programs.marks import recognition_marks
+from ..programs.table import ConsumerRules, PlannedFile, PlannedModule
+from ..report.file_report import FileReport
+from ..settings import CompressionSettings
+from ..spectrum import Spectrum, known_svd, thin_svd
+from ..update import LowRankUpdate
+from ..weighting import Calibration, base_norms, relative_weights, weighted_spectrum
+from .assembly import Assembly
+from .curve import size_curve
+from .energy import energy_notes, require_energy
+from .estimate import plan_in, surely_larger
+from .frame import Frame, Plan
+from .in_memory import kohya_partner
+from .job import Components, Job, Stored, by_svd, pad_to_two
+from .outcome import file_notes, mark_notes, module_report, partner_notes, zero_notes
+from .precision import file_precision, file_precisions
+
+__all__ = ["compress_file"]
+
+Source = LoraSource | PackedFile
+Progress = Callable[[int, int], None]
+
+
+def compress_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    settings: CompressionSettings,
+    *,
+    save_dtype: torch.dtype | None = None,
+    consumers: Collection[str] = (),
+    base_model: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    repair: bool = False,
+    untrained: bool = False,
+    progress: Progress | None = None,
+    details: Mapping[str, str] | None = None,
+    alpha: float | None = None,
+    peft_config: str | os.PathLike[str] | None = None,
+) -> FileReport:
+    """Compress the LoRA in `source` into `target`.
+
+    Args:
+        source: a LoRA file of any layout, or a folder that PEFT wrote.
+        target: a file whose name ends with .safetensors, or a folder for PEFT where the input has an adapter_config.json.
+        settings: what to remove and how to store the rest.
+        save_dtype: of plain factors; None leaves it to `precision.budget_precisions` where the settings have a budget, and keeps
+            the input's otherwise.
+        consumers: programs that must be able to load the result; see `consumers.CONSUMERS`.
+        base_model: checkpoint relative to whose layers components are judged.
+        calibration: file of activation statistics of this LoRA.
+        force: `target` may be `source`.
+        repair: mend a broken input where that is possible.
+        untrained: accept an input whose every update is zero, as a training saves before its first step.
+        progress: called with (modules done, modules in all); it counts anew in every pass, of which a search for a size or an error
+            takes several.
+        details: more to tell in the metadata, as ss_compress_* keys.
+        alpha: of modules whose alpha the input does not tell, where that is not their rank.
+        peft_config: adapter_config.json of the input, where it does not lie beside it.
+
+    Returns:
+        The report. Its status is not_smaller, and nothing has been written, if the result would be no smaller than the input and
+        `settings.budget.allow_larger` is not set. Where that is sure from the spectra, nothing has been encoded either.
+
+    Raises:
+        FormatError: the input cannot be read, or every update in it is zero.
+        SettingsError: settings that contradict each other, the input or a consumer; a budget that cannot be met.
+        SaveError: the target cannot be written.
+    """
+    begun = time.monotonic()
+    asked, source = (source, target), weights_of(source)
+    output = AdapterOutput.of(source, target, peft_config, packed=settings.save_format in ("packed", "both"), force=force)
+    target, details = output.weights, {**(details or {}), **output.details()}
+    check_target(source, target, force)
+    with closing(open_lora(source, repair, alpha=alpha, peft_config=peft_config)) as lora:
+        if output.is_folder:
+            _check_for_peft(lora, asked[1])
+        rules = ConsumerRules.named(consumers)
+        if rules.consumers or settings.save_format in ("packed", "both"):
+            lora.leave_numbers()
+        of_plain = ConsumerRules() if settings.save_format == "packed" else rules
+        decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
+        spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
+        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
+        energies = {name: analysis.norm for name, analysis in job.analyses.items()}
+        if not untrained:
+            require_energy(energies, str(source))
+        weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
+        marks = recognition_marks(energies, lora.family)
+        parts = {name: lora.part(name) for name in lora}
+        numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
+        kept = frozenset((*marks, *numbered, *of_plain.kept_whole(lora)))
+        frame = Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
+        before, larger = os.path.getsize(source), settings.budget.allow_larger
+        precisions = (job.dtype,) if save_dtype is not None else file_precisions(lora, job, of_plain)
+        job.dtype = precisions[0]
+        if not larger and (expected := surely_larger(job, frame, before)) is not None:
+            modules = tuple(module_report(assembly, lora, name, None, made=False) for name in job.analyses)
+            sizes, notes = (before, expected), (*lora.notes, *energy_notes(energies))
+            about = (str(asked[0]), None, "not_smaller", lora.layout, lora.family, sizes, time.monotonic() - begun)
+            return FileReport(*about, modules, notes, settings.as_dict())
+        chosen = plan_in(job, frame, precisions)
+        if job.packed:
+            stored = chosen.stored if chosen.stored is not None else dict(job.run(chosen.choices))
+        else:
+            stored = job.outline(chosen.choices)
+        if not stored:
+            raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"], str(source))
+        if lost := [name for name in numbered if name not in stored or (job.packed and stored[name].entry is None)]:
+            found = f"{lost[0]} is zero and would be left out of a file whose modules are known by their numbers"
+            raise SettingsError([f"{found}: use save_format=kohya, or a strategy other than entropy"], str(source))
+        planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
+        if problems := rules.problems(planned):
+            raise SettingsError(problems, str(source))
+        specs, metadata = assembly.specs(stored), assembly.finished_metadata(stored)
+        after = safetensors_size(specs, metadata)
+        written = after < before or larger
+        begin = partial(TensorWriter, specs=specs, metadata=metadata)
+        if written and job.packed:
+            _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
+        elif written:
+            stored = _write_plain(assembly, lora, stored, chosen, output, begin)
+        told = (
+            *rules.notes(planned),
+            *file_notes(lora, job, save_dtype),
+            *zero_notes(assembly, stored),
+            *mark_notes(marks, stored, len(lora)),
+        )
+        if settings.save_format == "both":
+            told = tuple(partner_notes(kohya_partner(target), before)) if written else ()
+        made = written or job.packed
+        modules = tuple(module_report(assembly, lora, name, stored.get(name), made) for name in job.analyses)
+        curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
+    return FileReport(
+        str(asked[0]),
+        str(asked[1]) if written else None,
+        "written" if written else "not_smaller",
+        lora.layout,
+        lora.family,
+        (before, after),  # and not what another writer may have put there since
+        time.monotonic() - begun,
+        modules,
+        (
+            *lora.notes,
+            *energy_notes(energies),
+            *((*told, *output.notes(), *header_notes(lora.metadata, metadata)) if written else ()),
+        ),
+        settings.as_dict(),
+        curve,
+    )
+
+
+def _check_for_peft(lora: Source, target: str | os.PathLike[str]) -> None:
+    """Raises: SettingsError: PEFT could not read a plain file of these modules."""
+    strange = [name for name in lora if not re.search(r"lora_(embedding_)?A", lora.plain_keys(name).down)]
+    if strange:
+        problem = (
+            f"is a folder for PEFT, which could not read {strange[0]}: it comes out under kohya's keys: name a safetensors file"
+        )
+        raise SettingsError([f"{target}: {problem}"], str(lora.path))
+
+
+def _prepare(
+    lora: Source,
+    settings: CompressionSettings,
+    save_dtype: torch.dtype | None,
+    rules: ConsumerRules,
+    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]],
+    spool: Callable[[], Spool],
+    details: Mapping[str, str],
+    progress: Progress | None,
+    keeps_all: bool,
+) -> tuple[Job, Assembly]:
+    """First pass over the file."""
+    dtype = file_precision(lora, settings, save_dtype, rules)
+
+    def pad(ranks: Mapping[str, int]) -> dict[str, int]:
+        adapted = rules.adaptation(_planned(lora, settings, job.dtype, ranks)).ranks
+        return dict(adapted) if lora.layout == "cloneofsimo" else pad_to_two(adapted)  # its one reader knows every rank
+
+    job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
+    extras = {name: tensor_specs(lora.extras(name)) for name in lora}
+    return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details, keeps_all)
+
+
+def _components(
+    lora: Source, settings: CompressionSettings, calibration: Calibration | None
+) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]]:
+    """What takes modules of one shape apart: by activations where they are known, as they came where they came taken apart."""
+    whole = not settings.pruning.channel_threshold
+    if calibration is not None and not whole:
+        raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
+
+    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
+        if calibration is None and not (whole and any(lora.is_balanced(name) for name in updates)):
+            return by_svd(updates)
+        return {name: one(name, update) for name, update in updates.items()}
+
+    def one(name: str, update: LowRankUpdate) -> Components:
+        if calibration is not None:
+            found = weighted_spectrum(update, calibration.gram(name, update))
+            return Spectrum(found.norms, found.mix_down, found.mix_up, update), found.sigma
+        spectrum = known_svd(update) if whole and lora.is_balanced(name) else thin_svd(update)
+        return spectrum, spectrum.sigma
+
+    return decompose
+
+
+def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
+    """The file about to be written, as the rules of consumers look at it."""
+    modules = {name: PlannedModule(rank, 1.0, lora.part(name), tuple(lora.extras(name))) for name, rank in ranks.items()}
+    return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.others))
+
+
+def _write_plain(
+    assembly: Assembly,
+    lora: Source,
+    outline: Mapping[str, Stored],
+    chosen: Plan,
+    output: AdapterOutput,
+    begin: Callable[[Path], TensorWriter],
+) -> dict[str, Stored]:
+    """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
+
+    def keys(name: str) -> PlainKeys:
+        return assembly.job.analyses[name].shape.keys
+
+    def write(name: str, module: Stored) -> Stored:
+        assert module.plain is not None
+        write_tensors(writer, keys(name).factors(name, module.plain))
+        return module.without_factors()
+
+    alpha = assembly.job.file_alpha(chosen.choices)
+    shrunk = any(key.startswith("ss_compress_") for key in lora.metadata)  # before: modules may be missing from it
+    has_dora = any(MAGNITUDE in key for key in assembly.passed_on(outline))
+    with atomic_path(output.weights) as temporary, output.written_beside(assembly.ranks(outline), has_dora, not shrunk):
+        with begin(temporary) as writer:
+            _pass_on(writer, lora, assembly.kept(outline))
+            write_tensors(writer, {key: zeros.contiguous() for key, zeros in assembly.placeholders(outline).items()})
+            for name in outline:  # first, as in the file: the hash of its data is taken on the way
+                write_tensors(writer, keys(name).alphas(name, alpha))
+            stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))
+            writer.metadata = assembly.finished_metadata(stored)
+        if isinstance(lora, PackedFile):  # which names its keys itself; those of a plain one have been read already
+            require_readable(temporary, output.weights, len(assembly.kept(outline)))
+    return stored
+
+
+def _write_packed(
+    assembly: Assembly,
+    lora: Source,
+    stored: Mapping[str, Stored],
+    target: str | os.PathLike[str],
+    begin: Callable[[Path], TensorWriter],
+    dtype: torch.dtype | None,
+    spool: Callable[[], Spool],
+) -> None:
+    """The packed file, and with save_format both its plain partner: both, or neither."""
+    index, chunks = assembly.packed(stored)
+    with atomic_path(target) as temporary:
+        with begin(temporary) as writer:
+            _pass_on(writer, lora, stored)
+            write_tensors(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
+        if assembly.job.settings.save_format == "both":
+            with atomic_path(kohya_partner(target)) as beside:
+                write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)
+
+
+def _pass_on(writer: TensorWriter, lora: Source, kept: Iterable[str]) -> None:
+    """Tensors of the input that are no factors, untouched."""
+    write_tensors(writer, lora.others)
+    for name in kept:
+        write_tensors(writer, lora.extras(name))

@@ -1,0 +1,196 @@
+"""The tensors of a LoRA file: shapes and types at once, numbers only when they are asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import FormatError
+from .header import read_header
+from .pickled import load_pickled
+from .recognition import is_safetensors
+from .regular import open_regular, require_regular, same_file
+
+__all__ = ["TensorFile", "TensorInfo", "open_tensors"]
+
+_SAFETENSORS = (".safetensors", ".sft")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_LONGEST_KEY = 1000  # what examines names may then take the square of it
+_UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.numel * self.dtype.itemsize
+
+
+class TensorFile(Mapping[str, TensorInfo]):
+    """The tensors of one file by key, in the order in which they lie in it. Threads may read at the same time."""
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str] | None = None,
+        close: Callable[[], Any] | None = None,
+    ) -> None:
+        longest = max(infos, key=len, default="")
+        if len(longest) > _LONGEST_KEY:
+            raise FormatError(
+                f"{path}: {longest[:40]}...: a key of {len(longest)} characters, allowed: {_LONGEST_KEY}: it is no LoRA"
+            )
+        self.path = path
+        self.metadata = dict(metadata or {})
+        self._infos = dict(infos)
+        self._read = read
+        self._close = close
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: str) -> TensorInfo:
+        return self._infos[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._infos
+
+    def read(self, key: str) -> Tensor:
+        """The tensor itself.
+
+        Raises:
+            FormatError: the data cannot be read.
+        """
+        try:
+            with self._lock:
+                tensor = self._read(key)
+            if TensorInfo(tuple(tensor.shape), tensor.dtype) != self._infos[key]:
+                raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} instead of {self._infos[key]}")
+        except _UNREADABLE as error:
+            raise FormatError(f"{self.path}: {key}: cannot be read ({error}): the file is damaged, get it again") from error
+        return tensor
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes that a tensor takes in the file, with what is needed to read it."""
+        return self._infos[key].nbytes
+
+    def precision(self, key: str) -> torch.dtype:
+        """The type that a tensor should be written in again where nobody asks for another."""
+        return self._infos[key].dtype
+
+    def close(self) -> None:
+        """Let go of the file; tensors that were read stay valid."""
+        if self._close is not None:
+            self._close()
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+    """Open a file of weights: .safetensors lazily, what torch.save wrote whole, through torch.load(weights_only=True).
+
+    A safetensors file under the name of a PyTorch file (.pt, .bin, .ckpt ...) is read as what it is.
+
+    Raises:
+        FormatError: no such file, or neither of the two; the message says what it is where its first bytes tell it.
+    """
+    target = Path(path)
+    require_regular(target)
+    if target.suffix.lower() in _SAFETENSORS or is_safetensors(target):
+        return _open_safetensors(target)
+    tensors, metadata = load_pickled(target)
+    infos = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    return TensorFile(target, infos, tensors.__getitem__, metadata)
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    """The header is read as JSON: asking safe_open for the shape of one tensor after another takes a second.
+
+    Tensors are read and not mapped: a process that touches a mapped file which another program cuts short ends with SIGBUS.
+    """
+    header, begin, there = read_header(path)
+    metadata = header.pop("__metadata__", None)
+    promised = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if promised > there:
+        found = f"cut short: its header promises {promised} bytes of data, the file has {there}"
+        raise FormatError(f"{path}: {found}: get it again")
+    in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
+    infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(path, key, entry["dtype"])) for key, entry in in_order}
+    places = {key: begin + entry["data_offsets"][0] for key, entry in in_order}
+    data = _Stored(path, begin + promised, infos, places)
+    return TensorFile(path, infos, data.read, metadata, data.close)
+
+
+class _Stored:
+    """Tensors in a file that stays open, so that another one under its name changes nothing; that it did not change is checked."""
+
+    def __init__(self, path: Path, size: int, infos: Mapping[str, TensorInfo], places: Mapping[str, int]) -> None:
+        self._file = open_regular(path)
+        self._before = os.fstat(self._file.fileno())
+        if self._before.st_size != size:
+            self._file.close()
+            raise FormatError(f"{path}: was changed by another program while it was opened: try again when that is done")
+        self._infos, self._places = infos, places
+        weakref.finalize(self, self._file.close)
+
+    def read(self, key: str) -> Tensor:
+        info, place = self._infos[key], self._places[key]
+        if not info.numel:
+            return torch.empty(info.shape, dtype=info.dtype)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._file.seek(place)
+        count = self._file.readinto(data.numpy().data)
+        if count != info.nbytes or not same_file(self._before, os.fstat(self._file.fileno())):
+            raise ValueError("another program has written to the file since it was opened")
+        return data.view(info.dtype).reshape(info.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _dtype(path: Path, key: str, name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise FormatError(f"{path}: {key}: is {name!r}, a type that is not read here, allowed: {', '.join(_DTYPES)}")
+    return _DTYPES[name]

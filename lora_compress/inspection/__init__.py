@@ -1,0 +1,1 @@
+"""Looking at finished files: what is in one, and how far two are apart."""

@@ -1,0 +1,283 @@
+"""The packed file: one safetensors file with an index of its modules and the bytes of all of them. docs/format.md fixes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..files.header import header_has, read_header, verify_data
+from ..files.regular import open_regular, require_regular, same_file
+from ..files.writer import DTYPE_NAMES, TensorSpec
+from ..layouts.numbered import numbered_metadata
+from ..layouts.peft_config import PeftConfig
+from ..layouts.plain import PlainKeys
+from ..layouts.survey import ModuleShape
+from ..names.families import family_of, part_of
+from ..update import LowRankUpdate
+from .chunks import Chunk, are_intact
+from .index import Entry, PackedIndex, carried_check, read_index
+from .module import decode_module, decoded_rank, layer_count, layer_place
+
+__all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
+
+FORMAT_KEY = "lora_compress_format"
+FORMAT_VERSION = "1"
+INDEX_KEY = "lora_compress.packed.index"
+PAYLOAD_KEY = "lora_compress.payload"
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class PackedFile(Mapping[str, LowRankUpdate]):
+    """A packed file open for reading, module by module: {name: update}. The first bytes of one, cut anywhere, will do.
+
+    What a cut file lacks is left out: a progressive module comes in less detail, another one not at all. It has all that
+    `layouts.LoraSource` has, and the compressed bytes themselves.
+
+    Raises:
+        FormatError: no such file, no packed file, an unknown version, or damage; on opening or when a module is read.
+    """
+
+    dtype = torch.float32  # of the factors that are decoded
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        require_regular(self.path)
+        self._before = os.stat(self.path)
+        header, self._begin, self._size = read_header(self.path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise FormatError(f"{path}: packed format {version}, this program reads {FORMAT_VERSION}: update LoRA Compress")
+        self._places = {key: _place(key, value, str(path)) for key, value in header.items()}
+        if INDEX_KEY not in self._places or PAYLOAD_KEY not in self._places:
+            raise FormatError(f"{path}: has no {INDEX_KEY}: it is no packed LoRA")
+        index = read_index(self._read(INDEX_KEY), str(path))
+        carried = {key: spec for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
+        if index.carried is not None and index.carried != carried_check(carried):
+            raise FormatError(
+                f"{path}: {len(carried)} other tensors ({next(iter(carried), 'none')} first), whose names, types or shapes are not "
+                "those that the index was written with: the file is damaged, get it again"
+            )
+        self._verified = False
+        if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
+            raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
+        first, end = self._places[PAYLOAD_KEY][1]
+        if index.payload != end - first:
+            raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
+        self.index, self.available = index.cut(max(min(end, self._size) - first, 0))
+        try:
+            self.index.check_declared()
+        except FormatError as error:
+            raise FormatError(f"{path}: {error}: the file is damaged") from None
+        self._chunks: dict[int, list[tuple[int, int, int]]] = {}  # of each module: begin, bytes, crc32
+        for module, length, crc in self.index.chunks:
+            self._chunks.setdefault(module, []).append((first, length, crc))
+            first += length
+        self._entries = {entry.name: (i, entry) for i, entry in enumerate(index.entries) if i in self._chunks}
+        self.missing = tuple(entry.name for i, entry in enumerate(index.entries) if i not in self._chunks)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes of the payload are there."""
+        first, end = self._places[PAYLOAD_KEY][1]
+        return self.available == end - first
+
+    def require_modules(self) -> None:
+        """Raises: FormatError: the file was cut so early that modules are missing."""
+        if self.missing:
+            raise FormatError(f"{self.path}: cut short: {len(self.missing)} modules are missing: get it again")
+
+    @property
+    def layout(self) -> str:
+        """Of the plain file that it stands for."""
+        return self.index.layout
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """What the index says of each module that can be read."""
+        return {name: entry for name, (_, entry) in self._entries.items()}
+
+    @cached_property
+    def shapes(self) -> dict[str, ModuleShape]:
+        """Of the modules that can be read."""
+        return {n: ModuleShape(e.outputs, e.inputs, e.kernel, e.rank) for n, e in self.entries.items()}
+
+    @cached_property
+    def family(self) -> str:
+        """See `layouts.families.family_of`."""
+        return family_of(self.shapes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user must be told."""
+        if self.complete:
+            return []
+        left = f"; {len(self.missing)} modules are missing" if self.missing else ""
+        return [f"the file is cut after {self.available} bytes of its payload: it is read as the smaller LoRA that is there{left}"]
+
+    @property
+    def others(self) -> Mapping[str, Tensor]:
+        """Tensors that are carried through, by key.
+
+        Raises:
+            FormatError: the data of the file, if it is whole, do not match the hash in its metadata.
+        """
+        if self.carried_bytes:
+            self._verify()
+        return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
+
+    def _verify(self) -> None:
+        """Compare the data of a whole file with their hash, once: the index has checks of the modules alone."""
+        if self._verified or max(end for _, (_, end) in self._places.values()) > self._size:
+            return
+        with open_regular(self.path) as file:
+            verify_data(file, self.path, self.metadata.get("sshs_model_hash"))
+        self._verified = True
+
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of `others`."""
+        return sum(spec.nbytes for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY))
+
+    def part(self, name: str) -> str:
+        """See `layouts.LoraSource.part`."""
+        return part_of(name, self.family)
+
+    def is_balanced(self, name: str) -> bool:
+        """Rounding has moved the rows: they are no singular value decomposition."""
+        return False
+
+    def extras(self, name: str) -> dict[str, Tensor]:
+        """None: what belongs to a module is among `others`."""
+        return {}
+
+    def factor_bytes(self, name: str) -> int:
+        """Bytes of a module's chunks."""
+        return sum(length for _, length, _ in self._chunks[self._entries[name][0]])
+
+    def plain_keys(self, name: str) -> PlainKeys:
+        """Keys of a plain file in the layout that the module came in."""
+        return self._entries[name][1].keys
+
+    def leave_numbers(self) -> None:
+        """Nothing to do: layers that have names got them when the file was packed."""
+
+    def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """The metadata for a plain file that holds these modules at these ranks."""
+        metadata = {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
+        keys = [(self.plain_keys(name), rank) for name, rank in ranks.items()]
+        return numbered_metadata(PeftConfig.rewritten(metadata, ranks, self.path), keys)
+
+    def close(self) -> None:
+        """The file is open only while something is read."""
+
+    def __enter__(self) -> PackedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tensor(self, key: str) -> Tensor:
+        spec, _ = self._places[key]
+        data = bytearray(self._read(key))
+        return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape) if data else torch.empty(spec.shape, dtype=spec.dtype)
+
+    def chunks(self, name: str) -> list[bytes]:
+        """The layers of a module's payload that are there, compared with their checksums."""
+        number, _ = self._entries[name]
+        found = [self._bytes(begin, length) for begin, length, _ in self._chunks[number]]
+        _, lengths, checks = zip(*self._chunks[number], strict=True)
+        if tuple(map(len, found)) != lengths or not are_intact(found, checks):
+            raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
+        return found
+
+    def payload(self, size: int) -> bytes:
+        """The first bytes of the payload."""
+        return self._read(PAYLOAD_KEY, size)
+
+    def __getitem__(self, name: str) -> LowRankUpdate:
+        return self.decode(name, self.dtype)
+
+    def decode(self, name: str, dtype: torch.dtype) -> LowRankUpdate:
+        """A module with factors of `dtype`: each weight is that of `self[name]`, rounded."""
+        entry = self._entries[name][1]
+        try:
+            return decode_module(entry, self.chunks(name), dtype)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {name}: {error}" if str(self.path) not in str(error) else str(error)) from None
+
+    def decoded_rank(self, name: str) -> int:
+        """Of a module when it is decoded: of a cut file, fewer components than the index speaks of."""
+        number, entry = self._entries[name]
+        return entry.rank if len(self._chunks[number]) == layer_count(entry) else decoded_rank(entry, self.chunks(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _read(self, key: str, size: int | None = None) -> bytes:
+        _, (begin, end) = self._places[key]
+        end = end if size is None else begin + size
+        if end > self._size:
+            raise FormatError(f"{self.path}: ends before {key} does: a packed file can be cut, but not that early")
+        return self._bytes(begin, end - begin)
+
+    def _bytes(self, begin: int, size: int) -> bytes:
+        """Bytes of the data, from the file that was opened, as it was."""
+        with open_regular(self.path) as file:
+            if not same_file(self._before, os.fstat(file.fileno())):
+                raise FormatError(f"{self.path}: another program has written to the file since it was opened: open it again")
+            file.seek(self._begin + begin)
+            return file.read(size)
+
+
+def lay_out(
+    layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]], carried: Mapping[str, TensorSpec] | None = None
+) -> tuple[PackedIndex, list[Chunk]]:
+    """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA.
+
+    Args:
+        layout: of the plain file.
+        stored: what the index says of each module, and its layers.
+        carried: the other tensors of the file by key.
+    """
+    modules = list(stored)
+    places = [(layer_place(entry, layer), i, layer) for i, (entry, layers) in enumerate(modules) for layer in range(len(layers))]
+    chunks = [(i, modules[i][1][layer]) for _, i, layer in sorted(places)]
+    index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks, carried_check(carried or {}))
+    return index, [chunk for _, chunk in chunks]
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a packed LoRA, told from its header alone; False for anything that is no safetensors file.
+
+    Raises:
+        FormatError: there is no such file.
+    """
+    try:
+        return header_has(Path(path), INDEX_KEY)
+    except FormatError:
+        require_regular(path)
+        return False
+
+
+def _place(key: str, value: Any, path: str) -> tuple[TensorSpec, tuple[int, int]]:
+    """dtype, shape and place of a tensor of the header."""
+    try:
+        spec = TensorSpec(_DTYPES[value["dtype"]], tuple(value["shape"]))
+        begin, end = value["data_offsets"]
+        whole = all(type(number) is int and 0 <= number < 1 << 48 for number in (*spec.shape, begin, end))
+        if not whole or end - begin != spec.nbytes:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(f"{path}: {key}: its entry in the header is damaged") from None
+    return spec, (begin, end)

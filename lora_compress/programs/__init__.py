@@ -1,0 +1,1 @@
+"""Programs that load LoRA: what each of them needs, ignores and refuses, as data."""

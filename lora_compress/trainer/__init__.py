@@ -1,0 +1,1 @@
+"""Training LoRA with diffusers and PEFT, without sd-scripts."""
