@@ -127,9 +127,9 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(tmp_path: Path) -> Non
 
 _SLOW = """\
 import os, signal, sys, threading, time
-from lora_compress import file_pipeline
+from lora_compress.engine import to_file
 from lora_compress.cli import main
-from lora_compress.files.writer import atomic_path
+from lora_compress.files.atomic import atomic_path
 
 def slow(source, target, *_, **__):
     with atomic_path(target) as temporary:
@@ -137,7 +137,7 @@ def slow(source, target, *_, **__):
         print("ready", file=sys.stderr, flush=True)
         time.sleep(120)
 
-file_pipeline.compress_file = slow
+to_file.compress_file = slow
 sys.exit(main(sys.argv[1:]))
 """
 
