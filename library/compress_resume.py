@@ -105,10 +105,10 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a file of a state, None where nothing is."""
     if path.name == _WEIGHTS:
         try:
-            header, _, there = read_header(path)
+            header = read_header(path)
         except FormatError as error:
             return str(error).removeprefix(f"{path}: ")
-        due = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        there, due = header.available, header.promised
         return None if there == due else f"{there:,} bytes of tensors are there, {due:,} are due"
     if path.suffix == ".json":
         try:
@@ -141,9 +141,9 @@ def _check_network(folder: Path, own: Mapping[str, tuple[int, ...]]) -> None:
     Raises:
         SettingsError: they differ.
     """
-    header = read_header(folder / _WEIGHTS)[0]
-    twice = set(header.pop("__metadata__", None) or {})  # of tensors that share memory safetensors keeps one and names the others
-    found = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    header = read_header(folder / _WEIGHTS)
+    twice = set(header.metadata)  # of tensors that share memory safetensors keeps one and names the others
+    found = {key: tensor.shape for key, tensor in header.tensors.items()}
     if difference := next(_differences(found, own, twice), None):
         raise SettingsError(
             [f"{folder / _WEIGHTS} is of another network or of other settings: {difference}: {_START_ANEW}"], "resume"

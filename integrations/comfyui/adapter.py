@@ -10,7 +10,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.packed.in_memory import HeldModule, held_layers
+from lora_compress.packed.in_memory import PackedModule, packed_layers
 
 __all__ = ["PackedAdapter", "register"]
 
@@ -30,7 +30,7 @@ class PackedAdapter(WeightAdapterBase):
 
     name = "lora_compress"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[HeldModule, torch.Tensor | None]) -> None:
+    def __init__(self, loaded_keys: set[str], weights: tuple[PackedModule, torch.Tensor | None]) -> None:
         self.loaded_keys = loaded_keys
         self.weights = weights
         self._in_bypass: tuple[torch.Tensor, torch.Tensor, float] | None = None
@@ -50,7 +50,7 @@ class PackedAdapter(WeightAdapterBase):
         keys = {INDEX_KEY, PAYLOAD_KEY}
         if loaded_keys is not None:
             loaded_keys.update(keys)
-        modules = held_layers(lora)
+        modules = packed_layers(lora)
         return cls(keys, (modules[x], dora_scale)) if x in modules else None
 
     def calculate_weight(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ import folder_paths
 from lora_compress.engine.to_file import compress_file
 from lora_compress.inspection.file import inspect_file
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.packed.in_memory import held_part
+from lora_compress.packed.in_memory import cut_tensors
 from lora_compress.settings import CompressionSettings
 from lora_compress.settings.budget import parse_size
 
@@ -79,7 +79,7 @@ class LoadCompressedLora:
             if INDEX_KEY not in tensors:
                 raise ValueError(f"{lora_name}: target_size={target_size} is for progressive packed files, this one is plain")
             around = os.path.getsize(path) - tensors[PAYLOAD_KEY].numel()  # header, index and what is carried through
-            tensors = held_part(tensors, max(parse_size(target_size) - around, 0), lora_name)
+            tensors = cut_tensors(tensors, max(parse_size(target_size) - around, 0), lora_name)
         return comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip, lora_metadata=metadata)
 
 

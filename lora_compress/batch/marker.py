@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import IO
 
-from ..files.header import verify_data
+from ..errors import FormatError
+from ..files.header import metadata_of, verify_data
 from ..layouts.peft_config import applies_to
 from .jobs import CompressOptions
 from .storage import config_beside, exists, is_remote, open_binary
@@ -19,7 +19,6 @@ MARKER_NAME = "made_from"
 MARKER_KEY = f"ss_compress_{MARKER_NAME}"
 _BLOCKS, _BLOCK_BYTES = 16, 16384
 _COMPARED_BYTES = 1 << 20
-_LARGEST_HEADER = 100_000_000  # the reader of safetensors allows no more
 
 
 def fingerprint(path: str) -> str:
@@ -77,7 +76,7 @@ def _is_made(source: str, target: str, marker: str) -> bool:
         return False
     try:
         with open_binary(target) as file:
-            verify_data(file, target, None if is_remote(target) else metadata.get("sshs_model_hash"))
+            verify_data(file, Path(target), None if is_remote(target) else metadata.get("sshs_model_hash"))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):  # a damaged header among them
         return False
     return True
@@ -107,18 +106,6 @@ def _metadata(path: str) -> dict[str, str]:
         return {}
     try:
         with open_binary(path) as file:
-            return dict(_header(file).get("__metadata__", {}))
-    except (ValueError, AttributeError, TypeError, OSError):  # FormatError is a ValueError
+            return metadata_of(file, Path(path))
+    except (FormatError, OSError):
         return {}
-
-
-def _header(file: IO[bytes]) -> dict:
-    """The JSON header, with `file` left at the first byte of data.
-
-    Raises:
-        ValueError: there is none.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if length > _LARGEST_HEADER:
-        raise ValueError("no safetensors header")
-    return json.loads(file.read(length))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.dtypes import TensorSpec
 from ..files.metadata import ModuleScale, finish_metadata, true_header
-from ..files.writer import TensorSpec, safetensors_size
+from ..files.writer import safetensors_size
 from ..layouts.plain import FP8
 from ..packed.chunks import Chunk
 from ..packed.file import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
+from ..files.dtypes import TensorSpec
 from ..files.metadata import finish_metadata
-from ..files.writer import TensorSpec, atomic_path, safetensors_size, write_safetensors
+from ..files.writer import atomic_path, safetensors_size, write_safetensors
 from ..layouts import as_kohya
 from ..layouts.plain import FP8, KOHYA_KEYS, exact_plain, plain_update
 from ..names.families import part_of

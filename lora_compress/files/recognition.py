@@ -50,7 +50,8 @@ def is_torch(path: Path) -> bool:
     head = _head(path)
     if head[:4] == b"PK\x03\x04":
         return _may_hold_pickle(path)
-    return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    cut_safetensors = head[4:9] == b"\0\0\0\0{"  # the length of a header of 0x0280 bytes looks like the start of a pickle
+    return head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not cut_safetensors
 
 
 def what_is(path: Path) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,61 +14,26 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import FormatError
+from .dtypes import TensorSpec
 from .header import read_header
 from .pickled import load_pickled
 from .recognition import is_safetensors
 from .regular import open_regular, require_regular, same_file
 
-__all__ = ["TensorFile", "TensorInfo", "open_tensors"]
+__all__ = ["TensorFile", "open_tensors"]
 
 _SAFETENSORS = (".safetensors", ".sft")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 _LONGEST_KEY = 1000  # what examines names may then take the square of it
 _UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return self.numel * self.dtype.itemsize
-
-
-class TensorFile(Mapping[str, TensorInfo]):
+class TensorFile(Mapping[str, TensorSpec]):
     """The tensors of one file by key, in the order in which they lie in it. Threads may read at the same time."""
 
     def __init__(
         self,
         path: Path,
-        infos: Mapping[str, TensorInfo],
+        infos: Mapping[str, TensorSpec],
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str] | None = None,
         close: Callable[[], Any] | None = None,
@@ -87,7 +50,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         self._close = close
         self._lock = threading.Lock()
 
-    def __getitem__(self, key: str) -> TensorInfo:
+    def __getitem__(self, key: str) -> TensorSpec:
         return self._infos[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -108,7 +71,7 @@ class TensorFile(Mapping[str, TensorInfo]):
         try:
             with self._lock:
                 tensor = self._read(key)
-            if TensorInfo(tuple(tensor.shape), tensor.dtype) != self._infos[key]:
+            if TensorSpec.of(tensor) != self._infos[key]:
                 raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} instead of {self._infos[key]}")
         except _UNREADABLE as error:
             raise FormatError(f"{self.path}: {key}: cannot be read ({error}): the file is damaged, get it again") from error
@@ -141,7 +104,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     if target.suffix.lower() in _SAFETENSORS or is_safetensors(target):
         return _open_safetensors(target)
     tensors, metadata = load_pickled(target)
-    infos = {key: TensorInfo(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+    infos = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
     return TensorFile(target, infos, tensors.__getitem__, metadata)
 
 
@@ -150,23 +113,21 @@ def _open_safetensors(path: Path) -> TensorFile:
 
     Tensors are read and not mapped: a process that touches a mapped file which another program cuts short ends with SIGBUS.
     """
-    header, begin, there = read_header(path)
-    metadata = header.pop("__metadata__", None)
-    promised = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if promised > there:
-        found = f"cut short: its header promises {promised} bytes of data, the file has {there}"
+    header = read_header(path)
+    if header.promised > header.available:
+        found = f"cut short: its header promises {header.promised} bytes of data, the file has {header.available}"
         raise FormatError(f"{path}: {found}: get it again")
-    in_order = sorted(header.items(), key=lambda entry: (entry[1]["data_offsets"][0], entry[0]))
-    infos = {key: TensorInfo(tuple(entry["shape"]), _dtype(path, key, entry["dtype"])) for key, entry in in_order}
-    places = {key: begin + entry["data_offsets"][0] for key, entry in in_order}
-    data = _Stored(path, begin + promised, infos, places)
-    return TensorFile(path, infos, data.read, metadata, data.close)
+    in_order = sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[0]))
+    infos = {key: tensor.spec(path, key) for key, tensor in in_order}
+    places = {key: header.begin + tensor.begin for key, tensor in in_order}
+    data = _Stored(path, header.begin + header.promised, infos, places)
+    return TensorFile(path, infos, data.read, header.metadata, data.close)
 
 
 class _Stored:
     """Tensors in a file that stays open, so that another one under its name changes nothing; that it did not change is checked."""
 
-    def __init__(self, path: Path, size: int, infos: Mapping[str, TensorInfo], places: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, size: int, infos: Mapping[str, TensorSpec], places: Mapping[str, int]) -> None:
         self._file = open_regular(path)
         self._before = os.fstat(self._file.fileno())
         if self._before.st_size != size:
@@ -188,9 +149,3 @@ class _Stored:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _dtype(path: Path, key: str, name: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise FormatError(f"{path}: {key}: is {name!r}, a type that is not read here, allowed: {', '.join(_DTYPES)}")
-    return _DTYPES[name]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import threading
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -20,48 +18,15 @@ import torch
 from torch import Tensor
 
 from .atomic import atomic_path
+from .dtypes import DTYPE_NAMES, TensorSpec
 
-__all__ = ["DTYPE_NAMES", "TensorSpec", "TensorWriter", "atomic_path", "safetensors_size", "write_safetensors"]
+__all__ = ["TensorWriter", "atomic_path", "safetensors_size", "write_safetensors"]
 
-# In the order in which safetensors' own writer puts tensors into a file, the last first: hashes of the data depend on it.
-DTYPE_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
 _ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
 _NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
 _SETTLED_AT_A_TIME = 1 << 24  # bytes
 _HASHED_AT_A_TIME = 1 << 20
 _LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a file's header says of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        return cls(tensor.dtype, tuple(tensor.shape))
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorWriter:

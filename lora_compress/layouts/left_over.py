@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..files.tensors import TensorInfo
-from ..files.writer import DTYPE_NAMES
+from ..files.dtypes import DTYPE_NAMES, TensorSpec
 from .survey import Survey
 
 __all__ = ["refuse_left_over"]
@@ -58,7 +57,7 @@ def _prefixes(key: str) -> Iterator[str]:
         yield key
 
 
-def _is_harmless(part: str, info: TensorInfo) -> bool:
+def _is_harmless(part: str, info: TensorSpec) -> bool:
     """Whether a tensor beside an update leaves it as it is."""
     if part == "bias" and len(info.shape) > 1:
         return False  # as large as the weight: AUTOMATIC1111 adds it to the update

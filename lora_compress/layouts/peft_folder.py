@@ -66,7 +66,7 @@ def template_of(weights: Path, given: str | os.PathLike[str] | None = None) -> _
 def _metadata(path: Path) -> Mapping[str, str]:
     if path.suffix.lower() not in (".safetensors", ".sft") or not path.is_file():
         return {}
-    return read_header(path)[0].get("__metadata__") or {}
+    return read_header(path).metadata
 
 
 @dataclass(frozen=True)

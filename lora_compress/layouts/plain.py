@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..files.writer import TensorSpec
+from ..files.dtypes import TensorSpec
 from ..update import LowRankUpdate
 
 __all__ = ["FP8", "KOHYA_KEYS", "PlainKeys", "exact_plain", "fp8_alpha", "plain_rows", "plain_update", "update_of_rows"]

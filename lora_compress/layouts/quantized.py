@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..files.tensors import TensorFile, TensorInfo
+from ..files.dtypes import TensorSpec
+from ..files.tensors import TensorFile
 
 __all__ = ["QUANTIZED", "UnknownScale", "dequantized"]
 
@@ -138,7 +139,7 @@ class _Dequantized(TensorFile):
     def __init__(self, file: TensorFile, scales: Mapping[str, _Scale]) -> None:
         taken = {key for scale in scales.values() for key in scale.beside} | {_MARKER}
         infos = {key: info for key, info in file.items() if key not in taken}
-        infos |= {key: TensorInfo(file[key].shape, torch.float32) for key in scales}
+        infos |= {key: TensorSpec(torch.float32, file[key].shape) for key in scales}
         super().__init__(file.path, infos, self._product, file.metadata, file.close)
         self._file, self._scales = file, scales
 

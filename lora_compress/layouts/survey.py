@@ -11,8 +11,9 @@ from functools import cached_property
 import torch
 
 from ..errors import FormatError, SettingsError
+from ..files.dtypes import TensorSpec
 from ..files.metadata import alpha_in_header
-from ..files.tensors import TensorFile, TensorInfo
+from ..files.tensors import TensorFile
 from ..update import LowRankUpdate
 from .peft_config import PeftConfig, applies_to
 from .plain import KOHYA_KEYS, PlainKeys
@@ -126,7 +127,7 @@ class Survey:
             if key in self._free:  # still
                 yield key[: -len(suffix)]
 
-    def find(self, key: str) -> TensorInfo | None:
+    def find(self, key: str) -> TensorSpec | None:
         """The tensor under a free key."""
         return self._free.get(key)
 
@@ -280,7 +281,7 @@ class Layout:
     find: Callable[[Survey], None]
 
 
-def _factor_problem(info: TensorInfo | None) -> str:
+def _factor_problem(info: TensorSpec | None) -> str:
     if info is None:
         return "is missing"
     if info.dtype not in _FACTOR_DTYPES:
@@ -290,7 +291,7 @@ def _factor_problem(info: TensorInfo | None) -> str:
     return ""
 
 
-def _is_number(info: TensorInfo | None) -> bool:
+def _is_number(info: TensorSpec | None) -> bool:
     return info is not None and info.numel == 1
 
 

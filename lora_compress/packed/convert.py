@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..engine.in_memory import partner_metadata, plain_partner
 from ..errors import FormatError, SettingsError
+from ..files.dtypes import TensorSpec
 from ..files.metadata import ModuleScale, true_header
-from ..files.writer import TensorSpec, TensorWriter, atomic_path, safetensors_size
+from ..files.writer import TensorWriter, atomic_path, safetensors_size
 from ..layouts import open_lora, require_readable
 from ..layouts.peft_folder import MAGNITUDE, AdapterOutput
 from ..parallel import each_module

@@ -6,24 +6,24 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files.dtypes import TensorSpec
 from ..files.header import header_has, read_header, verify_data
 from ..files.regular import open_regular, require_regular, same_file
-from ..files.writer import DTYPE_NAMES, TensorSpec
 from ..layouts.numbered import numbered_metadata
 from ..layouts.peft_config import PeftConfig
 from ..layouts.plain import PlainKeys
 from ..layouts.survey import ModuleShape
 from ..names.families import family_of, part_of
 from ..update import LowRankUpdate
-from .chunks import Chunk, are_intact
+from .chunks import Chunk
 from .index import Entry, PackedIndex, carried_check, read_index
-from .module import decode_module, decoded_rank, layer_count, layer_place
+from .module import layer_place
+from .reader import PackedModules
 
 __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
 
@@ -31,7 +31,6 @@ FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
 INDEX_KEY = "lora_compress.packed.index"
 PAYLOAD_KEY = "lora_compress.payload"
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class PackedFile(Mapping[str, LowRankUpdate]):
@@ -50,44 +49,39 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         self.path = Path(path)
         require_regular(self.path)
         self._before = os.stat(self.path)
-        header, self._begin, self._size = read_header(self.path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        header = self._header = read_header(self.path)
+        self.metadata = header.metadata
         version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise FormatError(f"{path}: packed format {version}, this program reads {FORMAT_VERSION}: update LoRA Compress")
-        self._places = {key: _place(key, value, str(path)) for key, value in header.items()}
-        if INDEX_KEY not in self._places or PAYLOAD_KEY not in self._places:
+        if INDEX_KEY not in header.tensors or PAYLOAD_KEY not in header.tensors:
             raise FormatError(f"{path}: has no {INDEX_KEY}: it is no packed LoRA")
         index = read_index(self._read(INDEX_KEY), str(path))
-        carried = {key: spec for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
-        if index.carried is not None and index.carried != carried_check(carried):
+        #: Types and shapes of the tensors that are carried through, by key.
+        specs = {key: tensor.spec(self.path, key) for key, tensor in header.tensors.items()}
+        self.carried = {key: spec for key, spec in specs.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
+        if index.carried is not None and index.carried != carried_check(self.carried):
             raise FormatError(
-                f"{path}: {len(carried)} other tensors ({next(iter(carried), 'none')} first), whose names, types or shapes are not "
-                "those that the index was written with: the file is damaged, get it again"
+                f"{path}: {len(self.carried)} other tensors ({next(iter(self.carried), 'none')} first), whose names, types or "
+                "shapes are not those that the index was written with: the file is damaged, get it again"
             )
         self._verified = False
-        if any(key in self._places for entry in index.entries for key in entry.keys.of_module(entry.name)):
+        if any(key in header.tensors for entry in index.entries for key in entry.keys.of_module(entry.name)):
             raise FormatError(f"{path}: a key of a module is also that of another tensor: the file is damaged")
-        first, end = self._places[PAYLOAD_KEY][1]
-        if index.payload != end - first:
-            raise FormatError(f"{path}: {PAYLOAD_KEY} has {end - first} bytes, the index speaks of others: the file is damaged")
-        self.index, self.available = index.cut(max(min(end, self._size) - first, 0))
-        try:
-            self.index.check_declared()
-        except FormatError as error:
-            raise FormatError(f"{path}: {error}: the file is damaged") from None
-        self._chunks: dict[int, list[tuple[int, int, int]]] = {}  # of each module: begin, bytes, crc32
-        for module, length, crc in self.index.chunks:
-            self._chunks.setdefault(module, []).append((first, length, crc))
-            first += length
-        self._entries = {entry.name: (i, entry) for i, entry in enumerate(index.entries) if i in self._chunks}
-        self.missing = tuple(entry.name for i, entry in enumerate(index.entries) if i not in self._chunks)
+        _, _, begin, end = header.tensors[PAYLOAD_KEY]
+
+        def read(first: int, length: int) -> bytes:
+            return self._bytes(begin + first, length)
+
+        self._modules = PackedModules(index, end - begin, header.available - begin, read, str(path))
+        self.index, self.available = self._modules.index, self._modules.available
+        self.entries, self.missing = self._modules.entries, self._modules.missing
 
     @property
     def complete(self) -> bool:
         """Whether all bytes of the payload are there."""
-        first, end = self._places[PAYLOAD_KEY][1]
-        return self.available == end - first
+        payload = self._header.tensors[PAYLOAD_KEY]
+        return self.available == payload.end - payload.begin
 
     def require_modules(self) -> None:
         """Raises: FormatError: the file was cut so early that modules are missing."""
@@ -98,11 +92,6 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     def layout(self) -> str:
         """Of the plain file that it stands for."""
         return self.index.layout
-
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """What the index says of each module that can be read."""
-        return {name: entry for name, (_, entry) in self._entries.items()}
 
     @cached_property
     def shapes(self) -> dict[str, ModuleShape]:
@@ -131,11 +120,11 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """
         if self.carried_bytes:
             self._verify()
-        return {key: self._tensor(key) for key in self._places if key not in (INDEX_KEY, PAYLOAD_KEY)}
+        return {key: self._tensor(key) for key in self.carried}
 
     def _verify(self) -> None:
         """Compare the data of a whole file with their hash, once: the index has checks of the modules alone."""
-        if self._verified or max(end for _, (_, end) in self._places.values()) > self._size:
+        if self._verified or self._header.promised > self._header.available:
             return
         with open_regular(self.path) as file:
             verify_data(file, self.path, self.metadata.get("sshs_model_hash"))
@@ -144,7 +133,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     @property
     def carried_bytes(self) -> int:
         """Bytes of `others`."""
-        return sum(spec.nbytes for key, (spec, _) in self._places.items() if key not in (INDEX_KEY, PAYLOAD_KEY))
+        return sum(spec.nbytes for spec in self.carried.values())
 
     def part(self, name: str) -> str:
         """See `layouts.LoraSource.part`."""
@@ -160,11 +149,11 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 
     def factor_bytes(self, name: str) -> int:
         """Bytes of a module's chunks."""
-        return sum(length for _, length, _ in self._chunks[self._entries[name][0]])
+        return self._modules.payload_bytes(name)
 
     def plain_keys(self, name: str) -> PlainKeys:
         """Keys of a plain file in the layout that the module came in."""
-        return self._entries[name][1].keys
+        return self.entries[name].keys
 
     def leave_numbers(self) -> None:
         """Nothing to do: layers that have names got them when the file was packed."""
@@ -185,18 +174,13 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         self.close()
 
     def _tensor(self, key: str) -> Tensor:
-        spec, _ = self._places[key]
+        spec = self.carried[key]
         data = bytearray(self._read(key))
         return torch.frombuffer(data, dtype=spec.dtype).reshape(spec.shape) if data else torch.empty(spec.shape, dtype=spec.dtype)
 
     def chunks(self, name: str) -> list[bytes]:
-        """The layers of a module's payload that are there, compared with their checksums."""
-        number, _ = self._entries[name]
-        found = [self._bytes(begin, length) for begin, length, _ in self._chunks[number]]
-        _, lengths, checks = zip(*self._chunks[number], strict=True)
-        if tuple(map(len, found)) != lengths or not are_intact(found, checks):
-            raise FormatError(f"{self.path}: {name}: its bytes do not match their checksum: the file is damaged")
-        return found
+        """Return the stages of a module's payload that are there, compared with their check."""
+        return self._modules.chunks(name)
 
     def payload(self, size: int) -> bytes:
         """The first bytes of the payload."""
@@ -207,27 +191,22 @@ class PackedFile(Mapping[str, LowRankUpdate]):
 
     def decode(self, name: str, dtype: torch.dtype) -> LowRankUpdate:
         """A module with factors of `dtype`: each weight is that of `self[name]`, rounded."""
-        entry = self._entries[name][1]
-        try:
-            return decode_module(entry, self.chunks(name), dtype)
-        except FormatError as error:
-            raise FormatError(f"{self.path}: {name}: {error}" if str(self.path) not in str(error) else str(error)) from None
+        return self._modules.decode(name, dtype)
 
     def decoded_rank(self, name: str) -> int:
-        """Of a module when it is decoded: of a cut file, fewer components than the index speaks of."""
-        number, entry = self._entries[name]
-        return entry.rank if len(self._chunks[number]) == layer_count(entry) else decoded_rank(entry, self.chunks(name))
+        """Return the rank of a module when it is decoded: of a cut file fewer components than the index speaks of."""
+        return self._modules.decoded_rank(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def _read(self, key: str, size: int | None = None) -> bytes:
-        _, (begin, end) = self._places[key]
+        _, _, begin, end = self._header.tensors[key]
         end = end if size is None else begin + size
-        if end > self._size:
+        if end > self._header.available:
             raise FormatError(f"{self.path}: ends before {key} does: a packed file can be cut, but not that early")
         return self._bytes(begin, end - begin)
 
@@ -236,7 +215,7 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         with open_regular(self.path) as file:
             if not same_file(self._before, os.fstat(file.fileno())):
                 raise FormatError(f"{self.path}: another program has written to the file since it was opened: open it again")
-            file.seek(self._begin + begin)
+            file.seek(self._header.begin + begin)
             return file.read(size)
 
 
@@ -268,16 +247,3 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
     except FormatError:
         require_regular(path)
         return False
-
-
-def _place(key: str, value: Any, path: str) -> tuple[TensorSpec, tuple[int, int]]:
-    """dtype, shape and place of a tensor of the header."""
-    try:
-        spec = TensorSpec(_DTYPES[value["dtype"]], tuple(value["shape"]))
-        begin, end = value["data_offsets"]
-        whole = all(type(number) is int and 0 <= number < 1 << 48 for number in (*spec.shape, begin, end))
-        if not whole or end - begin != spec.nbytes:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise FormatError(f"{path}: {key}: its entry in the header is damaged") from None
-    return spec, (begin, end)

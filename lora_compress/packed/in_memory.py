@@ -12,12 +12,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import FormatError
 from ..layouts.plain import PlainKeys
 from ..update import LowRankUpdate
-from .chunks import are_intact
 from .file import INDEX_KEY, PAYLOAD_KEY
-from .index import Entry, PackedIndex, read_index
-from .module import decode_module
+from .index import Entry, read_index
+from .reader import PackedModules
 
-__all__ = ["HeldModule", "held_layers", "held_modules", "held_part"]
+__all__ = ["PackedModule", "cut_tensors", "packed_layers", "packed_modules"]
 
 _opened = WeakTensorKeyDictionary()  # {index: modules by layer}, for as long as the LoRA is in memory
 
@@ -34,76 +33,64 @@ _UPS = (
 
 
 @dataclass(frozen=True, eq=False)
-class HeldModule:
-    """One module, coded. Programs that move or cast every tensor that they find in a LoRA find none here.
+class PackedModule:
+    """One module that is still coded. Programs that move or cast every tensor that they find in a LoRA find none here.
 
     Args:
         entry: what the index says of it.
-        layers: of its payload, uint8 (n,), views of the payload.
-        checksums: of the layers, see `chunks.are_intact`.
-        where: names the LoRA in messages.
+        modules: the LoRA that it belongs to.
     """
 
     entry: Entry
-    layers: tuple[Tensor, ...]
-    checksums: tuple[int, ...]
-    where: str
+    modules: PackedModules
 
     def decode(self) -> LowRankUpdate:
-        """The update, float32 on the CPU; nothing of it is kept.
+        """Decode the update, float32 on the CPU; nothing of it is kept.
 
         Raises:
             FormatError: damage, or a codec that this program does not know.
         """
-        layers = [layer.numpy().tobytes() for layer in self.layers]
-        if not are_intact(layers, self.checksums):
-            raise FormatError(f"{self.where}: {self.entry.name}: its bytes do not match their checksum: the file is damaged")
-        try:
-            return decode_module(self.entry, layers)
-        except FormatError as error:
-            raise FormatError(f"{self.where}: {self.entry.name}: {error}") from None
+        return self.modules.decode(self.entry.name)
 
 
-def held_modules(tensors: Mapping[str, Tensor], where: str = "LoRA") -> dict[str, HeldModule]:
-    """The modules of a packed file by name, from the tensors under INDEX_KEY and PAYLOAD_KEY, which lie on the CPU.
+def packed_modules(tensors: Mapping[str, Tensor], where: str = "LoRA") -> dict[str, PackedModule]:
+    """Return the modules of a packed file by name, from the tensors under INDEX_KEY and PAYLOAD_KEY, which lie on the CPU.
 
-    Modules of which a cut file has no layer are left out.
+    Modules of which a cut file has no stage are left out.
+
+    Args:
+        tensors: of the packed file, by key; the others are ignored.
+        where: names the LoRA in messages.
 
     Raises:
         FormatError: the tensors are no packed file, or contradict each other.
     """
-    index, payload = _index(tensors, where), tensors[PAYLOAD_KEY]
-    layers: dict[int, list[tuple[Tensor, int]]] = {}
-    begin = 0
-    for module, length, crc in index.chunks:
-        layers.setdefault(module, []).append((payload[begin : begin + length], crc))
-        begin += length
-    return {
-        index.entries[i].name: HeldModule(index.entries[i], tuple(part for part, _ in parts), tuple(crc for _, crc in parts), where)
-        for i, parts in layers.items()
-    }
+    modules = _opened_modules(tensors, where)
+    return {name: PackedModule(entry, modules) for name, entry in modules.entries.items()}
 
 
-def held_layers(tensors: Mapping[str, Tensor]) -> Mapping[str, HeldModule]:
-    """The same by the names under which programs look for a layer in the expanded file; read once for each LoRA in memory.
+def packed_layers(tensors: Mapping[str, Tensor]) -> Mapping[str, PackedModule]:
+    """Return the modules of a packed file by the names under which programs look for a layer in the expanded file.
+
+    They are read once for each LoRA in memory, and kept as long as its index is.
 
     Raises:
-        FormatError: as `held_modules`.
+        FormatError: as `packed_modules`.
     """
     index = tensors[INDEX_KEY]
     if index not in _opened:
-        _opened[index] = {_layer_name(name, module.entry.keys): module for name, module in held_modules(tensors).items()}
-    found: Mapping[str, HeldModule] = _opened[index]
+        _opened[index] = {_layer_name(name, module.entry.keys): module for name, module in packed_modules(tensors).items()}
+    found: Mapping[str, PackedModule] = _opened[index]
     return found
 
 
-def held_part(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> dict[str, Tensor]:
+def cut_tensors(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> dict[str, Tensor]:
     """The same LoRA from the first `size` bytes of its payload at most: of a progressive one, a smaller LoRA. Nothing is copied.
 
     Raises:
-        FormatError: as `held_modules`; `size` has no room for a first layer of every module.
+        FormatError: as `packed_modules`; `size` has no room for a first layer of every module.
     """
-    index = _index(tensors, where)
+    index = _opened_modules(tensors, where).index
     cut, used = index.cut(size)
     if cut.missing:
         raise FormatError(
@@ -119,18 +106,16 @@ def _layer_name(module: str, keys: PlainKeys) -> str:
     return next((up.removesuffix(ending) for ending in _UPS if up.endswith(ending)), module)
 
 
-def _index(tensors: Mapping[str, Tensor], where: str) -> PackedIndex:
+def _opened_modules(tensors: Mapping[str, Tensor], where: str) -> PackedModules:
     if INDEX_KEY not in tensors or PAYLOAD_KEY not in tensors:
         raise FormatError(f"{where}: has no {INDEX_KEY}: it is no packed LoRA")
     data, payload = tensors[INDEX_KEY], tensors[PAYLOAD_KEY]
     for key, tensor in ((INDEX_KEY, data), (PAYLOAD_KEY, payload)):
         if tensor.dtype != torch.uint8 or tensor.ndim != 1:
             raise FormatError(f"{where}: {key} is {tensor.dtype} {tuple(tensor.shape)}, not bytes: another program has changed it")
-    index = read_index(data.numpy().tobytes(), where)
-    if index.payload != len(payload):
-        raise FormatError(f"{where}: {PAYLOAD_KEY} has {len(payload)} bytes, the index speaks of {index.payload}: it is damaged")
-    try:
-        index.check_declared()
-    except FormatError as error:
-        raise FormatError(f"{where}: {error}: the file is damaged") from None
-    return index
+
+    def read(begin: int, length: int) -> bytes:
+        part: bytes = payload[begin : begin + length].numpy().tobytes()
+        return part
+
+    return PackedModules(read_index(data.numpy().tobytes(), where), len(payload), len(payload), read, where)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files.dtypes import DTYPE_NAMES, TensorSpec
 from ..files.header import parse_json
-from ..files.writer import DTYPE_NAMES, TensorSpec
 from ..layouts.plain import KOHYA_KEYS, PlainKeys
 from .chunks import Chunk
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..engine.in_memory import CompressedLora, compress, plain_size
 from ..engine.job import Components, by_svd
 from ..errors import NOT_FINITE, FormatError, SaveError, SettingsError
+from ..files.dtypes import TensorSpec
 from ..files.metadata import finish_metadata
-from ..files.writer import TensorSpec, safetensors_size
+from ..files.writer import safetensors_size
 from ..layouts import as_kohya
 from ..layouts.plain import exact_plain
 from ..packed.chunks import Chunk, payload_tensor

@@ -89,9 +89,9 @@ class Calibration:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header, _, _ = read_header(self.path)  # bounded, unlike what safe_open accepts
-        metadata = header.pop("__metadata__", None) or {}
-        self._keys = frozenset(header)
+        header = read_header(self.path)  # bounded, unlike what safe_open accepts
+        metadata = header.metadata
+        self._keys = frozenset(header.tensors)
         version = metadata.get(_VERSION_KEY)
         if version != _VERSION:
             found = "no calibration file" if version is None else f"a calibration file of version {version}"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, FormatError, as_kohya, compress_file, load_lora
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.packed.in_memory import held_modules, held_part
+from lora_compress.packed.in_memory import cut_tensors, packed_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def packed(folder: Path, **settings: object) -> Path:
 @pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 4, "strategy": "entropy", "progressive": True}], ids=str)
 def test_modules_decode_to_what_the_file_holds(settings: dict[str, object], tmp_path: Path) -> None:
     path = packed(tmp_path, **settings)
-    held, expected = held_modules(load_file(path)), load_lora(path).updates
+    held, expected = packed_modules(load_file(path)), load_lora(path).updates
     assert held.keys() == expected.keys()
     for name, update in expected.items():
         found = held[name].decode()
@@ -40,28 +40,29 @@ def test_modules_decode_to_what_the_file_holds(settings: dict[str, object], tmp_
 def test_a_beginning_is_the_smaller_lora_of_the_cut_file(tmp_path: Path) -> None:
     tensors = load_file(packed(tmp_path, bits=6, strategy="entropy", progressive=True))
     size = len(tensors[PAYLOAD_KEY])
-    part = held_part(tensors, size // 2)
+    part = cut_tensors(tensors, size // 2)
     assert len(part[PAYLOAD_KEY]) <= size // 2
-    whole, less = held_modules(tensors), held_modules(part)
+    whole, less = packed_modules(tensors), packed_modules(part)
     assert whole.keys() == less.keys()
-    assert any(len(less[name].layers) < len(whole[name].layers) for name in whole)
+    count = {name: (len(less[name].modules.chunks(name)), len(whole[name].modules.chunks(name))) for name in whole}
+    assert any(part < every for part, every in count.values())
     with pytest.raises(FormatError, match=r"lack \d of 4 modules: take a larger size"):
-        held_part(tensors, 1)
+        cut_tensors(tensors, 1)
 
 
 def test_what_another_program_broke_is_refused(tmp_path: Path) -> None:
     tensors = load_file(packed(tmp_path, bits=4))
     with pytest.raises(FormatError, match="it is no packed LoRA"):
-        held_modules({PAYLOAD_KEY: tensors[PAYLOAD_KEY]})
+        packed_modules({PAYLOAD_KEY: tensors[PAYLOAD_KEY]})
     with pytest.raises(FormatError, match=r"is torch\.float16 .*another program has changed it"):
-        held_modules(tensors | {PAYLOAD_KEY: tensors[PAYLOAD_KEY].half()})
+        packed_modules(tensors | {PAYLOAD_KEY: tensors[PAYLOAD_KEY].half()})
     with pytest.raises(FormatError, match="the index speaks of"):
-        held_modules(tensors | {PAYLOAD_KEY: tensors[PAYLOAD_KEY][:-1]})
+        packed_modules(tensors | {PAYLOAD_KEY: tensors[PAYLOAD_KEY][:-1]})
     with pytest.raises(FormatError, match="its index cannot be read"):
-        held_modules(tensors | {INDEX_KEY: tensors[INDEX_KEY][:-1]})
+        packed_modules(tensors | {INDEX_KEY: tensors[INDEX_KEY][:-1]})
     damaged = tensors[PAYLOAD_KEY].clone()
     damaged[0] ^= 1
-    name, module = next(iter(held_modules(tensors | {PAYLOAD_KEY: damaged}).items()))
+    name, module = next(iter(packed_modules(tensors | {PAYLOAD_KEY: damaged}).items()))
     with pytest.raises(FormatError, match=f"{name}: its bytes do not match their checksum"):
         module.decode()
 
@@ -82,7 +83,7 @@ def test_the_built_folder_reads_packed_files_without_this_repository(tmp_path: P
         assert "from lora_compress" not in file.read_text(encoding="utf-8")
     script = (
         "import importlib, sys; from safetensors.torch import load_file\n"
-        f"held = importlib.import_module('{tool.VENDORED}.packed.in_memory').held_modules(load_file({str(path)!r}))\n"
+        f"held = importlib.import_module('{tool.VENDORED}.packed.in_memory').packed_modules(load_file({str(path)!r}))\n"
         "assert 'lora_compress' not in sys.modules\n"
         "print(sum(float(module.decode().up.abs().sum()) for module in held.values()))"
     )

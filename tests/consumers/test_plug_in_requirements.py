@@ -36,7 +36,7 @@ for number, values in enumerate(({"bits": 4, "strategy": "entropy"}, {"bits": 4,
     assert report.notes is not None
     assert ours("inspection.file").inspect_file(made / f"{number}.safetensors").modules
 from safetensors.torch import load_file
-for module in ours("packed.in_memory").held_layers(load_file(made / "0.safetensors")).values():
+for module in ours("packed.in_memory").packed_layers(load_file(made / "0.safetensors")).values():
     assert module.decode().up.isfinite().all()
 import importlib.util
 print(*(name for name in ("rich", "tqdm", "vl_convert", "numba") if importlib.util.find_spec(name)))

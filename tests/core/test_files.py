@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from lora_compress import CompressionSettings, SaveError, SettingsError, atomic_path, compress, load_lora, save
 from lora_compress.files import writer as files
-from lora_compress.files.writer import TensorSpec, TensorWriter, safetensors_size, write_safetensors
+from lora_compress.files.dtypes import TensorSpec
+from lora_compress.files.writer import TensorWriter, safetensors_size, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, signals and file limits")

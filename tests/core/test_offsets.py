@@ -114,3 +114,11 @@ def test_only_regular_files_are_opened(name: str, tmp_path: Path) -> None:
             open_regular(path)
     with pytest.raises(FormatError, match="is a folder"):
         open_regular(tmp_path / f"folder.{name}")
+
+
+def test_a_cut_file_whose_header_length_looks_like_a_pickle_is_called_cut(tmp_path: Path) -> None:
+    """A header of 0x0280 bytes begins with the two bytes that begin a pickle of protocol 2."""
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes((0x0280).to_bytes(8, "little") + b'{"lora_unet_a.alpha":')
+    with pytest.raises(FormatError, match="cut short"):
+        open_lora(path)

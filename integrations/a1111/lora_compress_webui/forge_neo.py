@@ -9,7 +9,7 @@ import modules_forge.packages.comfy.weight_adapter as host
 import torch
 
 import networks
-from lora_compress.packed.in_memory import HeldModule
+from lora_compress.packed.in_memory import PackedModule
 
 from .guard import applied_or_error, recorded
 from .opening import MODULE, opening
@@ -28,7 +28,7 @@ class PackedAdapter(host.LoRAAdapter):  # type: ignore[misc, name-defined]
 
     name = "lora_compress"
 
-    def __init__(self, loaded_keys: set[str], module: HeldModule, dora_scale: torch.Tensor | None) -> None:
+    def __init__(self, loaded_keys: set[str], module: PackedModule, dora_scale: torch.Tensor | None) -> None:
         self.loaded_keys = loaded_keys
         self._module = module
         self._dora_scale = dora_scale

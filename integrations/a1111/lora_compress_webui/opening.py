@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.packed.in_memory import held_layers
+from lora_compress.packed.in_memory import packed_layers
 
 __all__ = ["MODULE", "by_module", "opening"]
 
@@ -20,7 +20,7 @@ def by_module(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         return tensors
     here = {**tensors, INDEX_KEY: tensors[INDEX_KEY].cpu(), PAYLOAD_KEY: tensors[PAYLOAD_KEY].cpu()}
     others = {key: tensor for key, tensor in tensors.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
-    return others | {f"{layer}.{MODULE}": module for layer, module in held_layers(here).items()}
+    return others | {f"{layer}.{MODULE}": module for layer, module in packed_layers(here).items()}
 
 
 def opening(read: Callable[..., Mapping[str, Any]]) -> Callable[..., Mapping[str, Any]]:

@@ -9,7 +9,7 @@ import ldm_patched.modules.weight_adapter as host
 import torch
 
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
-from lora_compress.packed.in_memory import HeldModule, held_layers
+from lora_compress.packed.in_memory import PackedModule, packed_layers
 
 from .guard import recorded
 
@@ -21,7 +21,7 @@ class PackedAdapter(host.WeightAdapterBase):  # type: ignore[misc, name-defined]
 
     name = "lora_compress"
 
-    def __init__(self, loaded_keys: set[str], weights: tuple[HeldModule, torch.Tensor | None]) -> None:
+    def __init__(self, loaded_keys: set[str], weights: tuple[PackedModule, torch.Tensor | None]) -> None:
         self.loaded_keys = loaded_keys
         self.weights = weights
 
@@ -44,7 +44,7 @@ class PackedAdapter(host.WeightAdapterBase):  # type: ignore[misc, name-defined]
         keys = {INDEX_KEY, PAYLOAD_KEY}
         if loaded_keys is not None:
             loaded_keys.update(keys)
-        modules = recorded(held_layers)(lora)
+        modules = recorded(packed_layers)(lora)
         return cls(keys, (modules[x], dora_scale)) if x in modules else None
 
     def calculate_weight(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
