@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_compress import LoraCompressError
+from lora_compress.files.header import read_header
 from lora_compress.layouts.survey import ModuleShape
 from lora_compress.names.families import family_of
 
@@ -173,10 +174,7 @@ def checkpoint_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     try:
         if path.suffix in (".safetensors", ".sft"):
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+            shapes = {key: tensor.shape for key, tensor in read_header(path).tensors.items()}
         else:
             import torch
 

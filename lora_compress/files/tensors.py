@@ -20,7 +20,7 @@ from .pickled import load_pickled
 from .recognition import is_safetensors
 from .regular import open_regular, require_regular, same_file
 
-__all__ = ["TensorFile", "open_tensors"]
+__all__ = ["TensorFile", "open_safetensors", "open_tensors"]
 
 _SAFETENSORS = (".safetensors", ".sft")
 _LONGEST_KEY = 1000  # what examines names may then take the square of it
@@ -102,24 +102,33 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     target = Path(path)
     require_regular(target)
     if target.suffix.lower() in _SAFETENSORS or is_safetensors(target):
-        return _open_safetensors(target)
+        return open_safetensors(target)
     tensors, metadata = load_pickled(target)
     infos = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
     return TensorFile(target, infos, tensors.__getitem__, metadata)
 
 
-def _open_safetensors(path: Path) -> TensorFile:
-    """The header is read as JSON: asking safe_open for the shape of one tensor after another takes a second.
+def open_safetensors(path: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda key: True) -> TensorFile:
+    """Open the tensors of a safetensors file, or those of them that are wanted, without reading them.
 
-    Tensors are read and not mapped: a process that touches a mapped file which another program cuts short ends with SIGBUS.
+    Tensors are read and not mapped: a process that touches a mapped file which another program cuts short ends with SIGBUS. The
+    header is read as JSON, because asking safetensors' own reader for the shape of one tensor after another takes a second.
+
+    Args:
+        path: of the file.
+        wanted: says of a key whether it is opened. The others may be of types that are not read here.
+
+    Raises:
+        FormatError: no such file, no safetensors file, or one that was cut short.
     """
+    path = Path(path)
     header = read_header(path)
     if header.promised > header.available:
         found = f"cut short: its header promises {header.promised} bytes of data, the file has {header.available}"
         raise FormatError(f"{path}: {found}: get it again")
     in_order = sorted(header.tensors.items(), key=lambda item: (item[1].begin, item[0]))
-    infos = {key: tensor.spec(path, key) for key, tensor in in_order}
-    places = {key: header.begin + tensor.begin for key, tensor in in_order}
+    infos = {key: tensor.spec(path, key) for key, tensor in in_order if wanted(key)}
+    places = {key: header.begin + header.tensors[key].begin for key in infos}
     data = _Stored(path, header.begin + header.promised, infos, places)
     return TensorFile(path, infos, data.read, header.metadata, data.close)
 

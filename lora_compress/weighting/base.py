@@ -8,15 +8,16 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FormatError, SaveError
 from ..files.header import read_header
+from ..files.tensors import open_safetensors
 from ..files.writer import atomic_path
 from ..names.base_layers import LayerRows, layer_name, layers_of_key
 from ..settings.cache_folder import cache_folder
@@ -148,16 +149,15 @@ def _fingerprint(files: list[tuple[Path, str | None]]) -> str:
 
 def _measure(files: list[tuple[Path, str | None]], wanted: set[str]) -> Iterator[tuple[str, BaseNorm]]:
     for path, component in files:
-        read_header(path)  # bounded, unlike what safe_open accepts
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-                    layers = [layer for layer in layers_of_key(key, component) if layer.name in wanted]
-                    if layers and len(file.get_slice(key).get_shape()) >= 2:
-                        weight = file.get_tensor(key).flatten(1).float()
-                        yield from ((layer.name, _norm(path, key, _rows(weight, layer))) for layer in layers)
-        except (OSError, SafetensorError) as error:
-            raise FormatError(f"{path}: cannot be read as a safetensors checkpoint: {error}") from None
+        found = {
+            key: [layer for layer in layers_of_key(key, component) if layer.name in wanted] for key in read_header(path).tensors
+        }
+        layers = {key: layers for key, layers in found.items() if layers}
+        with closing(open_safetensors(path, layers.__contains__)) as file:
+            for key, spec in file.items():
+                if len(spec.shape) >= 2:
+                    weight = file.read(key).flatten(1).float()
+                    yield from ((layer.name, _norm(path, key, _rows(weight, layer))) for layer in layers[key])
 
 
 def _rows(weight: Tensor, layer: LayerRows) -> Tensor:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FormatError
-from ..files.header import read_header
+from ..files.tensors import open_safetensors
 from ..files.writer import atomic_path
 from ..update import LowRankUpdate
 from .activation import diagonal_gram
@@ -89,9 +88,8 @@ class Calibration:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        header = read_header(self.path)  # bounded, unlike what safe_open accepts
-        metadata = header.metadata
-        self._keys = frozenset(header.tensors)
+        self._file = open_safetensors(self.path)
+        metadata = self._file.metadata
         version = metadata.get(_VERSION_KEY)
         if version != _VERSION:
             found = "no calibration file" if version is None else f"a calibration file of version {version}"
@@ -122,11 +120,8 @@ class Calibration:
             )
         if self._digests[name] != factors_digest(update):
             raise FormatError(f"{self.path}: was recorded on other weights of {name}: record the calibration on this very file")
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                read = {kind: file.get_tensor(f"{name}.{kind}") for kind in ("gram", "diagonal") if f"{name}.{kind}" in self._keys}
-        except (OSError, SafetensorError) as error:
-            raise FormatError(f"{self.path}: {name} cannot be read: {error}") from None
+        keys = {kind: f"{name}.{kind}" for kind in ("gram", "diagonal")}
+        read = {kind: self._file.read(key) for kind, key in keys.items() if key in self._file}
         return _gram_of(f"{self.path}: {name}", update, Moments(**read))
 
 

@@ -222,3 +222,21 @@ def test_scores_and_weights_are_relative_to_the_norms() -> None:
     scores = {name: score.tolist() for name, score in relative_scores(sigmas, norms).items()}
     assert scores == {"a": [2.0, 1.0], "b": [0.5, 0.25], "unknown": [1.0, 0.5], "zero": [1.0, 0.5]}
     assert relative_weights(sigmas, norms, "frobenius") == pytest.approx(dict.fromkeys(sigmas, 1 / 64))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGBUS")
+def test_a_checkpoint_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    tensors, modules = sdxl_like()
+    path = tmp_path / "base.safetensors"
+    save_file(tensors, path)
+    script = (
+        "import json, os, sys\nfrom lora_compress import FormatError\nfrom lora_compress.weighting import base\n"
+        "exact, path = base.spectral_norm, sys.argv[1]\n"
+        "base.spectral_norm = lambda weight: os.truncate(path, 4096) or exact(weight)\n"
+        "try:\n    base.base_norms(path, json.loads(sys.argv[2]), sys.argv[3])\n"
+        "except FormatError as error:\n    print(error)"
+    )
+    command = [sys.executable, "-c", script, path, json.dumps(list(modules)), tmp_path / "cache"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr  # a mapped file would end the process with SIGBUS
+    assert "another program has written to the file since it was opened" in done.stdout
