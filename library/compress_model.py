@@ -12,8 +12,8 @@ from typing import Any
 
 from lora_compress import LoraCompressError
 from lora_compress.files.header import read_header
-from lora_compress.layouts.survey import ModuleShape
 from lora_compress.names.families import family_of
+from lora_compress.update import ModuleShape
 
 __all__ = ["adapt_sd_widths", "adapt_sdxl_widths", "checkpoint_shapes", "detect_model_type", "require_model"]
 

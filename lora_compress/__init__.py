@@ -16,8 +16,7 @@ from .engine.in_memory import CompressedLora, compress, estimate_size, kohya_par
 from .engine.to_file import compress_file
 from .errors import EvaluationError, FormatError, LoraCompressError, SaveError, SettingsError
 from .files.writer import atomic_path
-from .layouts import LoraSource, as_kohya, open_lora
-from .layouts.load import LoraFile, load_lora
+from .layouts import as_kohya
 from .packed.convert import expand_file, truncate_file
 from .packed.file import is_packed
 from .quantization import check_quantization_support
@@ -36,6 +35,9 @@ from .settings import (
     setting_names,
     split_settings,
 )
+from .sources import LoraSource
+from .sources.load import LoraFile, load_lora
+from .sources.open import open_lora
 from .spectrum import Spectrum, thin_svd
 from .update import LowRankUpdate
 

@@ -14,10 +14,10 @@ from .engine.in_memory import CompressedLora, compress, save
 from .engine.to_file import compress_file
 from .errors import FormatError
 from .layouts import as_kohya, from_kohya
-from .layouts.load import load_lora
 from .report import CompressionReport
 from .report.file_report import FileReport
 from .settings import CompressionSettings
+from .sources.load import load_lora
 
 if TYPE_CHECKING:
     from .evaluation.results import Evaluation

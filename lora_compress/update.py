@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import FormatError
 
-__all__ = ["LowRankUpdate", "difference", "differences", "relative_error", "require_range", "squared_error"]
+__all__ = ["LowRankUpdate", "ModuleShape", "difference", "differences", "relative_error", "require_range", "squared_error"]
 
 
 _PLAIN_RANGE = 1e12  # entries beyond it, or under its inverse, are scaled before they are squared in float32
@@ -85,6 +86,23 @@ class LowRankUpdate:
     def dense(self) -> Tensor:
         """dW itself in float64, (out, in * kernel): for tests and small layers only."""
         return self.up_matrix.double() @ self.down_matrix.double() * self.scale
+
+
+class ModuleShape(NamedTuple):
+    """Size of one update.
+
+    Args:
+        outputs: rows of dW.
+        inputs: input features, or channels of a convolution.
+        kernel: kernel size of a convolution, () for a linear layer.
+        rank: of the update. Of a module that is converted (LoHa, LoKr, full weights) it is known only when the module is read:
+            this is its upper bound.
+    """
+
+    outputs: int
+    inputs: int
+    kernel: tuple[int, ...]
+    rank: int
 
 
 def require_range(update: LowRankUpdate) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import FormatError, SettingsError
-from ..layouts import LoraSource, open_lora
-from ..layouts.load import read_lora
 from ..names.diffusers import find_layers
-from ..packed.file import PackedFile
+from ..sources import LoraSource
+from ..sources.load import read_lora
+from ..sources.open import open_lora
 from ..update import LowRankUpdate
 from .attaching import attach_updates, dtype_of, swap_updates
 
@@ -74,10 +74,10 @@ def load_lora(
     return name
 
 
-def _dtype_for(source: LoraSource | PackedFile, layers: Mapping[str, torch.nn.Module]) -> torch.dtype | None:
+def _dtype_for(source: LoraSource, layers: Mapping[str, torch.nn.Module]) -> torch.dtype | None:
     """That of all layers, where a packed file can be decoded to it at once: its factors need no scale before they are rounded."""
     kinds = {dtype_of(layer) for layer in layers.values()}
-    if len(kinds) != 1 or not isinstance(source, PackedFile) or any("scale" in e.parameters for e in source.entries.values()):
+    if len(kinds) != 1 or not source.rounds_once:
         return None
     return kinds.pop()
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from ..layouts import LoraSource
-from ..packed.file import PackedFile
 from ..programs.marks import Mark
 from ..report.file_report import ModuleReport
+from ..sources import LoraSource
 from .assembly import Assembly
 from .job import Job, Stored
 
@@ -21,14 +20,14 @@ __all__ = ["file_notes", "module_report"]
 _MUCH_LARGER = 1.05  # times the input, which is about what metadata add to a small file
 
 
-def file_notes(lora: LoraSource | PackedFile, job: Job, named: torch.dtype | None) -> Iterator[str]:
+def file_notes(lora: LoraSource, job: Job, named: torch.dtype | None) -> Iterator[str]:
     """Yield what to know of a plain file: channels that saved nothing, and a precision that is not that of the input.
 
     Args:
         named: the precision that was asked for, None if it was left open.
     """
     yield from _channel_notes(job)
-    if job.packed or named is not None or job.settings.save_format == "fp8" or isinstance(lora, PackedFile):
+    if job.packed or named is not None or job.settings.save_format == "fp8" or lora.packed:
         return
     if job.dtype != lora.dtype:
         stored, given = (str(dtype).removeprefix("torch.") for dtype in (job.dtype, lora.dtype))
@@ -70,7 +69,7 @@ def _channel_notes(job: Job) -> list[str]:
     return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
 
 
-def module_report(assembly: Assembly, lora: LoraSource | PackedFile, name: str, stored: Stored | None, made: bool) -> ModuleReport:
+def module_report(assembly: Assembly, lora: LoraSource, name: str, stored: Stored | None, made: bool) -> ModuleReport:
     """The report of a module. If it was not made, its error is not known: NaN."""
     analysis = assembly.job.analyses[name]
     shape = analysis.shape

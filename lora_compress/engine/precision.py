@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..layouts import LoraSource
 from ..layouts.plain import FP8
-from ..packed.file import PackedFile
 from ..programs.table import ConsumerRules, PlannedFile
 from ..settings import CompressionSettings
+from ..sources import LoraSource
 from .job import Job
 
 __all__ = ["PLAIN_NOISE", "Factors", "budget_precisions", "file_precision", "file_precisions", "half_precision", "usual_precision"]
@@ -85,9 +84,7 @@ def half_precision(factors: Iterable[Factors]) -> torch.dtype:
     return torch.bfloat16 if lost > PLAIN_NOISE[torch.bfloat16] * total else torch.float16
 
 
-def file_precision(
-    lora: LoraSource | PackedFile, settings: CompressionSettings, named: torch.dtype | None, rules: ConsumerRules
-) -> torch.dtype:
+def file_precision(lora: LoraSource, settings: CompressionSettings, named: torch.dtype | None, rules: ConsumerRules) -> torch.dtype:
     """Return the precision of plain factors without a budget.
 
     Args:
@@ -106,17 +103,17 @@ def file_precision(
     return named or usual_precision(lora.dtype, settings.save_format == "kohya" and _takes_float8(lora, rules))
 
 
-def _has_alpha(lora: LoraSource | PackedFile) -> bool:
+def _has_alpha(lora: LoraSource) -> bool:
     return all(lora.plain_keys(name).alpha is not None for name in lora)
 
 
-def _takes_float8(lora: LoraSource | PackedFile, rules: ConsumerRules) -> bool:
+def _takes_float8(lora: LoraSource, rules: ConsumerRules) -> bool:
     """Whether a plain file of 8-bit floats can be made of this one, and the programs that are asked for load it."""
     file = PlannedFile("fp8", FP8, lora.layout, lora.family, {}, ())
     return _has_alpha(lora) and not rules.problems(file)
 
 
-def file_precisions(lora: LoraSource | PackedFile, job: Job, rules: ConsumerRules) -> tuple[torch.dtype, ...]:
+def file_precisions(lora: LoraSource, job: Job, rules: ConsumerRules) -> tuple[torch.dtype, ...]:
     """Return the precisions of a plain file to try, where none was named; see `budget_precisions`."""
     settings = job.settings
     if job.packed or settings.save_format == "fp8" or not settings.budget.enabled:

@@ -15,20 +15,22 @@ import torch
 from ..errors import SettingsError
 from ..files.metadata import header_notes
 from ..files.writer import TensorWriter, atomic_path, safetensors_size
-from ..layouts import LoraSource, open_lora, require_readable
 from ..layouts.numbered import is_numbered
-from ..layouts.peft_folder import MAGNITUDE, AdapterOutput, weights_of
+from ..layouts.peft_folder import MAGNITUDE, weights_of
 from ..layouts.plain import PlainKeys
 from ..packed.chunks import Spool, payload_tensor
-from ..packed.convert import check_target, tensor_specs, write_expanded, write_tensors
+from ..packed.convert import check_target, write_expanded, write_tensors
 from ..packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile
 from ..programs.marks import recognition_marks
 from ..programs.table import ConsumerRules, PlannedFile, PlannedModule
 from ..report.file_report import FileReport
 from ..settings import CompressionSettings
+from ..sources import LoraSource
+from ..sources.open import open_lora, require_readable
 from ..spectrum import Spectrum, known_svd, thin_svd
 from ..update import LowRankUpdate
 from ..weighting import Calibration, base_norms, relative_weights, weighted_spectrum
+from .adapter_output import AdapterOutput
 from .assembly import Assembly
 from .curve import size_curve
 from .energy import energy_notes, require_energy
@@ -41,7 +43,6 @@ from .precision import file_precision, file_precisions
 
 __all__ = ["compress_file"]
 
-Source = LoraSource | PackedFile
 Progress = Callable[[int, int], None]
 
 
@@ -174,7 +175,7 @@ def compress_file(
     )
 
 
-def _check_for_peft(lora: Source, target: str | os.PathLike[str]) -> None:
+def _check_for_peft(lora: LoraSource, target: str | os.PathLike[str]) -> None:
     """Raises: SettingsError: PEFT could not read a plain file of these modules."""
     strange = [name for name in lora if not re.search(r"lora_(embedding_)?A", lora.plain_keys(name).down)]
     if strange:
@@ -185,7 +186,7 @@ def _check_for_peft(lora: Source, target: str | os.PathLike[str]) -> None:
 
 
 def _prepare(
-    lora: Source,
+    lora: LoraSource,
     settings: CompressionSettings,
     save_dtype: torch.dtype | None,
     rules: ConsumerRules,
@@ -203,12 +204,12 @@ def _prepare(
         return dict(adapted) if lora.layout == "cloneofsimo" else pad_to_two(adapted)  # its one reader knows every rank
 
     job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
-    extras = {name: tensor_specs(lora.extras(name)) for name in lora}
-    return job, Assembly(job, lora.layout, lora.plain_metadata, tensor_specs(lora.others), extras, details, keeps_all)
+    extras = {name: lora.extra_specs(name) for name in lora}
+    return job, Assembly(job, lora.layout, lora.plain_metadata, lora.carried, extras, details, keeps_all)
 
 
 def _components(
-    lora: Source, settings: CompressionSettings, calibration: Calibration | None
+    lora: LoraSource, settings: CompressionSettings, calibration: Calibration | None
 ) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]]:
     """What takes modules of one shape apart: by activations where they are known, as they came where they came taken apart."""
     whole = not settings.pruning.channel_threshold
@@ -230,15 +231,15 @@ def _components(
     return decompose
 
 
-def _planned(lora: Source, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
+def _planned(lora: LoraSource, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
     """The file about to be written, as the rules of consumers look at it."""
-    modules = {name: PlannedModule(rank, 1.0, lora.part(name), tuple(lora.extras(name))) for name, rank in ranks.items()}
-    return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.others))
+    modules = {name: PlannedModule(rank, 1.0, lora.part(name), tuple(lora.extra_specs(name))) for name, rank in ranks.items()}
+    return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.carried))
 
 
 def _write_plain(
     assembly: Assembly,
-    lora: Source,
+    lora: LoraSource,
     outline: Mapping[str, Stored],
     chosen: Plan,
     output: AdapterOutput,
@@ -265,14 +266,14 @@ def _write_plain(
                 write_tensors(writer, keys(name).alphas(name, alpha))
             stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))
             writer.metadata = assembly.finished_metadata(stored)
-        if isinstance(lora, PackedFile):  # which names its keys itself; those of a plain one have been read already
+        if lora.packed:  # its index names its keys itself; those of a plain one have been read already
             require_readable(temporary, output.weights, len(assembly.kept(outline)))
     return stored
 
 
 def _write_packed(
     assembly: Assembly,
-    lora: Source,
+    lora: LoraSource,
     stored: Mapping[str, Stored],
     target: str | os.PathLike[str],
     begin: Callable[[Path], TensorWriter],
@@ -290,7 +291,7 @@ def _write_packed(
                 write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)
 
 
-def _pass_on(writer: TensorWriter, lora: Source, kept: Iterable[str]) -> None:
+def _pass_on(writer: TensorWriter, lora: LoraSource, kept: Iterable[str]) -> None:
     """Tensors of the input that are no factors, untouched."""
     write_tensors(writer, lora.others)
     for name in kept:

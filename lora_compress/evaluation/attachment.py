@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import EvaluationError
 from ..inspection.comparison import match_names
-from ..layouts import as_kohya, open_lora
-from ..layouts.load import load_lora
+from ..layouts import as_kohya
+from ..sources.load import load_lora
+from ..sources.open import open_lora
 from ..update import LowRankUpdate
 from .base_model import Pipeline, denoiser_of, family_of_pipeline, text_encoders_of
 

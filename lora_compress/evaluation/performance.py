@@ -13,8 +13,8 @@ import torch
 
 from ..errors import EvaluationError
 from ..inspection.comparison import compare_files
-from ..layouts import open_lora
 from ..settings.cache_folder import cache_folder
+from ..sources.open import open_lora
 from .attachment import Lora, read_lora
 from .base_model import load_base_model
 from .extractors import FeatureExtractor, load_extractor

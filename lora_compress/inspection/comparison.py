@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..layouts import LoraSource, open_lora
 from ..layouts.peft_folder import template_of, weights_of
 from ..layouts.sketch import MOST_COMPONENTS
 from ..names.matching import fused_layers, match_layers
-from ..packed.file import PackedFile
 from ..parallel import each_module
+from ..sources import LoraSource
+from ..sources.open import open_lora
 from ..update import LowRankUpdate, relative_error
 
 __all__ = ["FileComparison", "ModuleComparison", "compare_files", "compare_updates", "difference_norm", "match_names"]
@@ -142,7 +142,7 @@ def _fused_notes(paths: tuple[str, str], missing: tuple[tuple[str, ...], tuple[s
 
 
 def compare_updates(
-    first: LoraSource | PackedFile, second: LoraSource | PackedFile
+    first: LoraSource, second: LoraSource
 ) -> tuple[tuple[ModuleComparison, ...], tuple[tuple[str, ...], tuple[str, ...]]]:
     """A comparison of each module, and the names of those that the first and the second lack."""
     pairs = match_names(first, second)

@@ -18,10 +18,10 @@ from ..engine.curve import entropy_points, packed_overhead, with_rest
 from ..engine.energy import energy_notes
 from ..engine.precision import Factors, budget_precisions
 from ..errors import FormatError
-from ..layouts import LoraSource, open_lora
-from ..packed.file import PackedFile
 from ..parallel import each_module
 from ..report.file_report import FileReport, ModuleReport
+from ..sources import LoraSource
+from ..sources.open import open_lora
 from ..spectrum import thin_svd
 from .comparison import compare_files
 
@@ -151,7 +151,7 @@ def inspect_file(
         return _inspected(os.fspath(path), source)
 
 
-def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
+def _inspected(path: str, source: LoraSource) -> FileInspection:
     def look(name: str, _: object) -> ModuleInspection:
         update = source[name]
         try:
@@ -165,9 +165,9 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
     modules = tuple(each_module(look, dict.fromkeys(source)).values())
     size, dtype = os.path.getsize(source.path), source.dtype
     overhead = size - sum(module.bytes for module in modules)
-    codecs = Counter(entry.codec for entry in source.entries.values()) if isinstance(source, PackedFile) else Counter()
+    codecs = Counter(source.codec(name) for name in source)
     spectra = [((math.prod(module.shape[1:]), module.shape[0]), module.sigma) for module in modules]
-    beside = overhead if isinstance(source, PackedFile) else _beside_payload(source)
+    beside = overhead if source.packed else _beside_payload(source)
     precision = _precision(source, modules)
     curves = truncation_curve(modules, precision.itemsize, overhead), entropy_points(spectra, beside)
     rest, norm = math.fsum(module.rest for module in modules), math.fsum(module.norm**2 for module in modules)
@@ -188,7 +188,7 @@ def _inspected(path: str, source: LoraSource | PackedFile) -> FileInspection:
     )
 
 
-def _precision(source: LoraSource | PackedFile, modules: Sequence[ModuleInspection]) -> torch.dtype:
+def _precision(source: LoraSource, modules: Sequence[ModuleInspection]) -> torch.dtype:
     """The precision of a plain file that is made from this one for a size or an error."""
     factors = (
         Factors(torch.tensor(module.sigma, dtype=torch.float64), (math.prod(module.shape[1:]), module.shape[0]))

@@ -14,12 +14,12 @@ from ..errors import FormatError, SettingsError
 from ..files.dtypes import TensorSpec
 from ..files.metadata import alpha_in_header
 from ..files.tensors import TensorFile
-from ..update import LowRankUpdate
+from ..update import LowRankUpdate, ModuleShape
 from .peft_config import PeftConfig, applies_to
 from .plain import KOHYA_KEYS, PlainKeys
 from .quantized import UnknownScale
 
-__all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "ModuleShape", "Stated", "Survey"]
+__all__ = ["LARGEST_CONVERSION", "LARGEST_RANK", "Layout", "Module", "Stated", "Survey"]
 
 LARGEST_CONVERSION = 2**28  # elements of one matrix; the widest layers of FLUX.1 and Qwen-Image have a quarter of it
 LARGEST_RANK = 8192  # of a decomposition: minutes; FLUX.2 needs 6144
@@ -39,19 +39,6 @@ _HEADER_ALPHA = (
     "the strength of the file is not known: its header says alpha {0:g}, which some programs apply and most do not. It was read as "
     "alpha = rank, as most programs read it; state it with --alpha {0:g} if it was trained so"
 )
-
-
-@dataclass(frozen=True)
-class ModuleShape:
-    """Size of one update: outputs, inputs (channels), kernel (() for a linear layer) and rank.
-
-    The rank of a module that is converted (LoHa, LoKr, full weights) is known only when it is read: this is its upper bound.
-    """
-
-    outputs: int
-    inputs: int
-    kernel: tuple[int, ...]
-    rank: int
 
 
 @dataclass(frozen=True)

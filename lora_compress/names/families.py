@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from ..layouts.survey import ModuleShape
+from ..update import ModuleShape
 
 __all__ = ["family_of", "part_of"]
 

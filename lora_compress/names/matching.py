@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from ..layouts import ModuleShape
+from ..update import ModuleShape
 from ..weighting.transformers import TRANSFORMER_BLOCKS
 from .base_layers import component_and_path
 

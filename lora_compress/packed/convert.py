@@ -11,22 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..engine.adapter_output import AdapterOutput
 from ..engine.in_memory import partner_metadata, plain_partner
 from ..errors import FormatError, SettingsError
 from ..files.dtypes import TensorSpec
 from ..files.metadata import ModuleScale, true_header
 from ..files.writer import TensorWriter, atomic_path, safetensors_size
-from ..layouts import open_lora, require_readable
-from ..layouts.peft_folder import MAGNITUDE, AdapterOutput
+from ..layouts.peft_folder import MAGNITUDE
 from ..parallel import each_module
 from ..pruning import consumer_minimum
 from ..report.file_report import FileReport, ModuleReport
+from ..sources.open import open_lora, require_readable
 from ..update import LowRankUpdate, squared_error
 from .file import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from .index import PackedIndex
 from .module import layer_count
 
-__all__ = ["check_target", "expand_file", "read_expanded", "tensor_specs", "truncate_file", "write_expanded", "write_tensors"]
+__all__ = ["check_target", "expand_file", "read_expanded", "truncate_file", "write_expanded", "write_tensors"]
 
 _LEAST_RANK = 2  # of a plain file
 
@@ -63,7 +64,7 @@ def expand_file(
         raise FormatError(f"{source}: is no packed file: there is nothing to expand")
     dtype = save_dtype or torch.float16
     ranks = {name: max(lora.decoded_rank(name), _LEAST_RANK) for name in lora}
-    has_dora = any(MAGNITUDE in key for key in lora.others)
+    has_dora = any(MAGNITUDE in key for key in lora.carried)
     with atomic_path(output.weights) as temporary, output.written_beside(ranks, has_dora, has_all=False):
         errors: dict[str, tuple[float, float]] = {}
         written = write_expanded(lora, temporary, dtype, errors)
@@ -92,11 +93,11 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
         raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
     metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more
-    carried, room = tensor_specs(lora.others), size
+    carried, room = lora.carried, size
     for _ in range(8):  # a shorter payload has a shorter index
         index, payload = lora.index.cut(max(room, 0))
         encoded = index.told(consumer_minimum(_bytes_by_name(index), lora.family)).encode()
-        specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | carried
+        specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | dict(carried)
         whole = safetensors_size(specs, metadata)
         if whole <= size:
             break
@@ -167,7 +168,7 @@ def write_expanded(
         dtype: of the factors.
         errors: gets ||dW - dW'||_F^2 and ||dW||_F^2 of each module, which is what rounding to `dtype` costs.
     """
-    specs, outline = tensor_specs(packed.others), {}
+    specs, outline = dict(packed.carried), {}
     for name, entry in packed.entries.items():
         rank = max(packed.decoded_rank(name), _LEAST_RANK)
         down, up = (rank, entry.inputs, *entry.kernel), (entry.outputs, rank, *(1,) * len(entry.kernel))
@@ -194,17 +195,12 @@ def read_expanded(path: str | os.PathLike[str], dtype: torch.dtype = torch.float
         FormatError: the input is no packed file, damaged, or cut so early that modules are missing.
     """
     packed = PackedFile(path)
-    packed.require_modules()
+    packed.require_whole()
     tensors = dict(packed.others)
     for name in packed:
         keys = packed.entries[name].keys
         tensors |= keys.tensors(name, plain_partner(packed[name], dtype, keys.alpha is not None))
     return tensors
-
-
-def tensor_specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """What a header says of them."""
-    return {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
 
 
 def write_tensors(writer: TensorWriter, tensors: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,9 +16,8 @@ from ..files.regular import open_regular, require_regular, same_file
 from ..layouts.numbered import numbered_metadata
 from ..layouts.peft_config import PeftConfig
 from ..layouts.plain import PlainKeys
-from ..layouts.survey import ModuleShape
-from ..names.families import family_of, part_of
-from ..update import LowRankUpdate
+from ..sources.base import LazyTensors, LoraSource
+from ..update import LowRankUpdate, ModuleShape
 from .chunks import Chunk
 from .index import Entry, PackedIndex, carried_check, read_index
 from .module import layer_place
@@ -33,17 +31,16 @@ INDEX_KEY = "lora_compress.packed.index"
 PAYLOAD_KEY = "lora_compress.payload"
 
 
-class PackedFile(Mapping[str, LowRankUpdate]):
+class PackedFile(LoraSource):
     """A packed file open for reading, module by module: {name: update}. The first bytes of one, cut anywhere, will do.
 
-    What a cut file lacks is left out: a progressive module comes in less detail, another one not at all. It has all that
-    `layouts.LoraSource` has, and the compressed bytes themselves.
+    What a cut file lacks is left out: a progressive module comes in less detail, another one not at all.
 
     Raises:
         FormatError: no such file, no packed file, an unknown version, or damage; on opening or when a module is read.
     """
 
-    dtype = torch.float32  # of the factors that are decoded
+    packed = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -57,7 +54,6 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         if INDEX_KEY not in header.tensors or PAYLOAD_KEY not in header.tensors:
             raise FormatError(f"{path}: has no {INDEX_KEY}: it is no packed LoRA")
         index = read_index(self._read(INDEX_KEY), str(path))
-        #: Types and shapes of the tensors that are carried through, by key.
         specs = {key: tensor.spec(self.path, key) for key, tensor in header.tensors.items()}
         self.carried = {key: spec for key, spec in specs.items() if key not in (INDEX_KEY, PAYLOAD_KEY)}
         if index.carried is not None and index.carried != carried_check(self.carried):
@@ -76,6 +72,10 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         self._modules = PackedModules(index, end - begin, header.available - begin, read, str(path))
         self.index, self.available = self._modules.index, self._modules.available
         self.entries, self.missing = self._modules.entries, self._modules.missing
+        self.shapes = {n: ModuleShape(e.outputs, e.inputs, e.kernel, e.rank) for n, e in self.entries.items()}
+        self.others = LazyTensors(self.carried, self._carried)
+        self.layout, self.notes = self.index.layout, self._cut_notes()
+        self.rounds_once = not any("scale" in entry.parameters for entry in self.entries.values())
 
     @property
     def complete(self) -> bool:
@@ -83,44 +83,27 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         payload = self._header.tensors[PAYLOAD_KEY]
         return self.available == payload.end - payload.begin
 
-    def require_modules(self) -> None:
+    def require_whole(self) -> None:
         """Raises: FormatError: the file was cut so early that modules are missing."""
         if self.missing:
             raise FormatError(f"{self.path}: cut short: {len(self.missing)} modules are missing: get it again")
 
-    @property
-    def layout(self) -> str:
-        """Of the plain file that it stands for."""
-        return self.index.layout
-
-    @cached_property
-    def shapes(self) -> dict[str, ModuleShape]:
-        """Of the modules that can be read."""
-        return {n: ModuleShape(e.outputs, e.inputs, e.kernel, e.rank) for n, e in self.entries.items()}
-
-    @cached_property
-    def family(self) -> str:
-        """See `layouts.families.family_of`."""
-        return family_of(self.shapes)
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user must be told."""
+    def _cut_notes(self) -> list[str]:
+        """Say that the file was cut, if it was."""
         if self.complete:
             return []
         left = f"; {len(self.missing)} modules are missing" if self.missing else ""
         return [f"the file is cut after {self.available} bytes of its payload: it is read as the smaller LoRA that is there{left}"]
 
-    @property
-    def others(self) -> Mapping[str, Tensor]:
-        """Tensors that are carried through, by key.
+    def _carried(self, key: str) -> Tensor:
+        """Read a tensor that is carried through.
 
         Raises:
             FormatError: the data of the file, if it is whole, do not match the hash in its metadata.
         """
-        if self.carried_bytes:
+        if self.carried[key].nbytes:
             self._verify()
-        return {key: self._tensor(key) for key in self.carried}
+        return self._tensor(key)
 
     def _verify(self) -> None:
         """Compare the data of a whole file with their hash, once: the index has checks of the modules alone."""
@@ -130,23 +113,6 @@ class PackedFile(Mapping[str, LowRankUpdate]):
             verify_data(file, self.path, self.metadata.get("sshs_model_hash"))
         self._verified = True
 
-    @property
-    def carried_bytes(self) -> int:
-        """Bytes of `others`."""
-        return sum(spec.nbytes for spec in self.carried.values())
-
-    def part(self, name: str) -> str:
-        """See `layouts.LoraSource.part`."""
-        return part_of(name, self.family)
-
-    def is_balanced(self, name: str) -> bool:
-        """Rounding has moved the rows: they are no singular value decomposition."""
-        return False
-
-    def extras(self, name: str) -> dict[str, Tensor]:
-        """None: what belongs to a module is among `others`."""
-        return {}
-
     def factor_bytes(self, name: str) -> int:
         """Bytes of a module's chunks."""
         return self._modules.payload_bytes(name)
@@ -155,23 +121,15 @@ class PackedFile(Mapping[str, LowRankUpdate]):
         """Keys of a plain file in the layout that the module came in."""
         return self.entries[name].keys
 
-    def leave_numbers(self) -> None:
-        """Nothing to do: layers that have names got them when the file was packed."""
-
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """The metadata for a plain file that holds these modules at these ranks."""
         metadata = {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
         keys = [(self.plain_keys(name), rank) for name, rank in ranks.items()]
         return numbered_metadata(PeftConfig.rewritten(metadata, ranks, self.path), keys)
 
-    def close(self) -> None:
-        """The file is open only while something is read."""
-
-    def __enter__(self) -> PackedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def codec(self, name: str) -> str:
+        """Return the name of the codec that a module is coded with."""
+        return self.entries[name].codec
 
     def _tensor(self, key: str) -> Tensor:
         spec = self.carried[key]
@@ -189,19 +147,13 @@ class PackedFile(Mapping[str, LowRankUpdate]):
     def __getitem__(self, name: str) -> LowRankUpdate:
         return self.decode(name, self.dtype)
 
-    def decode(self, name: str, dtype: torch.dtype) -> LowRankUpdate:
-        """A module with factors of `dtype`: each weight is that of `self[name]`, rounded."""
-        return self._modules.decode(name, dtype)
+    def decode(self, name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
+        """Decode a module to factors of `dtype`, float32 by default: each weight is that of `self[name]`, rounded."""
+        return self._modules.decode(name, dtype or self.dtype)
 
     def decoded_rank(self, name: str) -> int:
         """Return the rank of a module when it is decoded: of a cut file fewer components than the index speaks of."""
         return self._modules.decoded_rank(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def _read(self, key: str, size: int | None = None) -> bytes:
         _, _, begin, end = self._header.tensors[key]

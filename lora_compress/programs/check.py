@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..layouts import LoraSource, open_lora
 from ..layouts.plain import FP8
-from ..packed.file import PackedFile
+from ..sources import LoraSource
+from ..sources.open import open_lora
 from .table import Consumer, ConsumerRules, PlannedFile, PlannedModule
 
 __all__ = ["Verdict", "check_file"]
@@ -48,8 +48,8 @@ def check_file(path: str | os.PathLike[str], consumers: Collection[str]) -> list
     rules = ConsumerRules.named(consumers)
     source = open_lora(path)
     try:
-        if isinstance(source, PackedFile):
-            others = (*source.others, *(key for name in source for key in source.extras(name)))
+        if source.packed:
+            others = (*source.carried, *(key for name in source for key in source.extra_specs(name)))
             file = PlannedFile("packed", source.dtype, source.layout, source.family, {}, others)
             return [_of_packed(consumer, file) for consumer in rules.consumers]
         file = _as_it_is(source)
@@ -61,9 +61,9 @@ def check_file(path: str | os.PathLike[str], consumers: Collection[str]) -> list
 def _as_it_is(source: LoraSource) -> PlannedFile:
     modules = {}
     for name, update in source.items():
-        modules[name] = PlannedModule(update.rank, update.alpha, source.part(name), tuple(source.extras(name)))
+        modules[name] = PlannedModule(update.rank, update.alpha, source.part(name), tuple(source.extra_specs(name)))
     save_format = "fp8" if source.dtype == FP8 else "kohya"
-    return PlannedFile(save_format, source.dtype, source.layout, source.family, modules, tuple(source.others))
+    return PlannedFile(save_format, source.dtype, source.layout, source.family, modules, tuple(source.carried))
 
 
 def _of_packed(consumer: Consumer, file: PlannedFile) -> Verdict:

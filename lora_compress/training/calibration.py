@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..layouts.load import load_lora
+from ..sources.load import load_lora
 from ..update import LowRankUpdate
 from ..weighting import Moments, save_calibration
 from .pairs import Pair, is_convolution

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from lora_compress import LowRankUpdate
 from lora_compress.inspection.comparison import compare_files
-from lora_compress.layouts import ModuleShape
 from lora_compress.names.matching import match_layers
+from lora_compress.update import ModuleShape
 
 SD = {  # kohya's names with diffusers' paths: the same in original ones, in diffusers' and for old attention processors
     "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q": (

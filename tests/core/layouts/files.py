@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_compress import LowRankUpdate
-from lora_compress.layouts import LoraSource
 from lora_compress.layouts.plain import plain_update
+from lora_compress.sources import LoraSource
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 PAIRS = {  # layout, ending of down, ending of up

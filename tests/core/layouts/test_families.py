@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lora_compress.layouts import ModuleShape
 from lora_compress.names.families import family_of, part_of
+from lora_compress.update import ModuleShape
 
 LINEAR = (64, 64)
 # family, {name: (outputs, inputs)}: names as sd-scripts, diffusers, ai-toolkit, OneTrainer, SimpleTuner and ComfyUI write them

@@ -16,7 +16,7 @@ import torch
 from core.layouts.files import PAIRS, random, save
 
 from lora_compress import FormatError
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -179,7 +179,7 @@ def test_small_files_of_gigantic_updates_do_not_exhaust_memory(name: str, tmp_pa
     path = save(absurd(name), tmp_path)
     code = f"""
 import resource, torch
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 from lora_compress import FormatError
 torch.set_num_threads(1)
 now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() if __import__('os').path.exists('/proc') else 8 << 30

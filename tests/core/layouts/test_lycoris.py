@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_compress import FormatError
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 
 sizes = st.integers(1, 12)
 small_ranks = st.integers(1, 4)

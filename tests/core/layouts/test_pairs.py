@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress import FormatError, LowRankUpdate
-from lora_compress.layouts import LoraSource, ModuleShape, open_lora
+from lora_compress.sources import LoraSource
+from lora_compress.sources.open import open_lora
+from lora_compress.update import ModuleShape
 
 sizes = st.integers(1, 9)
 kernels = st.sampled_from([(), (1,), (3,), (1, 1), (3, 3), (1, 5), (3, 1, 1), (2, 2, 2)])

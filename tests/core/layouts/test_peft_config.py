@@ -10,7 +10,7 @@ import torch
 from core.layouts.files import dense, product, random, save, written_back
 
 from lora_compress import FormatError, LowRankUpdate
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 
 KEY = "lora_adapter_metadata"
 

@@ -10,7 +10,7 @@ from core.layouts.files import dense, product, random, save
 from torch import Tensor
 
 from lora_compress import FormatError
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 
 GOOD = {"g.lora_down.weight": random(2, 5), "g.lora_up.weight": random(6, 2), "g.alpha": torch.tensor(2.0)}
 DOWN, UP = random(4, 5, seed=3), random(6, 4, seed=4)

@@ -9,7 +9,7 @@ import torch
 from core.layouts.files import assert_close, dense, random, save, written_back
 from torch import Tensor, nn
 
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 
 NAME = "lora_unet_m"
 

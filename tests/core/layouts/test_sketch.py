@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from lora_compress import CompressionSettings, FormatError, compress_file
 from lora_compress.inspection.comparison import compare_files
 from lora_compress.inspection.file import inspect_file
-from lora_compress.layouts import open_lora
 from lora_compress.layouts.sketch import MOST_COMPONENTS, strongest_components
 from lora_compress.parallel import stop_if_cancelled, stream_batches
+from lora_compress.sources.open import open_lora
 
 KEY = "lora_unet_mid_block_attentions_0_proj_in"
 SIDES = (2080, 2056)

@@ -12,7 +12,7 @@ from core.layouts.files import dense, product, random, save
 
 from lora_compress import FormatError
 from lora_compress.files.tensors import TensorFile
-from lora_compress.layouts import open_lora
+from lora_compress.sources.open import open_lora
 
 
 def network(count: int = 3, rank: int = 2) -> dict[str, torch.Tensor]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..files.regular import open_regular
-from ..packed.file import PackedFile
 from ..parallel import each_batch
 from ..update import LowRankUpdate
-from . import LoraSource, open_lora
+from .base import LoraSource
+from .open import open_lora
 
 __all__ = ["LoraFile", "load_lora", "read_lora"]
 
@@ -60,16 +60,15 @@ def load_lora(
         return read_lora(source, source.path, dtype)
 
 
-def read_lora(source: LoraSource | PackedFile, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
+def read_lora(source: LoraSource, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
     """The same of the file at `path` that is open already as `source`."""
     _read_ahead(path)  # not before it is known to be a LoRA
-    if isinstance(source, PackedFile):
-        source.require_modules()
+    source.require_whole()
     others = dict(source.others)
     for name in source:
         others |= source.extras(name)
-    updates = each_batch(lambda names: {name: _read(source, name, dtype) for name in names}, source)  # decoded on all cores
-    return LoraFile(updates, others, source.metadata, isinstance(source, PackedFile))
+    updates = each_batch(lambda names: {name: source.decode(name, dtype) for name in names}, source)  # decoded on all cores
+    return LoraFile(updates, others, dict(source.metadata), source.packed)
 
 
 def _read_ahead(path: str | os.PathLike[str]) -> None:
@@ -85,10 +84,3 @@ def _read_ahead(path: str | os.PathLike[str]) -> None:
                 pass
 
     threading.Thread(target=read, daemon=True).start()
-
-
-def _read(source: LoraSource | PackedFile, name: str, dtype: torch.dtype | None) -> LowRankUpdate:
-    if isinstance(source, PackedFile):
-        return source.decode(name, dtype or source.dtype)
-    update = source[name]
-    return update if dtype is None else LowRankUpdate(update.down.to(dtype), update.up.to(dtype), update.alpha, update.rest)
