@@ -61,7 +61,7 @@ def guard_states(args: argparse.Namespace, accelerator: Any, network: Any) -> No
         if hasattr(network, "check_finite"):
             network.check_finite(output_dir)
         with whole_folder(Path(output_dir), accelerator, together=False) as temporary:  # sd-scripts saves in the main process alone
-            (temporary / _SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+            (temporary / _SETTINGS).write_text(json.dumps(settings | _optimizers(accelerator)), encoding="utf-8")
             return save_state(str(temporary), *rest, **options)
 
     def load_checked(input_dir: str, *rest: Any, **options: Any) -> None:
@@ -75,7 +75,7 @@ def guard_states(args: argparse.Namespace, accelerator: Any, network: Any) -> No
             if accelerator.unwrap_model(model) is network:
                 own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
                 _check_network(folder, own)
-        _check_settings(folder, settings)
+        _check_settings(folder, settings | _optimizers(accelerator))
         if accelerator.scaler is not None and not (folder / _SCALER).is_file():
             raise SettingsError([f"{folder} has no {_SCALER}: it was saved without mixed_precision=fp16: {_START_ANEW}"], "resume")
 
@@ -190,10 +190,15 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     problems = [
         f"{name} is {saved.get(name)} in the state and {settings.get(name)} in this training"
         for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
+        if (name in saved or name != "optimizer") and saved.get(name) != settings.get(name)
     ]
     if problems:
         raise SettingsError([*problems, f"{path}: {_START_ANEW}"], "resume")
+
+
+def _optimizers(accelerator: Any) -> dict[str, Any]:
+    """Return the classes of the optimizers that `accelerator` saves: the state of one means nothing to another."""
+    return {"optimizer": [type(getattr(each, "optimizer", each)).__name__ for each in accelerator._optimizers]}
 
 
 def _training_settings(settings: CompressionSettings | None) -> dict[str, Any]:

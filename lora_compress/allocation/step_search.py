@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from ..engine.frame import Frame, Plan, error_targets, payload_size
+from ..engine.frame import Frame, Plan, error_targets, payload_size, require_room
 from ..engine.job import Job, Stored
 from ..errors import SettingsError
 from ..packed.module import LEAST_PLANES, MOST_PLANES, Choice
@@ -24,6 +24,7 @@ _BESIDE = 1.0 + 1e-9  # from one step to the next to look at
 _FARTHEST = 1e4  # squared, of a step that a calibration asks for, from that of all modules
 _PHASES = (0, 4, 2, 6)  # of neighbours in a progressive file: half of the modules are between two layers where the others end one
 _ABOVE = 1.5  # octaves from the cells of a file's highest plane to the values of its strongest row: its first cut leaves some 40 %
+_CODABLE = (1e-9, 1e9)  # norms of the strongest component between which the tables of the coder have a scale for every row
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
@@ -41,12 +42,14 @@ def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int |
         payload: bytes of all chunks together; None for the settings' size or errors.
 
     Raises:
-        SettingsError: the budget cannot be met.
+        SettingsError: the budget cannot be met, or the updates are too small or too large for the coder.
     """
+    _require_codable(job)
     whole = _Part(job, list(kept), kept, frame)
     if payload is not None:
         return whole.fit(payload, lambda stored: float(payload_size(stored)), rising=False)
     if job.settings.budget.size is not None:
+        require_room(job.settings.budget.size, frame.file_size({}))
         return whole.fit(job.settings.budget.size, lambda stored: float(frame.file_size(stored)), rising=False)
     targets = error_targets(job.settings.budget, frame.parts)
     found = Plan({}, {})
@@ -68,11 +71,22 @@ def expected_bytes(job: Job, kept: Mapping[str, Tensor], frame: Frame) -> float:
 
     Nothing is coded for this. Arguments as `fit_steps`.
     """
+    _require_codable(job)
     sizes = {}
     for name, target in error_targets(job.settings.budget, frame.parts).items():
         part = _Part(job, [module for module in kept if not name or frame.parts[module] == name], kept, frame)
         sizes[name] = part.expected_bytes(target)
     return max(sizes.pop("", 0.0), sum(sizes.values()))
+
+
+def _require_codable(job: Job) -> None:
+    """Raises: SettingsError: the strongest component of all is so weak or so strong that the coder has no scale for its rows."""
+    strongest = {name: float(analysis.spectrum.sigma[0]) for name, analysis in job.analyses.items() if len(analysis.spectrum.sigma)}
+    name = max(strongest, key=strongest.__getitem__, default="")
+    least, most = _CODABLE
+    if name and strongest[name] and not least <= strongest[name] <= most:
+        found = f"the strongest update, {name}, has the norm {strongest[name]:.3g}, allowed: {least:g} to {most:g}"
+        raise SettingsError([f"strategy=entropy: {found}: no training gives such weights; use another strategy, which takes any"])
 
 
 def _leaves_something(job: Job, name: str) -> float:

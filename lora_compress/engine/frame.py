@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+from ..errors import SettingsError
 from ..packed.module import Choice
 from ..settings import BudgetSettings
 from .job import Stored
 
-__all__ = ["Frame", "Plan", "error_targets", "payload_size"]
+__all__ = ["Frame", "Plan", "error_targets", "payload_size", "require_room"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ def error_targets(budget: BudgetSettings, parts: Mapping[str, str]) -> dict[str,
         return {"": budget.target_error, **targets}
     given = [error for error in (budget.target_error_unet, budget.target_error_text_encoder) if error is not None]
     return {part: targets.get(part, min(given)) for part in sorted(set(parts.values()))}
+
+
+def require_room(budget: int, least: int) -> None:
+    """Raises: SettingsError: a size has no room for any module, since a file without modules takes `least` bytes already."""
+    if least > budget:
+        found = f"header, metadata and tensors that belong to no module take {least} bytes alone"
+        raise SettingsError([f"target_size: {budget} bytes are too few: {found}; take a larger target_size"])
 
 
 def payload_size(stored: Mapping[str, Stored]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import SettingsError
 from ..programs.marks import Mark
 from ..report.file_report import ModuleReport
 from ..sources import LoraSource
@@ -17,6 +18,7 @@ from .job import Job, Stored
 
 __all__ = ["file_notes", "module_report"]
 
+_MOST_LOST = 0.5  # share of a module's square
 _MUCH_LARGER = 1.05  # times the input, which is about what metadata add to a small file
 
 
@@ -34,6 +36,30 @@ def file_notes(lora: LoraSource, job: Job, named: torch.dtype | None) -> Iterato
         yield f"factors are stored as {stored}, those of the input are {given}: --save_precision names another precision"
         if lora.dtype.itemsize == 1 and any(lora.plain_keys(name).alpha is None for name in lora):
             yield f"8-bit floats need an alpha, which {lora.layout} files do not have: packed, with --quantize bits=8, is as small"
+
+
+def rounding_notes(job: Job, stored: Mapping[str, Stored]) -> list[str]:
+    """Say which modules of a plain file lose most of what is kept of them to its precision, because their weights are too small.
+
+    Raises:
+        SettingsError: that is most of the whole file.
+    """
+    if job.settings.quantization.enabled:
+        return []  # what codes lose is said by their error
+    kept, lost = {}, {}
+    for name, module in stored.items():
+        analysis = job.analyses[name]
+        beyond = analysis.lost + float(analysis.spectrum.sigma[module.rank :].square().sum())
+        kept[name], lost[name] = analysis.norm - beyond, module.squared_error - beyond
+    gone = [name for name in stored if lost[name] > _MOST_LOST * kept[name] > 0.0]
+    if not gone:
+        return []
+    precision = str(job.dtype).removeprefix("torch.")
+    found = f"{precision} cannot hold weights as small as those of {len(gone)} of {len(stored)} modules, {gone[0]} for one"
+    remedy = "--save_precision bf16 or float can"
+    if sum(lost.values()) > _MOST_LOST * sum(kept.values()):
+        raise SettingsError([f"{found}, and hardly anything would be left of the LoRA: {remedy}"])
+    return [f"{found}, which are nearly lost: {remedy}"]
 
 
 def partner_notes(partner: Path, before: int) -> Iterator[str]:

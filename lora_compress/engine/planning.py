@@ -27,7 +27,7 @@ from ..packed.module import Choice
 from ..pruning import select_ranks
 from ..quantization import FixedFormat, component_size
 from ..update import relative_error
-from .frame import Frame, Plan, error_targets, payload_size
+from .frame import Frame, Plan, error_targets, payload_size, require_room
 from .job import Job, Stored
 from .precision import PLAIN_NOISE
 
@@ -109,6 +109,7 @@ class Search:
 
     def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
         """The least error in at most `budget` of what `measure` counts."""
+        require_room(budget, measure({}))
         inner, best, most, tried, size, over = budget, None, -1, None, 0, 0
         for _ in range(_ATTEMPTS):
             choices = self._allocate(inner, {})

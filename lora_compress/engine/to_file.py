@@ -14,6 +14,7 @@ import torch
 
 from ..errors import SettingsError
 from ..files.metadata import header_notes
+from ..files.regular import size_of
 from ..files.writer import TensorWriter, atomic_path, safetensors_size
 from ..layouts.numbered import is_numbered
 from ..layouts.peft_folder import MAGNITUDE, weights_of
@@ -38,7 +39,7 @@ from .estimate import plan_in, surely_larger
 from .frame import Frame, Plan
 from .in_memory import kohya_partner
 from .job import Components, Job, Stored, by_svd, pad_to_two
-from .outcome import file_notes, mark_notes, module_report, partner_notes, zero_notes
+from .outcome import file_notes, mark_notes, module_report, partner_notes, rounding_notes, zero_notes
 from .precision import file_precision, file_precisions
 
 __all__ = ["compress_file"]
@@ -116,7 +117,7 @@ def compress_file(
         numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
         kept = frozenset((*marks, *numbered, *of_plain.kept_whole(lora)))
         frame = Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
-        before, larger = os.path.getsize(source), settings.budget.allow_larger
+        before, larger = size_of(source), settings.budget.allow_larger
         precisions = (job.dtype,) if save_dtype is not None else file_precisions(lora, job, of_plain)
         job.dtype = precisions[0]
         if not larger and (expected := surely_larger(job, frame, before)) is not None:
@@ -149,6 +150,7 @@ def compress_file(
             *rules.notes(planned),
             *file_notes(lora, job, save_dtype),
             *zero_notes(assembly, stored),
+            *(rounding_notes(job, stored) if written and not job.packed else ()),
             *mark_notes(marks, stored, len(lora)),
         )
         if settings.save_format == "both":
@@ -265,6 +267,7 @@ def _write_plain(
             for name in outline:  # first, as in the file: the hash of its data is taken on the way
                 write_tensors(writer, keys(name).alphas(name, alpha))
             stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))
+            rounding_notes(assembly.job, stored)  # which refuses a file of nothing but zeros before it has its name
             writer.metadata = assembly.finished_metadata(stored)
         if lora.packed:  # its index names its keys itself; those of a plain one have been read already
             require_readable(temporary, output.weights, len(assembly.kept(outline)))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -101,12 +102,30 @@ def _inception(weights: Weights, device: str) -> Function:
     hint = f"download {_INCEPTION} and name the file: --weights inception=FILE, or take another --extractor"
     if weights is not None and not Path(weights).is_file():
         raise EvaluationError(f"extractor inception: {weights}: no such file: {hint}")
+    if weights is not None:
+        _require_tensors(Path(weights), hint)
     try:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], None if weights is None else str(weights))
     except Exception as error:  # what urllib, torch.load and load_state_dict raise has no common base
         raise EvaluationError(f"extractor inception: weights cannot be had ({_first_line(error)}): {hint}") from error
     model = model.to(device)
     return lambda pictures: model(pictures.to(device))[0].flatten(1)
+
+
+def _require_tensors(path: Path, hint: str) -> None:
+    """Refuse a file that holds more than tensors, because torch-fidelity runs whatever a pickle tells it to run.
+
+    Raises:
+        EvaluationError: the file is no dictionary of tensors, or holds other objects.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise EvaluationError(f"extractor inception: {path}: holds more than tensors ({_first_line(error)}): {hint}") from error
+    except Exception as error:  # what torch.load raises has no common base
+        raise EvaluationError(f"extractor inception: weights cannot be had ({_first_line(error)}): {hint}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise EvaluationError(f"extractor inception: {path}: is no dictionary of tensors: {hint}")
 
 
 def _clip(weights: Weights, device: str) -> Function:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import EvaluationError
+from ..files.regular import size_of
 from ..inspection.comparison import compare_files
 from ..settings.cache_folder import cache_folder
 from ..sources.open import open_lora
@@ -150,7 +151,7 @@ def _weighed(path: str, original: str | None) -> Evaluation:
     """Sizes, and the error of the weights."""
     if original is None:
         with closing(open_lora(path)) as source:
-            return Evaluation(path, None, os.path.getsize(source.path))
+            return Evaluation(path, None, size_of(source.path))
     comparison = compare_files(original, path)
     return Evaluation(path, original, comparison.bytes[1], comparison.bytes[0], comparison.relative_error)
 

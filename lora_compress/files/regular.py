@@ -8,7 +8,7 @@ from io import BufferedReader
 
 from ..errors import FormatError
 
-__all__ = ["kind_of", "open_regular", "require_regular", "same_file"]
+__all__ = ["kind_of", "open_regular", "require_regular", "same_file", "size_of"]
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -65,6 +65,18 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Return the bytes of a file.
+
+    Raises:
+        FormatError: it is not there any more.
+    """
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}): another program has removed it") from None
 
 
 def same_file(before: os.stat_result, now: os.stat_result) -> bool:

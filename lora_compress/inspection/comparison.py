@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..files.regular import size_of
 from ..layouts.peft_folder import template_of, weights_of
 from ..layouts.sketch import MOST_COMPONENTS
 from ..names.matching import fused_layers, match_layers
@@ -125,7 +126,7 @@ def compare_files(
         closing(open_lora(second, alpha=alpha, peft_config=configs[1])) as two,
     ):
         modules, missing = compare_updates(one, two)
-        sizes = os.path.getsize(one.path), os.path.getsize(two.path)
+        sizes = size_of(one.path), size_of(two.path)
         paths = os.fspath(first), os.fspath(second)
         notes = tuple(f"{path}: {note}" for path, source in zip(paths, (one, two), strict=True) for note in source.notes)
         notes += _fused_notes(paths, missing)

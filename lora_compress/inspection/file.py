@@ -18,6 +18,7 @@ from ..engine.curve import entropy_points, packed_overhead, with_rest
 from ..engine.energy import energy_notes
 from ..engine.precision import Factors, budget_precisions
 from ..errors import FormatError
+from ..files.regular import size_of
 from ..parallel import each_module
 from ..report.file_report import FileReport, ModuleReport
 from ..sources import LoraSource
@@ -163,7 +164,7 @@ def _inspected(path: str, source: LoraSource) -> FileInspection:
         return ModuleInspection(name, source.part(name), *sizes, tuple(sigma.tolist()), update.rest)
 
     modules = tuple(each_module(look, dict.fromkeys(source)).values())
-    size, dtype = os.path.getsize(source.path), source.dtype
+    size, dtype = size_of(source.path), source.dtype
     overhead = size - sum(module.bytes for module in modules)
     codecs = Counter(source.codec(name) for name in source)
     spectra = [((math.prod(module.shape[1:]), module.shape[0]), module.sigma) for module in modules]

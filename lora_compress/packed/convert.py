@@ -16,6 +16,7 @@ from ..engine.in_memory import partner_metadata, plain_partner
 from ..errors import FormatError, SettingsError
 from ..files.dtypes import TensorSpec
 from ..files.metadata import ModuleScale, true_header
+from ..files.regular import size_of
 from ..files.writer import TensorWriter, atomic_path, safetensors_size
 from ..layouts.peft_folder import MAGNITUDE
 from ..parallel import each_module
@@ -57,7 +58,7 @@ def expand_file(
     begun = time.monotonic()
     output = AdapterOutput.of(Path(source), target, peft_config, force=force)
     check_target(source, output.weights, force)
-    before = os.path.getsize(source)
+    before = size_of(source)
     lora = PackedFile(source) if is_packed(source) else None
     if lora is None:
         open_lora(source).close()  # of what is no LoRA at all it says what it is
@@ -89,7 +90,7 @@ def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     """
     begun = time.monotonic()
     check_target(source, target, force)
-    before, lora = os.path.getsize(source), PackedFile(source)
+    before, lora = size_of(source), PackedFile(source)
     if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
         raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
     metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from lora_compress import CompressionSettings, FormatError, atomic_path
+from lora_compress import CompressionSettings, FormatError, atomic_path, compress_file
 from lora_compress.files.writer import write_safetensors
 from lora_compress.report.file_report import FileReport
 
@@ -40,6 +40,35 @@ def to_half(source: str, target: str, settings: CompressionSettings, *, details:
 
 def _told(details: dict[str, str]) -> dict[str, str]:
     return {f"ss_compress_{name}": value for name, value in details.items()}
+
+
+def disturbed(source: str, target: str, settings: CompressionSettings, **options: Any) -> FileReport:
+    """`compress_file`, while another program does to the input, after its first module, what the name of the file says.
+
+    The names begin with shrink, grow, vanish, replace, rewrite or nothing.
+    """
+    path, waiting = Path(source), [True]
+
+    def disturb(done: int, count: int) -> None:
+        if not waiting:
+            return
+        waiting.clear()
+        match path.name.partition("-")[0]:
+            case "shrink":
+                os.truncate(path, path.stat().st_size // 3)
+            case "grow":
+                with open(path, "ab") as file:
+                    file.write(bytes(4096))
+            case "vanish":
+                path.unlink()
+            case "replace":
+                other = path.with_suffix(".other")
+                other.write_bytes(path.read_bytes()[::-1])
+                os.replace(other, path)
+            case "rewrite":
+                path.write_bytes(path.read_bytes()[::-1])
+
+    return compress_file(source, target, settings, progress=disturb, **options)
 
 
 def slowly_to_half(source: str, target: str, settings: CompressionSettings, **options: Any) -> FileReport:

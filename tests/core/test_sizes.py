@@ -12,7 +12,7 @@ import torch
 from core.layouts.files import save
 from core.samples import dense_file, kohya_file, relative_error, sample_file
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, FormatError, SettingsError, load_lora
 from lora_compress.batch import CompressOptions, Job, run_job
@@ -298,3 +298,50 @@ def test_packed_files_are_not_refused_by_expand_which_tells_what_rounding_costs(
     rounded = relative_error(load_lora(plain, torch.float32).updates, exact)
     assert 0.0 < rounded < 1e-3 and told["relative_error"] == pytest.approx(rounded, rel=0.02)
     assert plain.stat().st_size > packed.stat().st_size and len(PackedFile(packed)) == 6
+
+
+def _scaled_file(path: Path, gain: float, metadata: dict[str, str] | None = None) -> Path:
+    """Three modules of rank 8 whose updates have entries of about `gain`."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for i in range(3):
+        name = f"lora_unet_mid_block_attentions_0_proj_{i}"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(8, 64, generator=generator) * gain**0.5
+        tensors[f"{name}.lora_up.weight"] = torch.randn(64, 8, generator=generator) * gain**0.5
+        tensors[f"{name}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize("settings", [{}, {"strategy": "entropy"}, {"strategy": "mixed"}])
+def test_a_size_that_the_header_alone_exceeds_is_refused_with_the_size_of_the_header(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    source = _scaled_file(tmp_path / "lora.safetensors", 1.0, {"ss_tag_frequency": "x" * 200_000})
+    with pytest.raises(SettingsError, match=r"50000 bytes are too few: .* take 20\d{4} bytes alone; take a larger target_size"):
+        compress_file(source, tmp_path / "out.safetensors", CompressionSettings.parse({"target_size": "50KB", **settings}))
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_updates_that_a_precision_cannot_hold_are_refused_or_named(tmp_path: Path) -> None:
+    out, settings = tmp_path / "out.safetensors", CompressionSettings.parse({"new_rank": 4})
+    tiny = _scaled_file(tmp_path / "tiny.safetensors", 1e-25)
+    with pytest.raises(SettingsError, match=r"float16 cannot hold weights as small as those of 3 of 3 modules, .*--save_precision"):
+        compress_file(tiny, out, settings, save_dtype=torch.float16)
+    assert not out.exists()
+    assert compress_file(tiny, out, settings, save_dtype=torch.bfloat16).relative_error < 0.6
+    some = load_file(_scaled_file(tmp_path / "some.safetensors", 1.0))
+    weak = "lora_unet_mid_block_attentions_0_proj_1"
+    save_file({k: v * 1e-12 if weak in k and "alpha" not in k else v for k, v in some.items()}, tmp_path / "some.safetensors")
+    report = compress_file(tmp_path / "some.safetensors", out, settings, save_dtype=torch.float16)
+    assert any(f"1 of 3 modules, {weak} for one" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("gain", [1e-25, 1e30])
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"target_error": 0.1}])
+def test_updates_beyond_the_tables_of_the_entropy_coder_are_refused_by_name(
+    gain: float, settings: dict[str, float], tmp_path: Path
+) -> None:
+    source, out = _scaled_file(tmp_path / "lora.safetensors", gain), tmp_path / "out.safetensors"
+    with pytest.raises(SettingsError, match=r"strategy=entropy: the strongest update, lora_unet_mid\S+, has the norm .*allowed"):
+        compress_file(source, out, CompressionSettings.parse({"strategy": "entropy", **settings}))
+    assert compress_file(source, out, CompressionSettings.parse({"bits": 8})).relative_error < 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -170,6 +171,23 @@ def test_inception_sees_what_that_of_torch_fidelity_sees(size: int, inception_fi
     assert tuple(features.shape) == (3, 2048) and (features.std(dim=0) > 0).float().mean() > 0.5
     torch.testing.assert_close(features, theirs(pictures)[0])
     assert [extractor.metric(kind) for kind in ("fd", "kd")] == ["fid", "kid"]
+
+
+class Command:
+    """What a pickle may do: run a command when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_weights_that_would_run_a_command_are_refused(inception_file: Path, tmp_path: Path) -> None:
+    torch.save(torch.load(inception_file) | {"other": Command(tmp_path / "made")}, tmp_path / "bad.pth")
+    with pytest.raises(EvaluationError, match=r"bad\.pth: holds more than tensors .*--weights inception=FILE"):
+        load_extractor("inception", tmp_path / "bad.pth")
+    assert not (tmp_path / "made").exists()
 
 
 def test_weights_that_are_not_of_inception_are_told(inception_file: Path, tmp_path: Path) -> None:

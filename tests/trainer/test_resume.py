@@ -172,7 +172,9 @@ def test_a_state_of_another_training_is_refused(
 class Accelerated:
     """A network of one tensor beside the others of a state, prepared by accelerate and guarded as in a training."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], **settings: object) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **settings: object
+    ) -> None:
         from accelerate import Accelerator
 
         from library.compress_resume import guard_states
@@ -191,7 +193,7 @@ class Accelerated:
             self.network.compression = CompressionSettings.parse(settings)
         self.accelerator = Accelerator(cpu=True)
         guard_states(argparse.Namespace(), self.accelerator, self.network)
-        optimizer = torch.optim.AdamW([self.network.weight])
+        optimizer = kind([self.network.weight])
         self.accelerator.prepare(self.network, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
 
 
@@ -234,6 +236,13 @@ def test_nothing_is_loaded_from_a_state_of_another_network_or_of_other_settings(
         other.accelerator.load_state(str(folder))
     assert str(folder) in str(caught.value) and "--network_weights" in str(caught.value)
     assert not any(tensor.any() for tensor in other.network.state_dict().values())
+
+
+def test_the_state_of_another_optimizer_is_refused(sd_scripts: Path, tmp_path: Path) -> None:
+    """torch would load it: of AdamW's averages SGD takes none, and the training would start anew without a word."""
+    Accelerated(TENSORS, **SETTINGS).accelerator.save_state(str(tmp_path / "state"))
+    with pytest.raises(SettingsError, match=r"optimizer is \['AdamW'\] in the state and \['SGD'\] in this training"):
+        Accelerated(TENSORS, torch.optim.SGD, **SETTINGS).accelerator.load_state(str(tmp_path / "state"))
 
 
 def test_a_state_without_our_settings_is_compared_by_its_tensors(sd_scripts: Path, tmp_path: Path) -> None:
