@@ -29,10 +29,13 @@ OVERLAYS = {  # what some tests put before the environment: requirements that ar
 }
 if sys.platform == "linux":  # elsewhere DeepSpeed cannot be built without more, and torchao has no wheel for every machine
     OVERLAYS |= {ROOT / "requirements" / f"{name}.txt": ROOT / f".{name}" for name in ("deepspeed", "torchao")}
+ALWAYS = (".gui",)  # the overlays that every run of the tests needs; the others are for --all
 MINIMUM_PYTHON = (3, 10)
 OVERLAY_PYTHON = (3, 11)  # before it their pins cannot be installed, and the tests that need them are skipped
 PROBE_SECONDS = 20  # for the git server's first answer
 CLONE_SECONDS = 900
+EVERYTHING = {"LORA_COMPRESS_TEST_ALL": "1", "LORA_COMPRESS_FUZZ": "10000", "LORA_COMPRESS_EXAMPLES": "300"}  # what --all sets
+MOST_PROCESSES = 8  # of the tests: some of them need 2 GB
 CHECKS = (
     ("ruff check", ["-m", "ruff", "check", "."]),
     ("ruff format", ["-m", "ruff", "format", "--check", "."]),
@@ -63,11 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
             check_installed(requirements)
         else:
             install(requirements, python, VENV / "requirements.stamp")
-            for wanted, folder in OVERLAYS.items() if options.verb == "test" and sys.version_info >= OVERLAY_PYTHON else ():
+            for wanted, folder in _overlays(options).items():
                 overlay = ["--no-deps", "--upgrade", "--target", str(folder)]
                 install(wanted, python, folder / "requirements.stamp", overlay)
-        work = _run_tests if options.verb == "test" else _run_demo
-        return work(python, passed_on, _environment(python, root))
+        environment = _environment(python, root)
+        if options.verb == "demo":
+            return _run_demo(python, passed_on, environment)
+        return _run_tests(python, passed_on, (EVERYTHING if options.all else {}) | environment)
     except BootstrapError as error:
         print(f"bootstrap: error: {error}", file=sys.stderr)
         return 1
@@ -86,9 +91,21 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         default="venv",
         help="venv (default): make .venv and install into it; current: use the running Python and install nothing",
     )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="of test: also on other releases of diffusers, PEFT, torchao and sd-scripts, with everything that takes minutes",
+    )
     parser.epilog = "Further arguments go to tools/demo.py or to pytest."
     options, passed_on = parser.parse_known_args(arguments)
     return options, [argument for argument in passed_on if argument != "--"]
+
+
+def _overlays(options: argparse.Namespace) -> dict[Path, Path]:
+    """Return the requirements that the tests need beside the environment, each with its folder."""
+    if options.verb != "test" or sys.version_info < OVERLAY_PYTHON:
+        return {}
+    return {wanted: folder for wanted, folder in OVERLAYS.items() if options.all or folder.name in ALWAYS}
 
 
 def _say(text: str) -> None:
@@ -300,7 +317,10 @@ def _run_demo(python: Path, arguments: list[str], environment: dict[str, str]) -
 def _run_tests(python: Path, arguments: list[str], environment: dict[str, str]) -> int:
     """Runs every check even if an earlier one fails; pytest comes last, so that its summary ends the output."""
     failed = []
-    for name, command in (*CHECKS, ("pytest", ["-m", "pytest", *arguments])):
+    cores = min(os.cpu_count() or 1, MOST_PROCESSES)
+    spread = ["-n", str(cores), "--dist", "worksteal"] if cores > 1 else []  # neighbours stay together, as their fixtures ask for
+    environment = {"OMP_NUM_THREADS": "1"} | environment if spread else environment
+    for name, command in (*CHECKS, ("pytest", ["-m", "pytest", *spread, *arguments])):
         _say(name)
         if subprocess.call([python, *command], cwd=ROOT, env=environment) != 0:
             failed.append(name)

@@ -1,6 +1,6 @@
 """Our loaders on other releases of diffusers, each in an environment of its own: pip install nox && nox
 
-0.32.1, 0.35.2, 0.38.0 and 0.42.1 are also part of `python bootstrap.py test`.
+0.32.1, 0.35.2, 0.38.0 and 0.42.1 are also part of `python bootstrap.py test --all`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,19 @@ EVALUATE = [  # what `resize_lora_ext.py evaluate` draws and measures pictures w
 ]
 GUI = ["gradio>=6.31,<7"]  # the page of `resize_lora_ext.py gui`; in earlier ones it loads a script from cdnjs.cloudflare.com
 FAST = ["numba>=0.60"]  # decodes large entropy-coded files faster
-DEV = ["hypothesis", "mypy", "numba", "peft", "pytest", "ruff", "setuptools>=77", "torchmetrics", "types-toml", "wheel"]
+DEV = [
+    "hypothesis",
+    "mypy",
+    "numba",
+    "peft",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "setuptools>=77",
+    "torchmetrics",
+    "types-toml",
+    "wheel",
+]
 
 # The two scripts of the root, as soon as they exist.
 SCRIPTS = [name for name in ("train_network_ext", "resize_lora_ext") if (ROOT / f"{name}.py").is_file()]

@@ -28,10 +28,12 @@ from typing import NoReturn
 import pytest
 from skips import is_allowed, is_required, summary
 
-from networks.sd_scripts_lookup import COMMITS, find_sd_scripts, is_checkout, remedy, sd_scripts_version
+from networks.sd_scripts_lookup import COMMITS, PINNED, find_sd_scripts, is_checkout, remedy, sd_scripts_version
 
 ROOT = Path(__file__).resolve().parents[1]
 _ABSENT = "sd-scripts is absent"
+_THOROUGH = "`bootstrap.py test --all`"
+_VERSIONS = "sd-scripts versions"
 _ran: Counter[str] = Counter()
 _skips: list[str] = []  # the reason of every skip
 
@@ -111,17 +113,32 @@ def _absent(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves the tests that are marked `thorough`, and those of older sd-scripts, to `bootstrap.py test --all`."""
+    if os.environ.get("LORA_COMPRESS_TEST_ALL") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("thorough") or (_is_of_an_older_host(item) and not item.get_closest_marker("smoke")):
+            item.add_marker(pytest.mark.skip(reason=f"{_THOROUGH} runs it"))
+
+
+def _is_of_an_older_host(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("sd_scripts_at", PINNED) != PINNED
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Counts per version the tests that ran against sd-scripts."""
+    """Writes into the report of a test against which versions of sd-scripts it ran; a process of pytest-xdist sends it on."""
     report: pytest.TestReport = yield  # type: ignore[misc]
     if report.when == "call" and not report.skipped:
-        _ran.update(_versions_under_test(item))
+        report.user_properties.append((_VERSIONS, sorted(_versions_under_test(item))))
     return report  # type: ignore[return-value]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Notes why a test was skipped."""
+    """Counts the tests that ran against sd-scripts, and notes why a test was skipped."""
+    _ran.update(version for name, versions in report.user_properties if name == _VERSIONS for version in versions)
     _note_skip(report)
 
 
@@ -139,7 +156,12 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails the run for a skip that is not on the list, where the list is binding."""
-    if is_required() and session.exitstatus == pytest.ExitCode.OK and not all(map(is_allowed, _skips)):
+    if (
+        not _is_worker(session.config)
+        and is_required()
+        and session.exitstatus == pytest.ExitCode.OK
+        and not all(map(is_allowed, _skips))
+    ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -149,6 +171,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped tests, by reason")
         for line in summary(_skips):
             terminalreporter.write_line(line)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of several processes that pytest-xdist has started: the one that started them tells the end."""
+    return hasattr(config, "workerinput")
 
 
 def _versions_under_test(item: pytest.Item) -> set[str]:
@@ -163,7 +190,7 @@ def _versions_under_test(item: pytest.Item) -> set[str]:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Says after pytest's own last line what that line does not: how much of the above met the real sd-scripts."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or config.option.collectonly or config.option.help:
+    if reporter is None or _is_worker(config) or config.option.collectonly or config.option.help:
         return
     most_first = sorted(_ran.items(), key=lambda item: item[1], reverse=True)
     against = ", ".join(f"{count} against {version}" for version, count in most_first)

@@ -39,7 +39,7 @@ def _run_suite(folder: Path, *options: str, **environment: str) -> subprocess.Co
         shutil.copy(ROOT / "networks" / name, folder / "networks")
     shutil.copytree(ROOT / "library", folder / "library")
     (folder / "tests" / "test_suite.py").write_text(SUITE)
-    kept = {name: value for name, value in os.environ.items() if name not in _CHANGED}
+    kept = {name: value for name, value in os.environ.items() if name not in _CHANGED} | {"LORA_COMPRESS_TEST_ALL": "1"}
     command = [
         sys.executable,
         "-m",
@@ -86,7 +86,20 @@ def test_a_skip_that_is_not_on_the_list_fails_the_run_where_the_list_is_binding(
     assert "1 passed, 5 skipped, 1 deselected in" in listed.stdout.splitlines()[-2]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sd_scripts_at", ["v0.10.1"], indirect=True)
 def test_with_sd_scripts_the_versions_are_named(sd_scripts_at: Path, tmp_path: Path) -> None:
     done = _run_suite(tmp_path / "project", SD_SCRIPTS_DIR=str(sd_scripts_at))
     assert done.stdout.splitlines()[-1] == "sd-scripts: tests run: 3 against v0.10.1; 2 skipped for want of it"
+
+
+def test_processes_count_together_what_they_ran_and_skipped(tmp_path: Path) -> None:
+    done = _run_suite(tmp_path / "project", "-n", "2", REQUIRE_LISTED_SKIPS="1")
+    assert done.returncode == 1, done.stdout
+    assert "1 passed, 6 skipped in" in done.stdout and "1  for another reason" in done.stdout
+    assert done.stdout.splitlines()[-1] == "sd-scripts: tests run: none; 5 skipped for want of it"
+
+
+def test_what_takes_long_is_left_to_another_command(tmp_path: Path) -> None:
+    done = _run_suite(tmp_path / "project", LORA_COMPRESS_TEST_ALL="0")
+    assert "1 passed, 6 skipped in" in done.stdout and "4  `bootstrap.py test --all` runs it" in done.stdout

@@ -1,6 +1,6 @@
 """Plain files, load_lora and training on further releases of diffusers, transformers, PEFT and torchao.
 
-`python bootstrap.py test` puts each beside the pinned ones, in a folder of its own. The tests themselves stand in the other files
+`python bootstrap.py test --all` puts each beside the pinned ones, in a folder of its own. The tests themselves stand in the other files
 here; what this one adds is the environment.
 """
 
@@ -35,6 +35,7 @@ VERSIONS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", RUNS)
 def test_the_tests_pass_on_other_releases(run: str) -> None:
     overlays, files, chosen = RUNS[run]

@@ -60,7 +60,7 @@ def test_training_on_an_int8_base_stays_close_and_resumes(sd_scripts: Path, pict
     torch.testing.assert_close(losses(tmp_path / "resumed")[1:], int8[4:], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("sd_scripts_at", ["v0.10.1"], indirect=True)
+@pytest.mark.parametrize("sd_scripts_at", ["v0.10.1", "v0.11.1"], indirect=True)
 def test_nf4_with_what_else_saves_memory(sd_scripts_at: Path, model: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
     """Options of the host that save memory, all at once and from a config; base_weights are merged before anything is packed."""
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

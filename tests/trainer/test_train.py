@@ -174,6 +174,7 @@ def test_flux(sd_scripts_at: Path, sd_scripts: Path, pictures: Path, tmp_path: P
     assert single.down.shape[1] == 64 and single.up.shape[0] == 64 * 7
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sd_scripts_at", ["v0.9.1", "v0.10.1", "v0.11.1"], indirect=True)
 def test_sd_scripts_own_trainer_prunes_quantizes_and_saves_the_same_way(
     sd_scripts_at: Path, torchvision_repair: Path, model: Path, pictures: Path, tmp_path: Path

@@ -58,6 +58,7 @@ def test_two_ranks_agree_and_are_one_process_with_the_doubled_batch(name: str, t
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles what its processes talk through, and there is no c++")
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.thorough
 def test_zero_of_deepspeed_comes_to_the_same(stage: int, tmp_path: Path) -> None:
     """AdamW in two groups: its averages are on either rank in part, and follow the rotations of a pruning step."""
     if not (DEEPSPEED / "deepspeed").is_dir():
