@@ -27,8 +27,8 @@ OVERLAYS = {  # what some tests put before the environment: requirements that ar
     **{ROOT / "requirements" / f"diffusers-{minor}.txt": ROOT / f".diffusers-{minor}" for minor in ("0.35", "0.38", "0.42")},
     ROOT / "requirements" / "gui.txt": ROOT / ".gui",
 }
-if sys.platform == "linux":  # elsewhere DeepSpeed cannot be built without more, and torchao has no wheel for every machine
-    OVERLAYS |= {ROOT / "requirements" / f"{name}.txt": ROOT / f".{name}" for name in ("deepspeed", "torchao")}
+if sys.platform == "linux":  # elsewhere torchao has no wheel for every machine
+    OVERLAYS[ROOT / "requirements" / "torchao.txt"] = ROOT / ".torchao"
 ALWAYS = (".gui",)  # the overlays that every run of the tests needs; the others are for --all
 MINIMUM_PYTHON = (3, 10)
 OVERLAY_PYTHON = (3, 11)  # before it their pins cannot be installed, and the tests that need them are skipped

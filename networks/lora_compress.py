@@ -120,7 +120,9 @@ class CompressNetwork:
         if self.compression.enabled and args.save_model_as != "safetensors":
             raise SettingsError([f"save_model_as={args.save_model_as} cannot hold a compressed LoRA: use safetensors"])
         if self.compression.acts_in_training and getattr(args, "deepspeed", False):
-            _check_deepspeed(args, self.compression)
+            problem = "deepspeed cannot be used with iterative_pruning, qat and collect_calibration: remove it"
+            reason = "the optimizer state of a LoRA is too small to be worth sharing out"
+            raise SettingsError([f"{problem}; {reason}"], "training arguments")
         _check_writable(args.output_dir)
         self._args = args
         self._save_dtype = _PRECISIONS.get(args.save_precision)
@@ -238,26 +240,6 @@ def _extend(network: torch.nn.Module, settings: CompressionSettings, split: bool
     network.__class__ = type(f"Compress{cls.__name__}", (*bases, *([SplitNetwork] if split else []), cls), {})
     network.compression = settings
     return network
-
-
-def _check_deepspeed(args: Any, settings: CompressionSettings) -> None:
-    """Refuse what pruning and quantizing while training cannot follow in DeepSpeed."""
-    problems = []
-    if args.zero_stage not in (1, 2):
-        problems.append(
-            f"zero_stage={args.zero_stage} cannot be used with iterative_pruning, qat and collect_calibration: use 1 or 2"
-        )
-    for name in ("offload_optimizer_device", "offload_param_device"):
-        if getattr(args, name, None) not in (None, "none"):
-            problems.append(f"{name}={getattr(args, name)} cannot be used with iterative_pruning and qat: remove it")
-    if settings.training.importance == "sensitivity" and settings.training.iterative_pruning:
-        problems.append(
-            "importance=sensitivity needs gradients, which deepspeed has taken away by then: use magnitude or activation"
-        )
-    if settings.training.rank_return:
-        problems.append("rank_return=true needs gradients, which deepspeed has taken away by then: remove it")
-    if problems:
-        raise SettingsError(problems, "deepspeed")
 
 
 def _check_writable(folder: str | None) -> None:

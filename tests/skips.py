@@ -17,7 +17,6 @@ ALLOWED = {
     "`bootstrap.py test --all` runs it": "the public workflow does so every night",
     "sd-scripts is absent": "it could not be cloned; REQUIRE_SD_SCRIPTS=1 makes it a failure",
     "the real file ": "files that other people made cannot be part of this repository",
-    "DeepSpeed compiles": "there is no compiler on this machine",
     "no Chromium ": "no browser could be installed; REQUIRE_BROWSER=1 makes it a failure",
     "this torchvision has its operators": "what is repaired elsewhere is whole here",
     "torchao is not in this environment": "tests/consumers/test_diffusers_releases.py runs the test in another environment",

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import zero
 from .pairs import Pair
 
-__all__ = ["KNOWN_STATE", "clear_state", "rotate_state"]
+__all__ = ["clear_state", "rotate_state"]
 
 _LIKE_GRADIENTS = {"exp_avg", "momentum_buffer"}  # averages of gradients: they rotate as gradients do
 _LIKE_SQUARES = {"exp_avg_sq", "max_exp_avg_sq"}
-KNOWN_STATE = _LIKE_GRADIENTS | _LIKE_SQUARES
+_KNOWN = _LIKE_GRADIENTS | _LIKE_SQUARES
 
 
 def rotate_state(optimizer: Optimizer, pair: Pair, side: int, gradient_map: Tensor) -> None:
@@ -44,20 +43,18 @@ def clear_state(optimizer: Optimizer, pair: Pair, side: int, masked: Tensor) -> 
 
 def _averages(optimizer: Optimizer, parameter: Tensor) -> Iterable[tuple[str, Tensor]]:
     """The averages that the optimizer keeps of a parameter, by name; none, and the state dropped, where it is of another kind."""
-    if zero.is_partitioned(optimizer):  # looked at after the first step: of a known kind
-        return zero.gathered_state(optimizer, parameter)
     state = optimizer.state.get(parameter)
     if not state:
         return []
     if not _is_known(state, parameter):
         del optimizer.state[parameter]
         return []
-    return [(name, value) for name, value in state.items() if name in KNOWN_STATE and value is not None]
+    return [(name, value) for name, value in state.items() if name in _KNOWN and value is not None]
 
 
 def _is_known(state: dict[str, object], parameter: Tensor) -> bool:
     for name, value in state.items():
-        if name in KNOWN_STATE:
+        if name in _KNOWN:
             if value is not None and not (
                 isinstance(value, Tensor) and value.shape == parameter.shape and torch.is_floating_point(value)
             ):

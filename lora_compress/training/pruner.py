@@ -18,7 +18,6 @@ from .masks import choose_masks
 from .optimizer_state import clear_state, rotate_state
 from .pairs import Pair
 from .rotation import Rotation, balanced_rotation
-from .zero import update_master_weights
 
 if TYPE_CHECKING:
     from .session import TrainingSession
@@ -40,7 +39,6 @@ def rotate_pairs(session: TrainingSession, optimizers: Sequence[Optimizer], weig
     for name, rotation in rotations.items():
         _turn(session, session.pairs[name], rotation, optimizers)
     take_from_first_rank(weight.data for pair in session.pairs.values() for weight in pair.weights)
-    update_master_weights(optimizers, (weight for pair in session.pairs.values() for weight in pair.weights))
 
 
 def _kept_update(session: TrainingSession, name: str) -> LowRankUpdate:
@@ -121,7 +119,6 @@ def mask_pairs(session: TrainingSession, optimizers: Sequence[Optimizer]) -> Non
                     pair.fill(side, tensor, masked, 0.0)
             for optimizer in optimizers:
                 clear_state(optimizer, pair, side, masked)
-    update_master_weights(optimizers, (weight for pair in session.pairs.values() for weight in pair.weights))
 
 
 def _embed(map_: Tensor, kept: Tensor) -> Tensor:

@@ -19,14 +19,12 @@ from .attach import Attachment
 from .fake import Grid, make_grid
 from .importance import component_sensitivity, update_sensitivity
 from .layout import state_layout
-from .optimizer_state import KNOWN_STATE
 from .pairs import Pair
 from .pruner import mask_pairs, prune_pairs, rotate_pairs
 from .saving import compress_trained
 from .schedule import Timeline
 from .state import TrainingState
 from .steps import OptimizerWatch
-from .zero import check_state
 
 __all__ = ["TrainingSession"]
 
@@ -181,8 +179,6 @@ class TrainingSession:
         self.attachment.release_masked()
         if self.quantizing and not self.attachment.used:
             raise SettingsError(["qat=true: the network does not compute with the weights of its layers: remove qat"], "training")
-        if self.settings.training.iterative_pruning and self._step < self.last_pruning_step:
-            check_state(optimizers, KNOWN_STATE)
         self._step += 1
         self.state.step.fill_(self._step)
         if self._step == timeline.rotation and not self.quantizing:

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from . import zero
-
 __all__ = ["OptimizerWatch"]
 
 
@@ -40,7 +38,6 @@ class OptimizerWatch:
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._follower = weakref.ref(follower)
         _listen()
-        zero.listen(_tell)
         _watches.add(self)
 
     def before(self, optimizer: Optimizer) -> None:
@@ -57,11 +54,6 @@ class OptimizerWatch:
             self._inside = False
             follower.after_step(self.optimizers)
 
-    def skipped(self, optimizer: Optimizer) -> None:
-        """A step that had begun was none."""
-        if self._inside and self._leads(optimizer):
-            self._inside = False
-
     @property
     def optimizers(self) -> list[Optimizer]:
         """Those that hold parameters of the follower, the leading one first."""
@@ -77,7 +69,7 @@ class OptimizerWatch:
         known = self.optimizers
         if not any(optimizer is other for other in known):
             ours = {id(parameter) for reference in self._parameters if (parameter := reference()) is not None}
-            if not any(id(parameter) in ours for parameter in zero.parameters_of(optimizer)):
+            if not any(id(parameter) in ours for group in optimizer.param_groups for parameter in group["params"]):
                 self._strangers.add(optimizer)
                 return False
             self._optimizers = [weakref.ref(other) for other in (*known, optimizer)]

@@ -1,7 +1,7 @@
 """Plain files, load_lora and training on further releases of diffusers, transformers, PEFT and torchao.
 
-`python bootstrap.py test --all` puts each beside the pinned ones, in a folder of its own. The tests themselves stand in the other files
-here; what this one adds is the environment.
+`python bootstrap.py test --all` puts each beside the pinned ones, in a folder of its own. The tests themselves stand in the other
+files here; what this one adds is the environment.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from consumers.conftest import absent
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 16
@@ -24,15 +22,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-DEEPSPEED = Path(os.environ.get("DEEPSPEED_OVERLAY") or ROOT / ".deepspeed")
 
 
-def run(command: list[str], folder: Path, settings: dict[str, Any], stage: int = 0) -> None:
+def run(command: list[str], folder: Path, settings: dict[str, Any]) -> None:
     worker = str(Path(__file__).with_name("parallel_worker.py"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    if stage:
-        environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{DEEPSPEED}", "DS_ACCELERATOR": "cpu"}
-    told = [str(folder), json.dumps(settings), str(STEPS), str(stage)]
+    told = [str(folder), json.dumps(settings), str(STEPS)]
     done = subprocess.run([*command, worker, *told], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -53,17 +48,4 @@ def agree(folder: Path) -> None:
 def test_two_ranks_agree_and_are_one_process_with_the_doubled_batch(name: str, tmp_path: Path) -> None:
     run(TORCHRUN, tmp_path, SETTINGS[name])
     run([sys.executable], tmp_path, SETTINGS[name])
-    agree(tmp_path)
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed compiles what its processes talk through, and there is no c++")
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.thorough
-def test_zero_of_deepspeed_comes_to_the_same(stage: int, tmp_path: Path) -> None:
-    """AdamW in two groups: its averages are on either rank in part, and follow the rotations of a pruning step."""
-    if not (DEEPSPEED / "deepspeed").is_dir():
-        absent(f"pip install --no-deps --target {DEEPSPEED} -r requirements/deepspeed.txt has not been run")
-    settings = {**PRUNING, "qat": True, "bits": 4, "group_size": 16, "adam": True}
-    run(TORCHRUN, tmp_path, settings, stage)
-    run([sys.executable], tmp_path, settings)
     agree(tmp_path)
