@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from ..engine.frame import Frame, Plan, error_targets, payload_size, require_room
-from ..engine.job import Job, Stored
+from ..engine.encode import EncodedModule, Encoder
+from ..engine.frame import FileContext, Plan, error_targets, payload_size, require_room
 from ..errors import SettingsError
-from ..packed.module import LEAST_PLANES, MOST_PLANES, Choice
+from ..packed.module import LEAST_PLANES, MOST_PLANES, ModulePlan
 from ..update import relative_error
 from . import fit_step
 
@@ -28,7 +28,7 @@ _CODABLE = (1e-9, 1e9)  # norms of the strongest component between which the tab
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
-def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int | None) -> Plan:
+def fit_steps(encoder: Encoder, kept: Mapping[str, Tensor], frame: FileContext, payload: int | None) -> Plan:
     """Steps that meet the budget of the job's settings, or `payload` bytes.
 
     The step of module m is step / sqrt(w_m), w_m its weight times what its scores are worth beyond its singular values. A part of
@@ -44,44 +44,46 @@ def fit_steps(job: Job, kept: Mapping[str, Tensor], frame: Frame, payload: int |
     Raises:
         SettingsError: the budget cannot be met, or the updates are too small or too large for the coder.
     """
-    _require_codable(job)
-    whole = _Part(job, list(kept), kept, frame)
+    _require_codable(encoder)
+    whole = _Part(encoder, list(kept), kept, frame)
     if payload is not None:
         return whole.fit(payload, lambda stored: float(payload_size(stored)), rising=False)
-    if job.settings.budget.size is not None:
-        require_room(job.settings.budget.size, frame.file_size({}))
-        return whole.fit(job.settings.budget.size, lambda stored: float(frame.file_size(stored)), rising=False)
-    targets = error_targets(job.settings.budget, frame.parts)
+    if encoder.settings.budget.size is not None:
+        require_room(encoder.settings.budget.size, frame.file_size({}))
+        return whole.fit(encoder.settings.budget.size, lambda stored: float(frame.file_size(stored)), rising=False)
+    targets = error_targets(encoder.settings.budget, frame.parts)
     found = Plan({}, {})
     if "" in targets:
         found = whole.fit(targets.pop(""), whole.error, rising=True)
     for name, target in targets.items():
-        part = _Part(job, [module for module in kept if frame.parts[module] == name], kept, frame)
+        part = _Part(encoder, [module for module in kept if frame.parts[module] == name], kept, frame)
         if not found.choices.keys() >= set(part.names) or part.error(found.stored or {}) > target:
             finer = part.fit(target, part.error, rising=True)
             stored = {k: v for k, v in (found.stored or {}).items() if k not in finer.choices} | (finer.stored or {})
             found = Plan(found.choices | finer.choices, stored)
     order = {name: i for i, name in enumerate(kept)}
     stored = dict(sorted((found.stored or {}).items(), key=lambda item: order[item[0]]))
-    return Plan({name: found.choices.get(name, Choice(0)) for name in kept}, stored)
+    return Plan({name: found.choices.get(name, ModulePlan(0)) for name in kept}, stored)
 
 
-def expected_bytes(job: Job, kept: Mapping[str, Tensor], frame: Frame) -> float:
+def expected_bytes(encoder: Encoder, kept: Mapping[str, Tensor], frame: FileContext) -> float:
     """Return the bytes of payload and index that the errors of the settings would take if all weights were Gaussian.
 
     Nothing is coded for this. Arguments as `fit_steps`.
     """
-    _require_codable(job)
+    _require_codable(encoder)
     sizes = {}
-    for name, target in error_targets(job.settings.budget, frame.parts).items():
-        part = _Part(job, [module for module in kept if not name or frame.parts[module] == name], kept, frame)
+    for name, target in error_targets(encoder.settings.budget, frame.parts).items():
+        part = _Part(encoder, [module for module in kept if not name or frame.parts[module] == name], kept, frame)
         sizes[name] = part.expected_bytes(target)
     return max(sizes.pop("", 0.0), sum(sizes.values()))
 
 
-def _require_codable(job: Job) -> None:
+def _require_codable(encoder: Encoder) -> None:
     """Raises: SettingsError: the strongest component of all is so weak or so strong that the coder has no scale for its rows."""
-    strongest = {name: float(analysis.spectrum.sigma[0]) for name, analysis in job.analyses.items() if len(analysis.spectrum.sigma)}
+    strongest = {
+        name: float(analysis.spectrum.sigma[0]) for name, analysis in encoder.components.items() if len(analysis.spectrum.sigma)
+    }
     name = max(strongest, key=strongest.__getitem__, default="")
     least, most = _CODABLE
     if name and strongest[name] and not least <= strongest[name] <= most:
@@ -89,9 +91,9 @@ def _require_codable(job: Job) -> None:
         raise SettingsError([f"strategy=entropy: {found}: no training gives such weights; use another strategy, which takes any"])
 
 
-def _leaves_something(job: Job, name: str) -> float:
+def _leaves_something(encoder: Encoder, name: str) -> float:
     """A step at which neither row of the first component rounds to zero: the largest of n weights is 1 / sqrt(n) at least."""
-    analysis = job.analyses[name]
+    analysis = encoder.components[name]
     return float(analysis.spectrum.sigma[0]) / math.sqrt(max(analysis.shape.stored))
 
 
@@ -109,16 +111,16 @@ def _ratios(scores: np.ndarray, squares: np.ndarray) -> np.ndarray:
 class _Part:
     """Some modules of a file, coded with one step; and what that would take if their weights were Gaussian."""
 
-    def __init__(self, job: Job, names: list[str], kept: Mapping[str, Tensor], frame: Frame) -> None:
-        self.job, self.names = job, names
+    def __init__(self, encoder: Encoder, names: list[str], kept: Mapping[str, Tensor], frame: FileContext) -> None:
+        self.encoder, self.names = encoder, names
         self._ranks = {name: len(kept[name]) for name in names}
-        self._norm = sum(job.analyses[name].norm for name in names)
-        shapes = [job.analyses[name].shape.stored for name in names for _ in range(self._ranks[name])]
+        self._norm = sum(encoder.components[name].norm for name in names)
+        shapes = [encoder.components[name].shape.stored for name in names for _ in range(self._ranks[name])]
         self._widths = np.array(shapes, dtype=np.float64).reshape(-1, 2)  # weights of a component's two rows
         counts = np.array([self._ranks[name] for name in names], dtype=np.int64)
         self._owner = np.repeat(np.arange(len(names)), counts)  # module of each component, and its place there
         self._place = np.arange(len(self._owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self._squares = _squares([job.analyses[name].spectrum.sigma[: len(kept[name])] for name in names])
+        self._squares = _squares([encoder.components[name].spectrum.sigma[: len(kept[name])] for name in names])
         scores = _squares([kept[name] for name in names])
         given = np.array([frame.weights.get(name, 1.0) for name in names])
         modules = given * _ratios(*(np.bincount(self._owner, each, len(names)) for each in (scores, self._squares)))
@@ -128,17 +130,19 @@ class _Part:
         self._strongest = math.sqrt(float(strengths.max(initial=0.0)))
         self._worths = given[self._owner] * _ratios(scores, self._squares)
         self._gone = max(self._norm - float(self._squares.sum()), 0.0)
-        least = job.settings.pruning.min_rank or 0
+        least = encoder.settings.pruning.min_rank or 0
         self._least = {name: min(max(least, int(name in frame.protected)), self._ranks[name]) for name in names}
         self._coded = np.ones(len(self._squares), dtype=bool)
-        self._largest = {name: step for name in names if name in frame.protected and (step := _leaves_something(job, name))}
+        self._largest = {name: step for name in names if name in frame.protected and (step := _leaves_something(encoder, name))}
 
-    def fit(self, budget: float, measure: Callable[[Mapping[str, Stored]], float], rising: bool) -> Plan:
+    def fit(self, budget: float, measure: Callable[[Mapping[str, EncodedModule]], float], rising: bool) -> Plan:
         """The step at which what `measure` says comes closest to the budget from below; what is not worth its bits is left out."""
         if rising and (least := relative_error(self._gone, self._norm)) >= budget:
             raise SettingsError([f"the error of {budget:g} that is asked for cannot be reached: pruning alone costs {least:.4g}"])
         self._trim(budget, rising)
-        best: tuple[float, float, dict[str, Stored]] | None = None  # value, step and modules; a run is a whole file, one is kept
+        best: tuple[float, float, dict[str, EncodedModule]] | None = (
+            None  # value, step and modules; a run is a whole file, one is kept
+        )
 
         def evaluate(step: float) -> float:
             nonlocal best
@@ -171,23 +175,27 @@ class _Part:
         step = self._invert(lambda step: self._estimate(step, self._worth(step), True), error, True)
         return self._estimate(step, self._worth(step), False)
 
-    def _run(self, step: float) -> dict[str, Stored]:
+    def _run(self, step: float) -> dict[str, EncodedModule]:
         """The modules at a step; those of a plain file without their factors, which are made again when they are written."""
-        if self.job.packed:
-            return dict(self.job.run(self._choices(step)))
-        return self.job.padded({name: stored.without_factors() for name, stored in self.job.run(self._choices(step))})
+        if self.encoder.packed:
+            return dict(self.encoder.run(self._choices(step)))
+        return self.encoder.padded({name: stored.without_factors() for name, stored in self.encoder.run(self._choices(step))})
 
     def _start(
-        self, estimate: Callable[[float], float], target: float, measure: Callable[[Mapping[str, Stored]], float], rising: bool
+        self,
+        estimate: Callable[[float], float],
+        target: float,
+        measure: Callable[[Mapping[str, EncodedModule]], float],
+        rising: bool,
     ) -> float:
         """The step that should meet the target: predictions correct the estimate by a factor, until that hardly moves."""
         step, factor = self._invert(estimate, target, rising), 1.0
         for _ in range(_PREDICTIONS):
             try:
-                predicted = self.job.predict(self._choices(step))
+                predicted = self.encoder.predict(self._choices(step))
             except SettingsError:  # finer than any value can be told
                 break
-            value, guess = measure(predicted if self.job.packed else self.job.padded(predicted)), estimate(step)
+            value, guess = measure(predicted if self.encoder.packed else self.encoder.padded(predicted)), estimate(step)
             if not (0 < value < math.inf and 0 < guess < math.inf):
                 break
             factor = value / guess
@@ -196,9 +204,9 @@ class _Part:
                 break
         return step
 
-    def error(self, stored: Mapping[str, Stored]) -> float:
+    def error(self, stored: Mapping[str, EncodedModule]) -> float:
         """||dW - dW'|| / ||dW|| over these modules."""
-        lost = sum(stored[n].squared_error if n in stored else self.job.analyses[n].norm for n in self.names)
+        lost = sum(stored[n].squared_error if n in stored else self.encoder.components[n].norm for n in self.names)
         return relative_error(lost, self._norm)
 
     def _planes(self, step: float) -> int:
@@ -207,13 +215,13 @@ class _Part:
         planes = math.ceil(math.log2(spread) - _ABOVE) if 0.0 < spread < math.inf else 0
         return min(max(planes, LEAST_PLANES), MOST_PLANES)
 
-    def _choices(self, step: float) -> dict[str, Choice]:
+    def _choices(self, step: float) -> dict[str, ModulePlan]:
         choices, planes = {}, self._planes(step)
         for number, name in enumerate(self.names):
-            phase = _PHASES[number % len(_PHASES)] if self.job.settings.quantization.progressive else 0
+            phase = _PHASES[number % len(_PHASES)] if self.encoder.settings.quantization.progressive else 0
             own = min(step * 2 ** (phase / 8) / self._finer[name], self._largest.get(name, math.inf))
             if self._ranks[name]:
-                choices[name] = Choice(self._ranks[name], step=own, phase=phase, planes=planes)
+                choices[name] = ModulePlan(self._ranks[name], step=own, phase=phase, planes=planes)
         return choices
 
     def _trim(self, budget: float, rising: bool) -> None:

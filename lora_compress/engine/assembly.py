@@ -18,16 +18,16 @@ from ..packed.chunks import Chunk
 from ..packed.file import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
 from ..packed.index import PackedIndex
 from ..update import LowRankUpdate, relative_error
-from .job import Job, Stored
+from .encode import EncodedModule, Encoder
 
-__all__ = ["Assembly"]
+__all__ = ["OutputFile"]
 
 _ZEROS_RANK = 2  # of a module that was dropped, where it must be there: no program misreads the scale of rank 2
 _OF_THE_RUN = {"quantization_device": None, "allow_larger": None}  # say nothing of the file
 
 
 @dataclass(frozen=True)
-class Assembly:
+class OutputFile:
     """A compressed file in the making.
 
     Args:
@@ -41,7 +41,7 @@ class Assembly:
             configuration targets, and warns of those that it finds no weights for, or leaves them random.
     """
 
-    job: Job
+    encoder: Encoder
     layout: str = "kohya"
     metadata: Callable[[Mapping[str, int]], Mapping[str, str]] = lambda ranks: {}
     carried: Mapping[str, TensorSpec] = field(default_factory=dict)
@@ -49,87 +49,87 @@ class Assembly:
     more: Mapping[str, str] = field(default_factory=dict)
     keeps_all: bool = False
 
-    def specs(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
+    def specs(self, stored: Mapping[str, EncodedModule]) -> dict[str, TensorSpec]:
         """What the header of the file says."""
         specs = self.passed_on(stored)
-        if self.job.packed:
+        if self.encoder.packed:
             index, _ = self.packed(stored)
             payload = TensorSpec(torch.uint8, (index.payload,))
             return specs | {INDEX_KEY: TensorSpec.of(index.encode()), PAYLOAD_KEY: payload}
         for name, module in stored.items():
-            shape, rank = self.job.analyses[name].shape, module.padded
+            shape, rank = self.encoder.components[name].shape, module.padded
             ones = (1,) * len(shape.kernel)
             down, up = (rank, shape.inputs, *shape.kernel), (shape.outputs, rank, *ones)
-            specs |= shape.keys.specs(name, down, up, self.job.dtype)
+            specs |= shape.keys.specs(name, down, up, self.encoder.dtype)
         return specs | {key: TensorSpec.of(zeros) for key, zeros in self.placeholders(stored).items()}
 
-    def passed_on(self, stored: Mapping[str, Stored]) -> dict[str, TensorSpec]:
+    def passed_on(self, stored: Mapping[str, EncodedModule]) -> dict[str, TensorSpec]:
         """Tensors of the input that the file gets: what went with a module goes where the module goes."""
         return dict(self.carried) | {key: spec for name in self.kept(stored) for key, spec in self.extras.get(name, {}).items()}
 
-    def kept(self, stored: Mapping[str, Stored]) -> list[str]:
+    def kept(self, stored: Mapping[str, EncodedModule]) -> list[str]:
         """The modules that the file has, zeros among them."""
-        return [*self.job.analyses] if self.keeps_all else [*stored]
+        return [*self.encoder.components] if self.keeps_all else [*stored]
 
-    def ranks(self, stored: Mapping[str, Stored]) -> dict[str, int]:
+    def ranks(self, stored: Mapping[str, EncodedModule]) -> dict[str, int]:
         """The ranks that the modules have in the file."""
-        own = {name: module.rank if self.job.packed else module.padded for name, module in stored.items()}
+        own = {name: module.rank if self.encoder.packed else module.padded for name, module in stored.items()}
         return {name: own.get(name, _ZEROS_RANK) for name in self.kept(stored)}
 
-    def placeholders(self, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    def placeholders(self, stored: Mapping[str, EncodedModule]) -> dict[str, Tensor]:
         """Zeros for the modules that were dropped, without memory for them."""
         zeros: dict[str, Tensor] = {}
         for name in self.kept(stored):
             if name not in stored:
-                shape = self.job.analyses[name].shape
-                down = torch.zeros((), dtype=self.job.dtype).expand(_ZEROS_RANK, shape.inputs, *shape.kernel)
-                up = torch.zeros((), dtype=self.job.dtype).expand(shape.outputs, _ZEROS_RANK, *(1,) * len(shape.kernel))
+                shape = self.encoder.components[name].shape
+                down = torch.zeros((), dtype=self.encoder.dtype).expand(_ZEROS_RANK, shape.inputs, *shape.kernel)
+                up = torch.zeros((), dtype=self.encoder.dtype).expand(shape.outputs, _ZEROS_RANK, *(1,) * len(shape.kernel))
                 zeros |= shape.keys.factors(name, LowRankUpdate(down, up, float(_ZEROS_RANK)))
         return zeros
 
-    def packed(self, stored: Mapping[str, Stored]) -> tuple[PackedIndex, list[Chunk]]:
+    def packed(self, stored: Mapping[str, EncodedModule]) -> tuple[PackedIndex, list[Chunk]]:
         """Index and chunks of a packed file."""
         return lay_out(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None], self.passed_on(stored))
 
-    def finished_metadata(self, stored: Mapping[str, Stored]) -> dict[str, str]:
+    def finished_metadata(self, stored: Mapping[str, EncodedModule]) -> dict[str, str]:
         """The metadata of the file."""
-        packed = self.job.packed
+        packed = self.encoder.packed
         ranks = self.ranks(stored)
         alphas = [float(module.rank) if packed else module.alpha for module in stored.values()]
-        details = {**self.job.settings.as_dict(), **self.details(stored), **_OF_THE_RUN, **self.more}
+        details = {**self.encoder.settings.as_dict(), **self.details(stored), **_OF_THE_RUN, **self.more}
         scales = {name: ModuleScale(ranks[name], self._gain(name, alpha)) for name, alpha in zip(stored, alphas, strict=True)}
         finished = finish_metadata(true_header(self.metadata(ranks), scales), ranks.values(), alphas, details)
         return finished | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
 
     def _gain(self, name: str, alpha: float) -> float | None:
         """alpha of a module in the file / its alpha in the input; None of fp8, whose alpha is known only at the end."""
-        before = self.job.analyses[name].alpha
-        return None if (self.job.dtype == FP8 and not self.job.packed) or not before else alpha / before
+        before = self.encoder.components[name].alpha
+        return None if (self.encoder.dtype == FP8 and not self.encoder.packed) or not before else alpha / before
 
-    def details(self, stored: Mapping[str, Stored]) -> dict[str, Any]:
+    def details(self, stored: Mapping[str, EncodedModule]) -> dict[str, Any]:
         """What was done, for the metadata."""
-        analyses = self.job.analyses
-        before = sum(analysis.shape.rank for analysis in analyses.values())
+        components = self.encoder.components
+        before = sum(analysis.shape.rank for analysis in components.values())
         return {
-            "modules": f"{len(stored)}/{len(analyses)}",
+            "modules": f"{len(stored)}/{len(components)}",
             "components": f"{sum(module.rank for module in stored.values())}/{before}",
             "relative_error": f"{self.error(stored):.6e}",
         }
 
-    def error(self, stored: Mapping[str, Stored]) -> float:
+    def error(self, stored: Mapping[str, EncodedModule]) -> float:
         """||dW - dW'|| / ||dW|| over the file."""
-        analyses = self.job.analyses
-        lost = sum(stored[name].squared_error if name in stored else analysis.norm for name, analysis in analyses.items())
-        return relative_error(lost, sum(analysis.norm for analysis in analyses.values()))
+        components = self.encoder.components
+        lost = sum(stored[name].squared_error if name in stored else analysis.norm for name, analysis in components.items())
+        return relative_error(lost, sum(analysis.norm for analysis in components.values()))
 
-    def size(self, stored: Mapping[str, Stored]) -> int:
+    def size(self, stored: Mapping[str, EncodedModule]) -> int:
         """Bytes of the file."""
         return safetensors_size(self.specs(stored), self.finished_metadata(stored))
 
-    def module_bytes(self, name: str, stored: Stored) -> int:
+    def module_bytes(self, name: str, stored: EncodedModule) -> int:
         """Bytes of a module's factors and alpha, or of its chunks."""
-        if self.job.packed:
+        if self.encoder.packed:
             return sum(map(len, stored.chunks))
-        shape = self.job.analyses[name].shape
+        shape = self.encoder.components[name].shape
         weights = stored.padded * (shape.outputs + shape.inputs * math.prod(shape.kernel))
-        return weights * self.job.dtype.itemsize + (4 if shape.keys.alpha is not None else 0)
+        return weights * self.encoder.dtype.itemsize + (4 if shape.keys.alpha is not None else 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..allocation import bits_for_error, truncation_points
 from ..quantization import FixedFormat, component_size
-from .job import Job
+from .encode import Encoder
 
 __all__ = ["entropy_points", "packed_overhead", "size_curve", "with_rest"]
 
@@ -18,15 +18,15 @@ _HEADER_BYTES, _INDEX_BYTES = 700, 25  # of a packed file with our own metadata,
 _DISTORTION = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}  # of a Gaussian factor by bits, groups of 64
 
 
-def size_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
+def size_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float], ...]:
     """(bytes, relative error) along the smallest files of the job's kind, as far as Gaussian weights tell it.
 
     Args:
         job: whose spectra and storage are taken.
         overhead: bytes of the file that are no factors.
     """
-    lost, norm = (sum(getattr(analysis, field) for analysis in job.analyses.values()) for field in ("lost", "norm"))
-    return with_rest(_spectral_curve(job, overhead), lost, norm)
+    lost, norm = (sum(getattr(analysis, field) for analysis in encoder.components.values()) for field in ("lost", "norm"))
+    return with_rest(_spectral_curve(encoder, overhead), lost, norm)
 
 
 def with_rest(points: Sequence[tuple[int, float]], rest: float, norm: float) -> tuple[tuple[int, float], ...]:
@@ -41,26 +41,26 @@ def with_rest(points: Sequence[tuple[int, float]], rest: float, norm: float) -> 
     return tuple((size, math.sqrt(error**2 * (1.0 - share) + share)) for size, error in points) if share else tuple(points)
 
 
-def _spectral_curve(job: Job, overhead: int) -> tuple[tuple[int, float], ...]:
-    quantization = job.settings.quantization
+def _spectral_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float], ...]:
+    quantization = encoder.settings.quantization
     if quantization.enabled and quantization.strategy == "entropy":
-        return entropy_points([(a.shape.stored, a.spectrum.sigma.tolist()) for a in job.analyses.values()], overhead)
-    form = FixedFormat.of_settings(quantization) if quantization.enabled and job.packed else None
-    sigmas = {name: analysis.scores for name, analysis in job.analyses.items()}
+        return entropy_points([(a.shape.stored, a.spectrum.sigma.tolist()) for a in encoder.components.values()], overhead)
+    form = FixedFormat.of_settings(quantization) if quantization.enabled and encoder.packed else None
+    sigmas = {name: analysis.scores for name, analysis in encoder.components.items()}
     noise = 2 * _DISTORTION[int(quantization.bits)] if form and quantization.bits and not quantization.averages else 0.0
-    total = sum(analysis.norm for analysis in job.analyses.values())
+    total = sum(analysis.norm for analysis in encoder.components.values())
 
     def price(name: str, bits: int | None = None) -> int:
-        shape = job.analyses[name].shape
+        shape = encoder.components[name].shape
         if form is not None:
             return component_size(*shape.stored, form, bits)
-        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * job.dtype.itemsize
+        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * encoder.dtype.itemsize
 
     inner = [(error**2 - noise) ** 0.5 for error in _ERRORS if error**2 > noise] if total else []
     if quantization.strategy != "mixed":
         points = truncation_points([*sigmas.values()], [price(name) for name in sigmas], inner)
         return tuple((overhead + size, (error**2 + noise) ** 0.5) for size, error in points)
-    widths = {name: sum(analysis.shape.stored) for name, analysis in job.analyses.items()}
+    widths = {name: sum(analysis.shape.stored) for name, analysis in encoder.components.items()}
     mixed = {}
     for error in inner:
         bits = bits_for_error(sigmas, widths, _DISTORTION, error, component_bytes=price)

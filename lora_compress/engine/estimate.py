@@ -10,10 +10,10 @@ import torch
 
 from ..allocation.step_search import expected_bytes
 from ..errors import SettingsError
-from ..packed.module import Choice
+from ..packed.module import ModulePlan
 from ..quantization import FixedFormat, fixed_size
-from .frame import Frame, Plan, error_targets
-from .job import Job
+from .encode import Encoder
+from .frame import FileContext, Plan, error_targets
 from .planning import Search, kept_scores, payload_budget, plan
 from .precision import PLAIN_NOISE
 
@@ -32,7 +32,7 @@ class Expected(NamedTuple):
     least: int
 
 
-def expected_size(job: Job, frame: Frame) -> Expected:
+def expected_size(encoder: Encoder, frame: FileContext) -> Expected:
     """Return the size of the file that `planning.plan` will choose.
 
     Exact but for the header where ranks and bits are given. Where an error is asked for, the components that are lost are known by
@@ -42,23 +42,23 @@ def expected_size(job: Job, frame: Frame) -> Expected:
     Raises:
         SettingsError: pruning leaves nothing, or the error cannot be reached.
     """
-    settings, kept = job.settings, kept_scores(job, frame)
+    settings, kept = encoder.settings, kept_scores(encoder, frame)
     quantization, budget = settings.quantization, settings.budget
-    everything = {name: Choice(len(scores)) for name, scores in kept.items()}
-    payload = payload_budget(job, kept)
+    everything = {name: ModulePlan(len(scores)) for name, scores in kept.items()}
+    payload = payload_budget(encoder, kept)
     if budget.size is None and payload is None and budget.enabled:
         if quantization.strategy == "entropy":
-            size = expected_bytes(job, kept, frame)
-            size += frame.file_size({}) if job.packed else 0
-            return Expected(int(size), int(size * _ENTROPY_LEAST)) if job.packed else Expected(int(size), 0)
-        size = _size(job, frame, Search(job, frame, kept, False).losing(error_targets(budget, frame.parts)))
+            size = expected_bytes(encoder, kept, frame)
+            size += frame.file_size({}) if encoder.packed else 0
+            return Expected(int(size), int(size * _ENTROPY_LEAST)) if encoder.packed else Expected(int(size), 0)
+        size = _size(encoder, frame, Search(encoder, frame, kept, False).losing(error_targets(budget, frame.parts)))
         return Expected(size, int(size * _MIXED_LEAST) if quantization.strategy == "mixed" else size)
-    if quantization.averages and not job.packed:
+    if quantization.averages and not encoder.packed:
         return Expected(0, 0)  # ranks follow from what coding leaves of the modules
     if quantization.strategy == "entropy":
         size = sys.maxsize  # an entropy coder always finds something to spend bits on
     else:
-        size = _size(job, frame, everything, _MOST_BITS if quantization.strategy == "mixed" else None)
+        size = _size(encoder, frame, everything, _MOST_BITS if quantization.strategy == "mixed" else None)
     if payload is not None:
         size = min(size, frame.file_size({}) + payload)
     if budget.size is not None:
@@ -67,42 +67,42 @@ def expected_size(job: Job, frame: Frame) -> Expected:
     return Expected(size, int(size * _FILLED) if searched else size)
 
 
-def _size(job: Job, frame: Frame, choices: dict[str, Choice], bits: int | None = None) -> int:
+def _size(encoder: Encoder, frame: FileContext, choices: dict[str, ModulePlan], bits: int | None = None) -> int:
     """Bytes of a file of these components, at `bits` each where the choices name none; of a packed file without its index."""
-    if not job.packed:
-        return frame.file_size(job.outline(choices))
-    form = FixedFormat.of_settings(job.settings.quantization)
+    if not encoder.packed:
+        return frame.file_size(encoder.outline(choices))
+    form = FixedFormat.of_settings(encoder.settings.quantization)
     payload = 0
     for name, choice in choices.items():
         widths = (bits,) * choice.rank if bits else choice.bits
-        payload += fixed_size(choice.rank, *job.analyses[name].shape.stored, form, widths)
+        payload += fixed_size(choice.rank, *encoder.components[name].shape.stored, form, widths)
     return frame.file_size({}) + payload
 
 
-def surely_larger(job: Job, frame: Frame, size: int) -> int | None:
+def surely_larger(encoder: Encoder, frame: FileContext, size: int) -> int | None:
     """Return the bytes to expect of the file if it certainly takes `size` or more, else None."""
-    found = expected_size(job, frame)
+    found = expected_size(encoder, frame)
     return found.bytes if found.least >= size else None
 
 
-def plan_in(job: Job, frame: Frame, precisions: Sequence[torch.dtype]) -> Plan:
+def plan_in(encoder: Encoder, frame: FileContext, precisions: Sequence[torch.dtype]) -> Plan:
     """Plan in the first of some precisions of plain factors in which the budget is met, and leave the job with it.
 
     Raises:
         SettingsError: it is met in none of them.
     """
-    errors = [] if job.settings.budget.size is not None or job.packed else _errors(job, frame)
+    errors = [] if encoder.settings.budget.size is not None or encoder.packed else _errors(encoder, frame)
     for precision in precisions[:-1]:
-        job.dtype = precision
+        encoder.dtype = precision
         if any(PLAIN_NOISE.get(precision, 0.0) >= error**2 for error in errors):
             continue  # rounding alone loses more
         try:
-            return plan(job, frame)
+            return plan(encoder, frame)
         except SettingsError:
             continue
-    job.dtype = precisions[-1]
-    return plan(job, frame)
+    encoder.dtype = precisions[-1]
+    return plan(encoder, frame)
 
 
-def _errors(job: Job, frame: Frame) -> list[float]:
-    return [*error_targets(job.settings.budget, frame.parts).values()] if job.settings.budget.enabled else []
+def _errors(encoder: Encoder, frame: FileContext) -> list[float]:
+    return [*error_targets(encoder.settings.budget, frame.parts).values()] if encoder.settings.budget.enabled else []

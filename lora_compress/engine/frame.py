@@ -6,26 +6,26 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import SettingsError
-from ..packed.module import Choice
+from ..packed.module import ModulePlan
 from ..settings import BudgetSettings
-from .job import Stored
+from .encode import EncodedModule
 
-__all__ = ["Frame", "Plan", "error_targets", "payload_size", "require_room"]
+__all__ = ["FileContext", "Plan", "error_targets", "payload_size", "require_room"]
 
 
 @dataclass(frozen=True)
-class Frame:
+class FileContext:
     """What surrounds the modules of a file.
 
     Args:
-        file_size: bytes of the whole file for modules that `Job.run` gave.
+        file_size: bytes of the whole file for modules that `Encoder.run` gave.
         parts: part of the model that each module is in.
         weights: of the modules' squared errors, 1 where absent.
         protected: modules that programs need in order to know the file.
         one_rank: modules of a part are padded to one rank.
     """
 
-    file_size: Callable[[Mapping[str, Stored]], int]
+    file_size: Callable[[Mapping[str, EncodedModule]], int]
     parts: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     protected: Collection[str] = ()
@@ -36,8 +36,8 @@ class Frame:
 class Plan:
     """Choices by module, and the modules themselves where choosing took making them (packed files alone)."""
 
-    choices: dict[str, Choice]
-    stored: dict[str, Stored] | None = None
+    choices: dict[str, ModulePlan]
+    stored: dict[str, EncodedModule] | None = None
 
 
 def error_targets(budget: BudgetSettings, parts: Mapping[str, str]) -> dict[str, float]:
@@ -59,6 +59,6 @@ def require_room(budget: int, least: int) -> None:
         raise SettingsError([f"target_size: {budget} bytes are too few: {found}; take a larger target_size"])
 
 
-def payload_size(stored: Mapping[str, Stored]) -> int:
+def payload_size(stored: Mapping[str, EncodedModule]) -> int:
     """Bytes of what coding made of all modules."""
     return sum(module.payload for module in stored.values())

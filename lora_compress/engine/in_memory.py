@@ -28,10 +28,11 @@ from ..quantization import FixedFormat, fixed_size
 from ..report import CompressionReport, PartReport
 from ..settings import CompressionSettings, QuantizationSettings
 from ..update import LowRankUpdate
-from .assembly import Assembly
+from .analysis import Decomposition
+from .assembly import OutputFile
 from .curve import packed_overhead
-from .frame import Frame
-from .job import Components, Job, Stored
+from .encode import EncodedModule, Encoder
+from .frame import FileContext
 from .planning import plan
 
 __all__ = [
@@ -86,7 +87,7 @@ def compress(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
-    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]] | None = None,
+    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]] | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> CompressedLora:
     """Prune and quantize `updates`: thin SVD of each, a choice over the whole file, then the codec or plain factors.
@@ -104,18 +105,18 @@ def compress(
         SettingsError: pruning leaves nothing, or the budget cannot be met.
     """
     factors = FP8 if settings.save_format == "fp8" else dtype or torch.float32
-    job = Job(updates, settings, factors) if decompose is None else Job(updates, settings, factors, decompose)
-    assembly = Assembly(job, metadata=lambda ranks: metadata or {}, more=details or {})
-    protected = consumer_minimum({name: analysis.norm for name, analysis in job.analyses.items()})
-    chosen = plan(job, Frame(assembly.size, {name: part_of(name, "") for name in updates}, protected=protected))
-    stored = dict(job.run(chosen.choices)) if chosen.stored is None else chosen.stored
+    encoder = Encoder(updates, settings, factors) if decompose is None else Encoder(updates, settings, factors, decompose)
+    assembly = OutputFile(encoder, metadata=lambda ranks: metadata or {}, more=details or {})
+    protected = consumer_minimum({name: analysis.norm for name, analysis in encoder.components.items()})
+    chosen = plan(encoder, FileContext(assembly.size, {name: part_of(name, "") for name in updates}, protected=protected))
+    stored = dict(encoder.run(chosen.choices)) if chosen.stored is None else chosen.stored
     if updates and not stored:
         raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])
     results = {name: _result(module) for name, module in stored.items()}
-    modules = {name: _module_report(job, name, stored.get(name)) for name in updates}
+    modules = {name: _module_report(encoder, name, stored.get(name)) for name in updates}
     before = plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
     report = CompressionReport.of_modules(modules, (before, assembly.size(stored)))
-    tensors = _packed_tensors(assembly, stored) if job.packed else as_kohya(results)
+    tensors = _packed_tensors(assembly, stored) if encoder.packed else as_kohya(results)
     return CompressedLora(results, tensors, assembly.finished_metadata(stored), report, settings)
 
 
@@ -191,13 +192,13 @@ def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSet
     return plain_size({name: (u, ranks[name]) for name, u in updates.items()}, FP8 if settings.save_format == "fp8" else dtype)
 
 
-def _module_report(job: Job, name: str, stored: Stored | None) -> PartReport:
-    analysis = job.analyses[name]
+def _module_report(encoder: Encoder, name: str, stored: EncodedModule | None) -> PartReport:
+    analysis = encoder.components[name]
     lost = analysis.norm if stored is None else stored.squared_error
     return PartReport((1, int(stored is not None)), (analysis.shape.rank, stored.rank if stored else 0), lost, analysis.norm)
 
 
-def _result(stored: Stored) -> LowRankUpdate:
+def _result(stored: EncodedModule) -> LowRankUpdate:
     """What a reader of the file gets."""
     if stored.plain is not None:
         return stored.plain
@@ -205,7 +206,7 @@ def _result(stored: Stored) -> LowRankUpdate:
     return decode_module(stored.entry, [chunk.read() for chunk in stored.chunks])
 
 
-def _packed_tensors(assembly: Assembly, stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+def _packed_tensors(assembly: OutputFile, stored: Mapping[str, EncodedModule]) -> dict[str, Tensor]:
     index, chunks = assembly.packed(stored)
     return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks)}
 

@@ -13,8 +13,8 @@ from ..errors import SettingsError
 from ..programs.marks import Mark
 from ..report.file_report import ModuleReport
 from ..sources import LoraSource
-from .assembly import Assembly
-from .job import Job, Stored
+from .assembly import OutputFile
+from .encode import EncodedModule, Encoder
 
 __all__ = ["file_notes", "module_report"]
 
@@ -22,39 +22,39 @@ _MOST_LOST = 0.5  # share of a module's square
 _MUCH_LARGER = 1.05  # times the input, which is about what metadata add to a small file
 
 
-def file_notes(lora: LoraSource, job: Job, named: torch.dtype | None) -> Iterator[str]:
+def file_notes(lora: LoraSource, encoder: Encoder, named: torch.dtype | None) -> Iterator[str]:
     """Yield what to know of a plain file: channels that saved nothing, and a precision that is not that of the input.
 
     Args:
         named: the precision that was asked for, None if it was left open.
     """
-    yield from _channel_notes(job)
-    if job.packed or named is not None or job.settings.save_format == "fp8" or lora.packed:
+    yield from _channel_notes(encoder)
+    if encoder.packed or named is not None or encoder.settings.save_format == "fp8" or lora.packed:
         return
-    if job.dtype != lora.dtype:
-        stored, given = (str(dtype).removeprefix("torch.") for dtype in (job.dtype, lora.dtype))
+    if encoder.dtype != lora.dtype:
+        stored, given = (str(dtype).removeprefix("torch.") for dtype in (encoder.dtype, lora.dtype))
         yield f"factors are stored as {stored}, those of the input are {given}: --save_precision names another precision"
         if lora.dtype.itemsize == 1 and any(lora.plain_keys(name).alpha is None for name in lora):
             yield f"8-bit floats need an alpha, which {lora.layout} files do not have: packed, with --quantize bits=8, is as small"
 
 
-def rounding_notes(job: Job, stored: Mapping[str, Stored]) -> list[str]:
+def rounding_notes(encoder: Encoder, stored: Mapping[str, EncodedModule]) -> list[str]:
     """Say which modules of a plain file lose most of what is kept of them to its precision, because their weights are too small.
 
     Raises:
         SettingsError: that is most of the whole file.
     """
-    if job.settings.quantization.enabled:
+    if encoder.settings.quantization.enabled:
         return []  # what codes lose is said by their error
     kept, lost = {}, {}
     for name, module in stored.items():
-        analysis = job.analyses[name]
+        analysis = encoder.components[name]
         beyond = analysis.lost + float(analysis.spectrum.sigma[module.rank :].square().sum())
         kept[name], lost[name] = analysis.norm - beyond, module.squared_error - beyond
     gone = [name for name in stored if lost[name] > _MOST_LOST * kept[name] > 0.0]
     if not gone:
         return []
-    precision = str(job.dtype).removeprefix("torch.")
+    precision = str(encoder.dtype).removeprefix("torch.")
     found = f"{precision} cannot hold weights as small as those of {len(gone)} of {len(stored)} modules, {gone[0]} for one"
     remedy = "--save_precision bf16 or float can"
     if sum(lost.values()) > _MOST_LOST * sum(kept.values()):
@@ -69,13 +69,13 @@ def partner_notes(partner: Path, before: int) -> Iterator[str]:
         yield f"{partner} takes {size} bytes, the input took {before}: --format packed leaves it out"
 
 
-def zero_notes(assembly: Assembly, stored: Mapping[str, Stored]) -> Iterator[str]:
+def zero_notes(assembly: OutputFile, stored: Mapping[str, EncodedModule]) -> Iterator[str]:
     """Yield what to know of modules that were dropped from a folder for PEFT."""
     if dropped := len(assembly.kept(stored)) - len(stored):
         yield f"zeros stand for the modules that were dropped ({dropped}), since PEFT makes a layer for each"
 
 
-def mark_notes(marks: Mapping[str, Mark], stored: Mapping[str, Stored], modules: int) -> Iterator[str]:
+def mark_notes(marks: Mapping[str, Mark], stored: Mapping[str, EncodedModule], modules: int) -> Iterator[str]:
     """Yield, for each module that was left one component while others were dropped, which program recognises the file by it."""
     if len(stored) < modules:
         for name, mark in marks.items():
@@ -83,11 +83,11 @@ def mark_notes(marks: Mapping[str, Mark], stored: Mapping[str, Stored], modules:
                 yield f"{name} keeps one component: {mark.program} recognises a {mark.kind} by it"
 
 
-def _channel_notes(job: Job) -> list[str]:
+def _channel_notes(encoder: Encoder) -> list[str]:
     """What a plain file makes of channels that were dropped."""
-    if job.packed:
+    if encoder.packed:
         return []
-    shapes = [analysis.shape for analysis in job.analyses.values()]
+    shapes = [analysis.shape for analysis in encoder.components.values()]
     counts = [(shape.outputs, shape.kept[0]) for shape in shapes] + [(shape.inputs, shape.kept[1]) for shape in shapes]
     dropped = sum(count - len(kept) for count, kept in counts if kept is not None)
     if not dropped:
@@ -95,9 +95,9 @@ def _channel_notes(job: Job) -> list[str]:
     return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
 
 
-def module_report(assembly: Assembly, lora: LoraSource, name: str, stored: Stored | None, made: bool) -> ModuleReport:
+def module_report(assembly: OutputFile, lora: LoraSource, name: str, stored: EncodedModule | None, made: bool) -> ModuleReport:
     """The report of a module. If it was not made, its error is not known: NaN."""
-    analysis = assembly.job.analyses[name]
+    analysis = assembly.encoder.components[name]
     shape = analysis.shape
     lost, rank, after = (
         (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))

@@ -22,13 +22,13 @@ from ..allocation import (
 )
 from ..allocation.step_search import fit_steps
 from ..errors import SettingsError
-from ..packed.index import Entry
-from ..packed.module import Choice
+from ..packed.index import ModuleRecord
+from ..packed.module import ModulePlan
 from ..pruning import select_ranks
 from ..quantization import FixedFormat, component_size
 from ..update import relative_error
-from .frame import Frame, Plan, error_targets, payload_size, require_room
-from .job import Job, Stored
+from .encode import EncodedModule, Encoder
+from .frame import FileContext, Plan, error_targets, payload_size, require_room
 from .precision import PLAIN_NOISE
 
 __all__ = ["Search", "kept_scores", "payload_budget", "plan"]
@@ -44,35 +44,35 @@ _INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
 _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
 
 
-def plan(job: Job, frame: Frame) -> Plan:
+def plan(encoder: Encoder, frame: FileContext) -> Plan:
     """A choice for each module of the job: what pruning leaves, cut further to the size or the error that is asked for.
 
     Raises:
         SettingsError: the budget cannot be met, or nothing is left.
     """
-    settings, kept = job.settings, kept_scores(job, frame)
+    settings, kept = encoder.settings, kept_scores(encoder, frame)
     if not settings.budget.enabled and not settings.quantization.averages:
-        return Plan({name: Choice(len(scores)) for name, scores in kept.items()})
-    payload = payload_budget(job, kept)
+        return Plan({name: ModulePlan(len(scores)) for name, scores in kept.items()})
+    payload = payload_budget(encoder, kept)
     if settings.quantization.strategy == "entropy":
-        found = fit_steps(job, kept, frame, payload)
-        return found if job.packed else _of_what_is_left(found)
-    search = Search(job, frame, kept, payload is not None)
+        found = fit_steps(encoder, kept, frame, payload)
+        return found if encoder.packed else _of_what_is_left(found)
+    search = Search(encoder, frame, kept, payload is not None)
     if payload is not None:
         return search.for_size(payload, payload_size)
     return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
 
 
-def kept_scores(job: Job, frame: Frame) -> dict[str, Tensor]:
+def kept_scores(encoder: Encoder, frame: FileContext) -> dict[str, Tensor]:
     """Return the scores of the components that pruning leaves of each module, (k,).
 
     Raises:
         SettingsError: it leaves nothing.
     """
-    scores = {name: analysis.scores for name, analysis in job.analyses.items()}
+    scores = {name: analysis.scores for name, analysis in encoder.components.items()}
     relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
-    kernels = {name: analysis.shape.kernel for name, analysis in job.analyses.items()}
-    ranks = select_ranks(relative, job.settings.pruning, kernels, frame.protected)
+    kernels = {name: analysis.shape.kernel for name, analysis in encoder.components.items()}
+    ranks = select_ranks(relative, encoder.settings.pruning, kernels, frame.protected)
     if scores and not any(ranks.values()):
         raise SettingsError(["pruning removes every module: choose smaller thresholds"])
     return {name: score[: ranks[name]] for name, score in scores.items()}
@@ -84,12 +84,12 @@ def _of_what_is_left(found: Plan) -> Plan:
     return Plan({name: replace(found.choices[name], left=module.rank) for name, module in stored.items()})
 
 
-def payload_budget(job: Job, kept: Mapping[str, Tensor]) -> int | None:
+def payload_budget(encoder: Encoder, kept: Mapping[str, Tensor]) -> int | None:
     """Bytes of payload that `bits` as an average mean; None where a size or an error is asked for."""
-    bits = job.settings.quantization.bits
-    if bits is None or not job.settings.quantization.averages:
+    bits = encoder.settings.quantization.bits
+    if bits is None or not encoder.settings.quantization.averages:
         return None
-    return int(sum(len(scores) * sum(job.analyses[name].shape.stored) for name, scores in kept.items()) * bits / 8)
+    return int(sum(len(scores) * sum(encoder.components[name].shape.stored) for name, scores in kept.items()) * bits / 8)
 
 
 class Search:
@@ -99,15 +99,15 @@ class Search:
         payload: the budget is one of codes alone, whatever file they are in.
     """
 
-    def __init__(self, job: Job, frame: Frame, kept: Mapping[str, Tensor], payload: bool) -> None:
-        self.job, self.frame, self.kept, self.payload = job, frame, kept, payload
+    def __init__(self, encoder: Encoder, frame: FileContext, kept: Mapping[str, Tensor], payload: bool) -> None:
+        self.encoder, self.frame, self.kept, self.payload = encoder, frame, kept, payload
         self.index_bytes = 0 if payload else _INDEX_BYTES
-        self._form = FixedFormat.of_settings(job.settings.quantization) if job.settings.quantization.enabled else None
-        self._mixed = job.settings.quantization.strategy == "mixed"
-        sigmas = {name: job.analyses[name].spectrum.sigma[: len(scores)] for name, scores in kept.items()}
+        self._form = FixedFormat.of_settings(encoder.settings.quantization) if encoder.settings.quantization.enabled else None
+        self._mixed = encoder.settings.quantization.strategy == "mixed"
+        sigmas = {name: encoder.components[name].spectrum.sigma[: len(scores)] for name, scores in kept.items()}
         self._weighed = bool(frame.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
 
-    def for_size(self, budget: int, measure: Callable[[Mapping[str, Stored]], int]) -> Plan:
+    def for_size(self, budget: int, measure: Callable[[Mapping[str, EncodedModule]], int]) -> Plan:
         """The least error in at most `budget` of what `measure` counts."""
         require_room(budget, measure({}))
         inner, best, most, tried, size, over = budget, None, -1, None, 0, 0
@@ -116,8 +116,8 @@ class Search:
             if choices == tried and (best is not None or size > budget + inner // 2):
                 break
             if choices != tried:
-                stored, tried = self._make(choices) if self.job.packed else self.job.outline(choices), choices
-                found, size = Plan(choices, stored if self.job.packed else None), measure(stored)
+                stored, tried = self._make(choices) if self.encoder.packed else self.encoder.outline(choices), choices
+                found, size = Plan(choices, stored if self.encoder.packed else None), measure(stored)
             if most < size <= budget:
                 best, most = found, size
             if budget * (1 - _CLOSE) <= size <= budget:
@@ -130,7 +130,7 @@ class Search:
 
     def for_error(self) -> Plan:
         """The fewest bytes at the errors that are asked for: the squared error that coding adds is taken off the target."""
-        wanted = error_targets(self.job.settings.budget, self.frame.parts)
+        wanted = error_targets(self.encoder.settings.budget, self.frame.parts)
         noise = self._noise()
         inner = {part: _less(target, noise) for part, target in wanted.items()}
         best, most, tried = None, -1.0, None
@@ -147,7 +147,7 @@ class Search:
                 inner = {part: _TIGHTER * error for part, error in inner.items()}  # by less than a component: ask for one more
                 continue
             stored, tried = self._make(choices), choices
-            found = Plan(choices, stored if self.job.packed else None)
+            found = Plan(choices, stored if self.encoder.packed else None)
             reached = {part: self._error(stored, part) for part in wanted}
             if all(reached[part] <= target for part, target in wanted.items()) and sum(reached.values()) > most:
                 best, most = found, sum(reached.values())
@@ -159,7 +159,7 @@ class Search:
             raise SettingsError([f"the error that is asked for was not reached, {told} was: take more bits or a larger error"])
         return best
 
-    def losing(self, errors: Mapping[str, float]) -> dict[str, Choice]:
+    def losing(self, errors: Mapping[str, float]) -> dict[str, ModulePlan]:
         """Choices that lose what is asked for, by the spectra.
 
         Allocation counts in scores and weights. Where these are not the singular values, an error of theirs is sought, by halves,
@@ -184,32 +184,32 @@ class Search:
                 edge[part] = middle[part]
         return self._allocate(None, low)
 
-    def _predicted_loss(self, name: str, choice: Choice) -> float:
+    def _predicted_loss(self, name: str, choice: ModulePlan) -> float:
         """Squared error of a module's weights, by its singular values and what bits are known to cost."""
-        analysis = self.job.analyses[name]
+        analysis = self.encoder.components[name]
         squares = analysis.spectrum.sigma[: choice.rank].square().numpy()
         kept = squares @ np.array([_KEPT[bits] for bits in choice.bits]) if choice.bits else squares.sum()
         return max(analysis.norm - float(kept), 0.0)
 
-    def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, Choice]:
+    def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, ModulePlan]:
         frame = self.frame
         parts = {part: error for part, error in errors.items() if part}
         common: dict[str, Any] = {"weights": frame.weights, "protected": frame.protected}
         if self._mixed:
-            widths = {name: sum(self.job.analyses[name].shape.stored) for name in self.kept}
+            widths = {name: sum(self.encoder.components[name].shape.stored) for name in self.kept}
             common |= {"overhead": dict.fromkeys(self.kept, self.index_bytes), "component_bytes": self._bytes}
             if size is not None:
                 bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
             else:
                 more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
                 bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
-            return {name: Choice(len(b), b) for name, b in bits.items()}
+            return {name: ModulePlan(len(b), b) for name, b in bits.items()}
         costs = {name: self._bytes(name) for name in self.kept}
-        shapes = {name: self.job.analyses[name].shape for name in self.kept}
-        fixed = {name: self.index_bytes if self.job.packed else _plain_overhead(shape) for name, shape in shapes.items()}
-        common |= {"min_rank_stored": 1 if self.job.packed else 2}
-        common |= {"min_rank": self.job.settings.pruning.min_rank or 0}
-        padded = frame.one_rank and not self.job.packed  # components of zeros are paid for
+        shapes = {name: self.encoder.components[name].shape for name in self.kept}
+        fixed = {name: self.index_bytes if self.encoder.packed else _plain_overhead(shape) for name, shape in shapes.items()}
+        common |= {"min_rank_stored": 1 if self.encoder.packed else 2}
+        common |= {"min_rank": self.encoder.settings.pruning.min_rank or 0}
+        padded = frame.one_rank and not self.encoder.packed  # components of zeros are paid for
         if size is not None:
             for_size = partial(common_ranks_for_size, parts=frame.parts) if padded else ranks_for_size
             ranks = for_size(self.kept, costs, fixed, size, **common)
@@ -217,24 +217,24 @@ class Search:
             more = {"part_errors": parts, "parts": frame.parts}
             for_error = common_ranks_for_error if padded else ranks_for_error
             ranks = for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
-        return {name: Choice(rank) for name, rank in ranks.items()}
+        return {name: ModulePlan(rank) for name, rank in ranks.items()}
 
     def _bytes(self, name: str, bits: int | None = None) -> int:
         """Of one component."""
-        shape = self.job.analyses[name].shape
-        if (self.job.packed or self.payload) and self._form is not None:
+        shape = self.encoder.components[name].shape
+        if (self.encoder.packed or self.payload) and self._form is not None:
             return component_size(*shape.stored, self._form, bits)
-        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.job.dtype.itemsize
+        return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.encoder.dtype.itemsize
 
-    def _make(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
-        return {name: stored.without_factors() for name, stored in self.job.run(choices)}
+    def _make(self, choices: Mapping[str, ModulePlan]) -> dict[str, EncodedModule]:
+        return {name: stored.without_factors() for name, stored in self.encoder.run(choices)}
 
-    def _error(self, stored: Mapping[str, Stored], part: str) -> float:
+    def _error(self, stored: Mapping[str, EncodedModule], part: str) -> float:
         return self._relative({name: module.squared_error for name, module in stored.items()}, part)
 
     def _relative(self, lost: Mapping[str, float], part: str) -> float:
         """Relative error over a part of the model by the modules' squared errors; modules without one are lost."""
-        norms = {n: self.job.analyses[n].norm for n in self.kept if not part or self.frame.parts[n] == part}
+        norms = {n: self.encoder.components[n].norm for n in self.kept if not part or self.frame.parts[n] == part}
         return relative_error(sum(lost.get(name, norm) for name, norm in norms.items()), sum(norms.values()))
 
     def _noise(self) -> float:
@@ -242,8 +242,8 @@ class Search:
         if self._mixed:
             return 0.0
         if self._form is not None:
-            return 2 * _DISTORTION[int(self.job.settings.quantization.bits or 8)]
-        return PLAIN_NOISE.get(self.job.dtype, 0.0)
+            return 2 * _DISTORTION[int(self.encoder.settings.quantization.bits or 8)]
+        return PLAIN_NOISE.get(self.encoder.dtype, 0.0)
 
 
 def _less(target: float, squared: float) -> float:
@@ -251,7 +251,7 @@ def _less(target: float, squared: float) -> float:
     return max(target**2 - squared, 1e-4 * target**2) ** 0.5
 
 
-def _plain_overhead(shape: Entry) -> int:
+def _plain_overhead(shape: ModuleRecord) -> int:
     """Bytes of a module's alpha and header entries, offsets of nine digits taken."""
     keys = shape.keys.specs(shape.name, (1, shape.inputs, *shape.kernel), (shape.outputs, 1), torch.float32)
     return sum(len(key) + _ENTRY_BYTES for key in keys) + 4

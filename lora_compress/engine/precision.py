@@ -13,7 +13,7 @@ from ..layouts.plain import FP8
 from ..programs.table import ConsumerRules, PlannedFile
 from ..settings import CompressionSettings
 from ..sources import LoraSource
-from .job import Job
+from .encode import Encoder
 
 __all__ = ["PLAIN_NOISE", "Factors", "budget_precisions", "file_precision", "file_precisions", "half_precision", "usual_precision"]
 
@@ -113,10 +113,10 @@ def _takes_float8(lora: LoraSource, rules: ConsumerRules) -> bool:
     return _has_alpha(lora) and not rules.problems(file)
 
 
-def file_precisions(lora: LoraSource, job: Job, rules: ConsumerRules) -> tuple[torch.dtype, ...]:
+def file_precisions(lora: LoraSource, encoder: Encoder, rules: ConsumerRules) -> tuple[torch.dtype, ...]:
     """Return the precisions of a plain file to try, where none was named; see `budget_precisions`."""
-    settings = job.settings
-    if job.packed or settings.save_format == "fp8" or not settings.budget.enabled:
-        return (job.dtype,)
-    factors = (Factors(analysis.spectrum.sigma, analysis.shape.stored) for analysis in job.analyses.values())
+    settings = encoder.settings
+    if encoder.packed or settings.save_format == "fp8" or not settings.budget.enabled:
+        return (encoder.dtype,)
+    factors = (Factors(analysis.spectrum.sigma, analysis.shape.stored) for analysis in encoder.components.values())
     return budget_precisions(lora.dtype, factors, _takes_float8(lora, rules))

@@ -32,13 +32,14 @@ from ..spectrum import Spectrum, known_svd, thin_svd
 from ..update import LowRankUpdate
 from ..weighting import Calibration, base_norms, relative_weights, weighted_spectrum
 from .adapter_output import AdapterOutput
-from .assembly import Assembly
+from .analysis import Decomposition, by_svd
+from .assembly import OutputFile
 from .curve import size_curve
+from .encode import EncodedModule, Encoder, pad_to_two
 from .energy import energy_notes, require_energy
 from .estimate import plan_in, surely_larger
-from .frame import Frame, Plan
+from .frame import FileContext, Plan
 from .in_memory import kohya_partner
-from .job import Components, Job, Stored, by_svd, pad_to_two
 from .outcome import file_notes, mark_notes, module_report, partner_notes, rounding_notes, zero_notes
 from .precision import file_precision, file_precisions
 
@@ -107,57 +108,57 @@ def compress_file(
         of_plain = ConsumerRules() if settings.save_format == "packed" else rules
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
-        job, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
-        energies = {name: analysis.norm for name, analysis in job.analyses.items()}
+        encoder, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
+        energies = {name: analysis.norm for name, analysis in encoder.components.items()}
         if not untrained:
             require_energy(energies, str(source))
         weights = relative_weights(lora, base_norms(base_model, lora)) if base_model else {}
         marks = recognition_marks(energies, lora.family)
         parts = {name: lora.part(name) for name in lora}
-        numbered = [name for name, analysis in job.analyses.items() if is_numbered(analysis.shape.keys)]
+        numbered = [name for name, analysis in encoder.components.items() if is_numbered(analysis.shape.keys)]
         kept = frozenset((*marks, *numbered, *of_plain.kept_whole(lora)))
-        frame = Frame(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
+        frame = FileContext(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
         before, larger = size_of(source), settings.budget.allow_larger
-        precisions = (job.dtype,) if save_dtype is not None else file_precisions(lora, job, of_plain)
-        job.dtype = precisions[0]
-        if not larger and (expected := surely_larger(job, frame, before)) is not None:
-            modules = tuple(module_report(assembly, lora, name, None, made=False) for name in job.analyses)
+        precisions = (encoder.dtype,) if save_dtype is not None else file_precisions(lora, encoder, of_plain)
+        encoder.dtype = precisions[0]
+        if not larger and (expected := surely_larger(encoder, frame, before)) is not None:
+            modules = tuple(module_report(assembly, lora, name, None, made=False) for name in encoder.components)
             sizes, notes = (before, expected), (*lora.notes, *energy_notes(energies))
             about = (str(asked[0]), None, "not_smaller", lora.layout, lora.family, sizes, time.monotonic() - begun)
             return FileReport(*about, modules, notes, settings.as_dict())
-        chosen = plan_in(job, frame, precisions)
-        if job.packed:
-            stored = chosen.stored if chosen.stored is not None else dict(job.run(chosen.choices))
+        chosen = plan_in(encoder, frame, precisions)
+        if encoder.packed:
+            stored = chosen.stored if chosen.stored is not None else dict(encoder.run(chosen.choices))
         else:
-            stored = job.outline(chosen.choices)
+            stored = encoder.outline(chosen.choices)
         if not stored:
             raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"], str(source))
-        if lost := [name for name in numbered if name not in stored or (job.packed and stored[name].entry is None)]:
+        if lost := [name for name in numbered if name not in stored or (encoder.packed and stored[name].entry is None)]:
             found = f"{lost[0]} is zero and would be left out of a file whose modules are known by their numbers"
             raise SettingsError([f"{found}: use save_format=kohya, or a strategy other than entropy"], str(source))
-        planned = _planned(lora, settings, job.dtype, {name: module.rank for name, module in stored.items()})
+        planned = _planned(lora, settings, encoder.dtype, {name: module.rank for name, module in stored.items()})
         if problems := rules.problems(planned):
             raise SettingsError(problems, str(source))
         specs, metadata = assembly.specs(stored), assembly.finished_metadata(stored)
         after = safetensors_size(specs, metadata)
         written = after < before or larger
         begin = partial(TensorWriter, specs=specs, metadata=metadata)
-        if written and job.packed:
+        if written and encoder.packed:
             _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
         elif written:
             stored = _write_plain(assembly, lora, stored, chosen, output, begin)
         told = (
             *rules.notes(planned),
-            *file_notes(lora, job, save_dtype),
+            *file_notes(lora, encoder, save_dtype),
             *zero_notes(assembly, stored),
-            *(rounding_notes(job, stored) if written and not job.packed else ()),
+            *(rounding_notes(encoder, stored) if written and not encoder.packed else ()),
             *mark_notes(marks, stored, len(lora)),
         )
         if settings.save_format == "both":
             told = tuple(partner_notes(kohya_partner(target), before)) if written else ()
-        made = written or job.packed
-        modules = tuple(module_report(assembly, lora, name, stored.get(name), made) for name in job.analyses)
-        curve = size_curve(job, after - sum(module.bytes[1] for module in modules))
+        made = written or encoder.packed
+        modules = tuple(module_report(assembly, lora, name, stored.get(name), made) for name in encoder.components)
+        curve = size_curve(encoder, after - sum(module.bytes[1] for module in modules))
     return FileReport(
         str(asked[0]),
         str(asked[1]) if written else None,
@@ -192,38 +193,38 @@ def _prepare(
     settings: CompressionSettings,
     save_dtype: torch.dtype | None,
     rules: ConsumerRules,
-    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]],
+    decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]],
     spool: Callable[[], Spool],
     details: Mapping[str, str],
     progress: Progress | None,
     keeps_all: bool,
-) -> tuple[Job, Assembly]:
+) -> tuple[Encoder, OutputFile]:
     """First pass over the file."""
     dtype = file_precision(lora, settings, save_dtype, rules)
 
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
-        adapted = rules.adaptation(_planned(lora, settings, job.dtype, ranks)).ranks
+        adapted = rules.adaptation(_planned(lora, settings, encoder.dtype, ranks)).ranks
         return dict(adapted) if lora.layout == "cloneofsimo" else pad_to_two(adapted)  # its one reader knows every rank
 
-    job = Job(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
+    encoder = Encoder(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
     extras = {name: lora.extra_specs(name) for name in lora}
-    return job, Assembly(job, lora.layout, lora.plain_metadata, lora.carried, extras, details, keeps_all)
+    return encoder, OutputFile(encoder, lora.layout, lora.plain_metadata, lora.carried, extras, details, keeps_all)
 
 
 def _components(
     lora: LoraSource, settings: CompressionSettings, calibration: Calibration | None
-) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]]:
+) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]]:
     """What takes modules of one shape apart: by activations where they are known, as they came where they came taken apart."""
     whole = not settings.pruning.channel_threshold
     if calibration is not None and not whole:
         raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
 
-    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
+    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Decomposition]:
         if calibration is None and not (whole and any(lora.is_balanced(name) for name in updates)):
             return by_svd(updates)
         return {name: one(name, update) for name, update in updates.items()}
 
-    def one(name: str, update: LowRankUpdate) -> Components:
+    def one(name: str, update: LowRankUpdate) -> Decomposition:
         if calibration is not None:
             found = weighted_spectrum(update, calibration.gram(name, update))
             return Spectrum(found.norms, found.mix_down, found.mix_up, update), found.sigma
@@ -240,24 +241,24 @@ def _planned(lora: LoraSource, settings: CompressionSettings, dtype: torch.dtype
 
 
 def _write_plain(
-    assembly: Assembly,
+    assembly: OutputFile,
     lora: LoraSource,
-    outline: Mapping[str, Stored],
+    outline: Mapping[str, EncodedModule],
     chosen: Plan,
     output: AdapterOutput,
     begin: Callable[[Path], TensorWriter],
-) -> dict[str, Stored]:
+) -> dict[str, EncodedModule]:
     """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
 
     def keys(name: str) -> PlainKeys:
-        return assembly.job.analyses[name].shape.keys
+        return assembly.encoder.components[name].shape.keys
 
-    def write(name: str, module: Stored) -> Stored:
+    def write(name: str, module: EncodedModule) -> EncodedModule:
         assert module.plain is not None
         write_tensors(writer, keys(name).factors(name, module.plain))
         return module.without_factors()
 
-    alpha = assembly.job.file_alpha(chosen.choices)
+    alpha = assembly.encoder.file_alpha(chosen.choices)
     shrunk = any(key.startswith("ss_compress_") for key in lora.metadata)  # before: modules may be missing from it
     has_dora = any(MAGNITUDE in key for key in assembly.passed_on(outline))
     with atomic_path(output.weights) as temporary, output.written_beside(assembly.ranks(outline), has_dora, not shrunk):
@@ -266,8 +267,8 @@ def _write_plain(
             write_tensors(writer, {key: zeros.contiguous() for key, zeros in assembly.placeholders(outline).items()})
             for name in outline:  # first, as in the file: the hash of its data is taken on the way
                 write_tensors(writer, keys(name).alphas(name, alpha))
-            stored = dict(assembly.job.run(chosen.choices, alpha=alpha, sink=write))
-            rounding_notes(assembly.job, stored)  # which refuses a file of nothing but zeros before it has its name
+            stored = dict(assembly.encoder.run(chosen.choices, alpha=alpha, sink=write))
+            rounding_notes(assembly.encoder, stored)  # which refuses a file of nothing but zeros before it has its name
             writer.metadata = assembly.finished_metadata(stored)
         if lora.packed:  # its index names its keys itself; those of a plain one have been read already
             require_readable(temporary, output.weights, len(assembly.kept(outline)))
@@ -275,9 +276,9 @@ def _write_plain(
 
 
 def _write_packed(
-    assembly: Assembly,
+    assembly: OutputFile,
     lora: LoraSource,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, EncodedModule],
     target: str | os.PathLike[str],
     begin: Callable[[Path], TensorWriter],
     dtype: torch.dtype | None,
@@ -289,9 +290,9 @@ def _write_packed(
         with begin(temporary) as writer:
             _pass_on(writer, lora, stored)
             write_tensors(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
-        if assembly.job.settings.save_format == "both":
+        if assembly.encoder.settings.save_format == "both":
             with atomic_path(kohya_partner(target)) as beside:
-                write_expanded(PackedFile(temporary), beside, dtype or assembly.job.dtype)
+                write_expanded(PackedFile(temporary), beside, dtype or assembly.encoder.dtype)
 
 
 def _pass_on(writer: TensorWriter, lora: LoraSource, kept: Iterable[str]) -> None:

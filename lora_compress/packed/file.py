@@ -19,7 +19,7 @@ from ..layouts.plain import PlainKeys
 from ..sources.base import LazyTensors, LoraSource
 from ..update import LowRankUpdate, ModuleShape
 from .chunks import Chunk
-from .index import Entry, PackedIndex, carried_check, read_index
+from .index import ModuleRecord, PackedIndex, carried_check, read_index
 from .module import layer_place
 from .reader import PackedModules
 
@@ -172,7 +172,7 @@ class PackedFile(LoraSource):
 
 
 def lay_out(
-    layout: str, stored: Iterable[tuple[Entry, Sequence[Chunk]]], carried: Mapping[str, TensorSpec] | None = None
+    layout: str, stored: Iterable[tuple[ModuleRecord, Sequence[Chunk]]], carried: Mapping[str, TensorSpec] | None = None
 ) -> tuple[PackedIndex, list[Chunk]]:
     """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA.
 

@@ -13,7 +13,7 @@ from ..errors import FormatError
 from ..layouts.plain import PlainKeys
 from ..update import LowRankUpdate
 from .file import INDEX_KEY, PAYLOAD_KEY
-from .index import Entry, read_index
+from .index import ModuleRecord, read_index
 from .reader import PackedModules
 
 __all__ = ["PackedModule", "cut_tensors", "packed_layers", "packed_modules"]
@@ -41,7 +41,7 @@ class PackedModule:
         modules: the LoRA that it belongs to.
     """
 
-    entry: Entry
+    entry: ModuleRecord
     modules: PackedModules
 
     def decode(self) -> LowRankUpdate:

@@ -20,7 +20,7 @@ from ..files.header import parse_json
 from ..layouts.plain import KOHYA_KEYS, PlainKeys
 from .chunks import Chunk
 
-__all__ = ["Entry", "PackedIndex", "carried_check", "read_index"]
+__all__ = ["ModuleRecord", "PackedIndex", "carried_check", "read_index"]
 
 _LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
 _MOST_MODULES = 1 << 16
@@ -35,7 +35,7 @@ _CHUNK_COLUMNS = ("module", "bytes")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModuleRecord:
     """What the index says of one module.
 
     Args:
@@ -88,13 +88,13 @@ class PackedIndex:
     """
 
     layout: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ModuleRecord, ...]
     chunks: tuple[tuple[int, int, int], ...]
     carried: int | None = None
 
     @classmethod
     def of(
-        cls, layout: str, entries: Sequence[Entry], chunks: Iterable[tuple[int, Chunk]], carried: int | None = None
+        cls, layout: str, entries: Sequence[ModuleRecord], chunks: Iterable[tuple[int, Chunk]], carried: int | None = None
     ) -> PackedIndex:
         """The index of chunks, each with the number of its module, in the order in which they stand in the payload."""
         rows: list[tuple[int, int]] = []
@@ -255,7 +255,7 @@ def _keys(style: Any) -> PlainKeys:
     return PlainKeys(down, up, alpha)
 
 
-def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Entry:
+def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> ModuleRecord:
     for value, (column, kind) in zip(values, _COLUMNS.items(), strict=True):
         if type(value) is not kind:
             raise ValueError(f"{column}={value!r} is no {kind.__name__}")
@@ -270,13 +270,13 @@ def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Ent
     ]
     if not 0 <= style < len(styles):
         raise ValueError(f"{name} has keys number {style}")
-    entry = Entry(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]), styles[style])
+    entry = ModuleRecord(name, outputs, inputs, tuple(kernel), rank, codec, parameters, (channels[0], channels[1]), styles[style])
     if math.prod(sizes) > _LARGEST_LAYER or not 1 <= rank <= min(entry.stored):
         raise ValueError(f"{name} has the sizes {sizes} and the rank {rank}")
     return entry
 
 
-def _bitmaps(entry: Entry) -> list[str | None]:
+def _bitmaps(entry: ModuleRecord) -> list[str | None]:
     """Kept channels in hexadecimal, the first channel in the highest bit of the first byte."""
     return [
         None if kept is None else np.packbits(np.isin(np.arange(count), kept)).tobytes().hex()

@@ -17,13 +17,13 @@ from ..quantization.entropy.codec import SINGLE, components_told, decode_entropy
 from ..quantization.entropy.stages import Layering
 from ..settings import QuantizationSettings
 from ..update import LowRankUpdate
-from .index import Entry
+from .index import ModuleRecord
 
 __all__ = [
     "LEAST_PLANES",
     "MOST_PLANES",
-    "Choice",
     "Coded",
+    "ModulePlan",
     "decode_module",
     "decode_rows",
     "decoded_rank",
@@ -43,7 +43,7 @@ _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModulePlan:
     """What was decided for one module.
 
     Args:
@@ -79,14 +79,14 @@ class Coded:
         places: of these components among those that were coded.
     """
 
-    entry: Entry
+    entry: ModuleRecord
     chunks: list[bytes]
     rows: tuple[Tensor, Tensor]
     places: Sequence[int]
 
 
 def encode_module(
-    shape: Entry, down: Tensor, up: Tensor, choice: Choice, settings: QuantizationSettings, *, predict: bool = False
+    shape: ModuleRecord, down: Tensor, up: Tensor, choice: ModulePlan, settings: QuantizationSettings, *, predict: bool = False
 ) -> Coded:
     """Quantize components and pack them.
 
@@ -123,7 +123,7 @@ def _layering(weights: int, planes: int) -> Layering:
     return Layering(planes * per_plane, per_plane)
 
 
-def decode_module(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
+def decode_module(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
     """The update that an entry and its layers stand for: factors of `dtype`, alpha / rank = the parameter `scale`, 1 without one.
 
     Its rank is that of `decoded_rank`.
@@ -138,7 +138,7 @@ def decode_module(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = to
     return LowRankUpdate.from_matrices(down, up.T.contiguous(), len(down) * float(scale), entry.kernel)
 
 
-def decoded_rank(entry: Entry, chunks: Sequence[bytes]) -> int:
+def decoded_rank(entry: ModuleRecord, chunks: Sequence[bytes]) -> int:
     """Components of the update that an entry and its layers stand for: those that they tell of, and at least one.
 
     Raises:
@@ -153,7 +153,7 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1, rows.shape[1])
 
 
-def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def decode_rows(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The stored factors by rows, `dtype`: down (p, kept inputs * kernel), up^T (p, kept outputs), of the p components told of.
 
     Raises:
@@ -181,14 +181,14 @@ def decode_rows(entry: Entry, chunks: Sequence[bytes], dtype: torch.dtype = torc
         raise _unfit(entry, error) from None
 
 
-def layer_place(entry: Entry, layer: int) -> float:
+def layer_place(entry: ModuleRecord, layer: int) -> float:
     """Where a layer belongs among those of all modules, the steepest fall of the error first."""
     if layer_count(entry) == 1:
         return -math.inf
     return -_layering_of(entry).slope(layer) - int(_number(entry.parameters.get("phase", 0))) / 4
 
 
-def layer_count(entry: Entry) -> int:
+def layer_count(entry: ModuleRecord) -> int:
     """Layers that a whole payload of the module has.
 
     Raises:
@@ -200,7 +200,7 @@ def layer_count(entry: Entry) -> int:
     return layers
 
 
-def _layering_of(entry: Entry) -> Layering:
+def _layering_of(entry: ModuleRecord) -> Layering:
     try:
         layers = int(_number(entry.parameters["layers"]))
         return SINGLE if layers == 1 else Layering(layers, int(_number(entry.parameters["per_plane"])))
@@ -208,7 +208,7 @@ def _layering_of(entry: Entry) -> Layering:
         raise _unfit(entry, error) from None
 
 
-def _unfit(entry: Entry, error: Exception) -> FormatError:
+def _unfit(entry: ModuleRecord, error: Exception) -> FormatError:
     return FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})")
 
 
@@ -219,7 +219,7 @@ def _number(value: Any, kind: type = int) -> float:
     return value
 
 
-def spread_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def spread_channels(entry: ModuleRecord, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Kept channels back to their places, zeros between: down (..., rank, in * kernel), up^T (..., rank, out)."""
     kept_out, kept_in = entry.kept
     if kept_out is not None:
@@ -229,7 +229,7 @@ def spread_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Ten
     return down, up
 
 
-def take_channels(entry: Entry, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def take_channels(entry: ModuleRecord, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """What `spread_channels` put there: the kept channels alone."""
     kept_out, kept_in = entry.kept
     if kept_out is not None:

@@ -10,7 +10,7 @@ import torch
 from ..errors import FormatError
 from ..update import LowRankUpdate
 from .chunks import are_intact
-from .index import Entry, PackedIndex
+from .index import ModuleRecord, PackedIndex
 from .module import decode_module, decoded_rank, layer_count
 
 __all__ = ["PackedModules"]
@@ -58,7 +58,7 @@ class PackedModules:
         for module, length, check in self.index.chunks:
             self._parts.setdefault(index.entries[module].name, []).append(_Part(begin, length, check))
             begin += length
-        self.entries: dict[str, Entry] = {entry.name: entry for entry in index.entries if entry.name in self._parts}
+        self.entries: dict[str, ModuleRecord] = {entry.name: entry for entry in index.entries if entry.name in self._parts}
         self.missing = tuple(entry.name for entry in index.entries if entry.name not in self._parts)
 
     def chunks(self, name: str) -> list[bytes]:

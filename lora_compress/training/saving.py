@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.analysis import Decomposition, by_svd
 from ..engine.in_memory import CompressedLora, compress, plain_size
-from ..engine.job import Components, by_svd
 from ..errors import NOT_FINITE, FormatError, SaveError, SettingsError
 from ..files.dtypes import TensorSpec
 from ..files.metadata import finish_metadata
@@ -19,7 +19,7 @@ from ..layouts import as_kohya
 from ..layouts.plain import exact_plain
 from ..packed.chunks import Chunk, payload_tensor
 from ..packed.file import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
-from ..packed.index import Entry
+from ..packed.index import ModuleRecord
 from ..packed.module import decode_module
 from ..parallel import each_module
 from ..report import CompressionReport, PartReport
@@ -90,7 +90,7 @@ def compress_trained(
     modules = _modules(session)
     counts = {name: sum(int(session.kept(pair.name).sum()) for pair in pairs) for name, pairs in modules.items()}
 
-    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
+    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Decomposition]:
         found = {}
         for name, (spectrum, scores) in by_svd(updates).items():
             count = counts[name]
@@ -163,7 +163,7 @@ def _against_trained(session: TrainingSession, updates: Mapping[str, LowRankUpda
     return each_module(lambda name, pairs: squared_error(_whole(pairs)[0], updates.get(name)), _modules(session))
 
 
-def _code(session: TrainingSession, name: str, operands: Operands) -> tuple[Entry, list[bytes]]:
+def _code(session: TrainingSession, name: str, operands: Operands) -> tuple[ModuleRecord, list[bytes]]:
     """The entry and the chunks of a packed module; whatever the coder makes of it is compared with what was trained."""
     assert session.grid is not None
     codec, parameters, chunks = session.grid.encode((operands.down, operands.up), (operands.down_grid, operands.up_grid))
@@ -171,7 +171,7 @@ def _code(session: TrainingSession, name: str, operands: Operands) -> tuple[Entr
     kernel, rank = operands.kernel, len(operands.down)
     if operands.scale != 1.0:
         parameters = {**parameters, "scale": operands.scale}
-    entry = Entry(name, shape.up.shape[0], shape.down.shape[1], kernel, rank, codec, parameters)
+    entry = ModuleRecord(name, shape.up.shape[0], shape.down.shape[1], kernel, rank, codec, parameters)
     decoded = decode_module(entry, chunks)
     if not (torch.equal(decoded.down_matrix, operands.down) and torch.equal(decoded.up_matrix.T, operands.up)):
         raise SaveError(f"{name}: what would be written is not what was trained: report this, with your settings")

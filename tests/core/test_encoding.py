@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress import FormatError, QuantizationSettings
-from lora_compress.packed.index import Entry
-from lora_compress.packed.module import Choice, decode_module, decode_rows, encode_module, spread_channels
+from lora_compress.packed.index import ModuleRecord
+from lora_compress.packed.module import ModulePlan, decode_module, decode_rows, encode_module, spread_channels
 
 CODECS = {
     **{f"int{bits}": QuantizationSettings(bits=bits) for bits in (2, 3, 4, 5, 6, 8)},
@@ -29,12 +29,12 @@ CODECS = {
 
 def encoded(codec: str, rank: int = 6, outputs: int = 24, inputs: int = 20, kernel: tuple[int, ...] = (), kept=(None, None)):
     """An entry, its layers, and the rows that were encoded."""
-    shape = Entry("m", outputs, inputs, kernel, rank, "", {}, kept)
+    shape = ModuleRecord("m", outputs, inputs, kernel, rank, "", {}, kept)
     columns, rows = shape.stored
     down, up = falling(rank, columns, power=0.5), falling(rank, rows, seed=1, power=0.5)
     strategy = CODECS[codec].strategy
     bits = tuple(sorted(((2, 3, 4, 5, 6, 8)[i % 6] for i in range(rank)), reverse=True)) if strategy == "mixed" else None
-    choice = Choice(rank, bits, 0.2 if strategy == "entropy" else None)
+    choice = ModulePlan(rank, bits, 0.2 if strategy == "entropy" else None)
     return encode_module(shape, down, up, choice, CODECS[codec]), down, up
 
 
@@ -197,8 +197,8 @@ def test_every_beginning_of_layers_is_closer() -> None:
 
 
 def test_rows_of_zeros_are_no_module() -> None:
-    shape = Entry("m", 8, 6, (), 2, "", {})
-    coded = encode_module(shape, torch.zeros(2, 6), random(2, 8), Choice(2, step=0.1), CODECS["entropy"])
+    shape = ModuleRecord("m", 8, 6, (), 2, "", {})
+    coded = encode_module(shape, torch.zeros(2, 6), random(2, 8), ModulePlan(2, step=0.1), CODECS["entropy"])
     assert coded.entry.rank == 0
-    fixed = encode_module(shape, torch.zeros(2, 6), random(2, 8), Choice(2), CODECS["int4"])
+    fixed = encode_module(shape, torch.zeros(2, 6), random(2, 8), ModulePlan(2), CODECS["int4"])
     assert not decode_module(fixed.entry, fixed.chunks).down.any()

@@ -19,21 +19,21 @@ from hypothesis import strategies as st
 from lora_compress import FormatError
 from lora_compress.layouts.plain import PlainKeys
 from lora_compress.packed.chunks import Chunk
-from lora_compress.packed.index import Entry, PackedIndex, read_index
+from lora_compress.packed.index import ModuleRecord, PackedIndex, read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 PEFT = PlainKeys("{}.lora_A.weight", "{}.lora_B.weight", None)
 
 
 @st.composite
-def entries(draw: st.DrawFn, name: str) -> Entry:
+def entries(draw: st.DrawFn, name: str) -> ModuleRecord:
     outputs, inputs = draw(st.integers(1, 40)), draw(st.integers(1, 40))
     kept = tuple(
         draw(st.none() | st.sets(st.integers(0, count - 1), min_size=1).map(lambda found: tuple(sorted(found))))
         for count in (outputs, inputs)
     )
     kernel = draw(st.sampled_from([(), (1,), (3, 3), (2, 2, 2)]))
-    entry = Entry(
+    entry = ModuleRecord(
         name, outputs, inputs, kernel, 1, draw(st.sampled_from(["int4", "entropy"])), {"step": draw(st.floats(0, 9))}, kept
     )
     rank = draw(st.integers(1, min(entry.stored)))
@@ -196,7 +196,7 @@ def test_what_a_file_may_promise_grows_with_its_bytes(weights: int) -> None:
 
 
 def test_an_index_that_no_reader_takes_is_not_written() -> None:
-    modules = [Entry(f"{i}" + "m" * 900, 8, 6, (), 2, "int4", {}) for i in range(5000)]
+    modules = [ModuleRecord(f"{i}" + "m" * 900, 8, 6, (), 2, "int4", {}) for i in range(5000)]
     with pytest.raises(FormatError, match="more than a packed file can have"):
         PackedIndex.of("kohya", modules, []).encode()
 
@@ -204,7 +204,7 @@ def test_an_index_that_no_reader_takes_is_not_written() -> None:
 def test_kept_channels_of_a_large_file_fit() -> None:
     """1,014 modules with every third channel of 1,280 and 2,048 kept: a list of numbers would take 4 MB and more."""
     kept = tuple(range(0, 1280, 3)), tuple(range(0, 2048, 3))
-    modules = [Entry(f"lora_unet_module_number_{i}", 1280, 2048, (), 16, "int4", {}, kept) for i in range(1014)]
+    modules = [ModuleRecord(f"lora_unet_module_number_{i}", 1280, 2048, (), 16, "int4", {}, kept) for i in range(1014)]
     index = PackedIndex.of("kohya", modules, [])
     assert read_index(index.encode().numpy().tobytes(), "here") == index
 

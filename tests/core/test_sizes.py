@@ -160,7 +160,7 @@ def test_a_lokr_does_not_grow(
     values: dict[str, object], real_lora: RealLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And nothing is encoded to find that out: the estimate is sure."""
-    monkeypatch.setattr("lora_compress.engine.job.Job.run", lambda *args, **more: pytest.fail("modules are made"))
+    monkeypatch.setattr("lora_compress.engine.encode.Encoder.run", lambda *args, **more: pytest.fail("modules are made"))
     source = real_lora("lycoris_smart_falcon_4_lokr.safetensors")
     report = compress_file(source, tmp_path / "out.safetensors", settings(**values), save_dtype=torch.float16)
     assert report.status == "not_smaller" and report.output is None and not list(tmp_path.iterdir())

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lora_compress import CompressionSettings, LowRankUpdate
-from lora_compress.engine.frame import Frame
-from lora_compress.engine.job import Job, Stored
+from lora_compress.engine.encode import EncodedModule, Encoder
+from lora_compress.engine.frame import FileContext
 from lora_compress.engine.planning import plan
-from lora_compress.packed.module import Choice
+from lora_compress.packed.module import ModulePlan
 from lora_compress.update import relative_error
 
 
@@ -30,12 +30,12 @@ def updates() -> dict[str, LowRankUpdate]:
     return found
 
 
-class Counted(Job):
+class Counted(Encoder):
     """Counts how many modules were made, and how many predicted."""
 
     made = predicted = 0
 
-    def run(self, choices: Mapping[str, Choice], *, predict: bool = False) -> Iterator[tuple[str, Stored]]:
+    def run(self, choices: Mapping[str, ModulePlan], *, predict: bool = False) -> Iterator[tuple[str, EncodedModule]]:
         if predict:
             self.predicted += len(choices)
         else:
@@ -43,19 +43,19 @@ class Counted(Job):
         return super().run(choices, predict=predict)
 
 
-def job(**settings: Any) -> Counted:
+def encoder(**settings: Any) -> Counted:
     return Counted(updates(), CompressionSettings.parse({"strategy": "entropy", "save_format": "packed", **settings}))
 
 
-def frame(counted: Job) -> Frame:
-    return Frame(
-        lambda stored: 900 + sum(70 + module.payload for module in stored.values()), dict.fromkeys(counted.analyses, "U-Net")
+def frame(counted: Encoder) -> FileContext:
+    return FileContext(
+        lambda stored: 900 + sum(70 + module.payload for module in stored.values()), dict.fromkeys(counted.components, "U-Net")
     )
 
 
-def error(counted: Job, stored: Mapping[str, Stored]) -> float:
-    lost = sum(stored[n].squared_error if n in stored else a.norm for n, a in counted.analyses.items())
-    return relative_error(lost, sum(a.norm for a in counted.analyses.values()))
+def error(counted: Encoder, stored: Mapping[str, EncodedModule]) -> float:
+    lost = sum(stored[n].squared_error if n in stored else a.norm for n, a in counted.components.items())
+    return relative_error(lost, sum(a.norm for a in counted.components.values()))
 
 
 BUDGETS = [{"target_size": size} for size in ("60kB", "100kB", "200kB", "400kB")]
@@ -65,13 +65,13 @@ BUDGETS += [{"target_error": target} for target in (0.02, 0.05, 0.1, 0.2, 0.4)]
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("codec", [{}, {"refine": False}, {"progressive": True}], ids=str)
 def test_a_budget_is_met_within_one_percent_by_few_looks_at_the_file(budget: dict[str, Any], codec: dict[str, Any]) -> None:
-    counted = job(**budget, **codec)
+    counted = encoder(**budget, **codec)
     found = plan(counted, frame(counted))
     assert found.stored is not None
     size, target = counted.settings.budget.size, counted.settings.budget.target_error
     reached = frame(counted).file_size(found.stored) / size if size else error(counted, found.stored) / float(target or 0)
     assert 0.99 <= reached <= 1.0
-    modules = len(counted.analyses)
+    modules = len(counted.components)
     assert counted.made <= 2.3 * modules  # one run, seldom two, and a sample of an eighth for each prediction
     assert counted.predicted <= 3 * modules
 
@@ -79,8 +79,8 @@ def test_a_budget_is_met_within_one_percent_by_few_looks_at_the_file(budget: dic
 @pytest.mark.parametrize("codec", [{}, {"refine": False}, {"progressive": True}], ids=str)
 @pytest.mark.parametrize("step", [0.03, 0.01, 0.002])
 def test_predictions_are_what_coding_comes_to(step: float, codec: dict[str, Any]) -> None:
-    counted = job(target_size="100kB", **codec)
-    choices = {name: Choice(16, step=step) for name in counted.analyses}
+    counted = encoder(target_size="100kB", **codec)
+    choices = {name: ModulePlan(16, step=step) for name in counted.components}
     made, predicted = dict(counted.run(choices)), counted.predict(choices)
     assert frame(counted).file_size(predicted) == pytest.approx(frame(counted).file_size(made), rel=0.004)
     assert error(counted, predicted) == pytest.approx(error(counted, made), rel=0.012)

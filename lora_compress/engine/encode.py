@@ -1,62 +1,35 @@
-"""A compression under way: the spectra of all modules, what was chosen for each, and the modules themselves, one by one."""
+"""The second step of the road, encode: each module as the file gets it, made from its components by its plan."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import NOT_FINITE, FormatError
+from ..errors import FormatError
 from ..layouts.plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from ..packed.chunks import Chunk, Spool
-from ..packed.index import Entry
-from ..packed.module import Choice, encode_module, spread_channels, take_channels
+from ..packed.index import ModuleRecord
+from ..packed.module import ModulePlan, encode_module, spread_channels, take_channels
 from ..parallel import NEIGHBOURS, each_module, stream_batches
-from ..pruning import select_channels
 from ..quantization import FixedFormat, fixed_size
 from ..settings import CompressionSettings
-from ..spectrum import Spectrum, balanced_rows, quick_svds, thin_svd
+from ..spectrum import balanced_rows
 from ..update import LowRankUpdate, difference, differences
+from .analysis import Analyser, Components, Decomposition, alike, by_svd, kept_part
 
-__all__ = ["Analysis", "Components", "Job", "Stored", "by_svd", "pad_to_two"]
+__all__ = ["EncodedModule", "Encoder", "pad_to_two"]
 
-Components = tuple[Spectrum, Tensor]  # of a module, best first, and the falling scores by which they are so
 Rows = tuple[Tensor, Tensor]  # down and up^T, of modules of one shape: (b, k, in * kernel) and (b, k, out)
-Item = TypeVar("Item")
 _SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
 _LEAST_SAMPLE = 4
-_GROUP_WEIGHTS = 1 << 21  # of modules of one shape, which are held in float32
 _GOLDEN = 0.6180339887498949
-Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """What the first pass learns of a module: small beside its weights.
-
-    Args:
-        spectrum: of the channels that survive, without the factors.
-        scores: (k,), falling: what its components are chosen by.
-        shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
-        lost: ||dW||_F^2 of the channels that do not, and of what was left out when the module was read.
-        norm: ||dW||_F^2 of the whole module.
-        alpha: of the module in the input.
-    """
-
-    spectrum: Spectrum
-    scores: Tensor
-    shape: Entry
-    lost: float
-    norm: float
-    alpha: float
-
-
-@dataclass(frozen=True)
-class Stored:
+class EncodedModule:
     """One module as the file gets it.
 
     Args:
@@ -73,21 +46,15 @@ class Stored:
     rank: int
     squared_error: float
     plain: LowRankUpdate | None = None
-    entry: Entry | None = None
+    entry: ModuleRecord | None = None
     chunks: tuple[Chunk, ...] = ()
     alpha: float = 1.0
     padded: int = 0
     payload: int = 0
 
-    def without_factors(self) -> Stored:
+    def without_factors(self) -> EncodedModule:
         """The same without the factors of a plain file, which can be made again."""
         return replace(self, plain=None)
-
-
-def by_svd(updates: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
-    found = zip(updates.items(), quick_svds([*updates.values()]), strict=True)
-    spectra = {name: quick or thin_svd(update) for (name, update), quick in found}
-    return {name: (spectrum, spectrum.sigma) for name, spectrum in spectra.items()}
 
 
 def _sampled(names: list[str], every: int) -> list[str]:
@@ -96,7 +63,7 @@ def _sampled(names: list[str], every: int) -> list[str]:
     return [names[place] for place in places if place < len(names)]
 
 
-def _corrected(found: Mapping[str, Stored], exact: Mapping[str, Stored]) -> dict[str, Stored]:
+def _corrected(found: Mapping[str, EncodedModule], exact: Mapping[str, EncodedModule]) -> dict[str, EncodedModule]:
     """Predictions, corrected by what became of some of them, and these."""
     size, error = (
         sum(getattr(stored, field) for stored in exact.values()) / max(sum(getattr(found[n], field) for n in exact), tiny)
@@ -115,7 +82,7 @@ def pad_to_two(ranks: Mapping[str, int]) -> dict[str, int]:
     return {name: max(rank, 2) for name, rank in ranks.items()}
 
 
-class Job:
+class Encoder:
     """Compresses the modules of one LoRA. The first pass, over the spectra, is done on construction; nothing is chosen yet.
 
     Args:
@@ -138,7 +105,7 @@ class Job:
         updates: Mapping[str, LowRankUpdate],
         settings: CompressionSettings,
         dtype: torch.dtype = torch.float32,
-        decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Components]] = by_svd,
+        decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]] = by_svd,
         keys: Callable[[str], PlainKeys] = lambda name: KOHYA_KEYS,
         pad: Callable[[Mapping[str, int]], Mapping[str, int]] = pad_to_two,
         spool: Callable[[], Spool] | None = None,
@@ -146,11 +113,12 @@ class Job:
     ) -> None:
         self.updates, self.settings, self.dtype = updates, settings, dtype
         self.decompose, self.keys, self.pad, self.spool, self.progress = decompose, keys, pad, spool, progress
-        self.analyses: dict[str, Analysis] = {}
-        for name, analysis in stream_batches(self._analyse, list(updates), NEIGHBOURS):
-            self.analyses[name] = analysis
+        analyser = Analyser(settings, decompose, keys)
+        self.components: dict[str, Components] = {}
+        for name, found in stream_batches(lambda names: analyser.analyse(names, updates), list(updates), NEIGHBOURS):
+            self.components[name] = found
             if progress:
-                progress(len(self.analyses), len(updates))
+                progress(len(self.components), len(updates))
 
     @property
     def packed(self) -> bool:
@@ -159,12 +127,12 @@ class Job:
 
     def run(
         self,
-        choices: Mapping[str, Choice],
+        choices: Mapping[str, ModulePlan],
         *,
         predict: bool = False,
         alpha: float | None = None,
-        sink: Callable[[str, Stored], Stored] | None = None,
-    ) -> Iterator[tuple[str, Stored]]:
+        sink: Callable[[str, EncodedModule], EncodedModule] | None = None,
+    ) -> Iterator[tuple[str, EncodedModule]]:
         """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too.
 
         Args:
@@ -174,7 +142,7 @@ class Job:
             sink: gets each module in the thread that made it, to write it away; what it returns takes the module's place.
         """
 
-        def store(names: Sequence[str]) -> dict[str, Stored]:
+        def store(names: Sequence[str]) -> dict[str, EncodedModule]:
             if coded:
                 made = {name: self._coded(name, kept[name], padded[name], own_alpha, predict) for name in names}
             else:
@@ -193,7 +161,7 @@ class Job:
             if self.progress:
                 self.progress(done, len(kept))
 
-    def predict(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+    def predict(self, choices: Mapping[str, ModulePlan]) -> dict[str, EncodedModule]:
         """What `run` would give of entropy-coded modules, closely, in a third of the time: sizes and errors; the bytes are zeros.
 
         They are quantized, but neither refined nor coded. A sample is, and tells what that does to sizes and errors.
@@ -206,30 +174,30 @@ class Job:
         exact = {name: stored.without_factors() for name, stored in self.run({name: choices[name] for name in sample})}
         return _corrected(found, exact)
 
-    def outline(self, choices: Mapping[str, Choice]) -> dict[str, Stored]:
+    def outline(self, choices: Mapping[str, ModulePlan]) -> dict[str, EncodedModule]:
         """As much of plain modules as the size of their file depends on, without making them.
 
         The alpha of fp8 is still to be found: one that takes as much room stands for it.
         """
         alpha = 0.123456789 if self.dtype == FP8 else 1.0
         kept = {name: choice for name, choice in choices.items() if choice.stored}
-        return self.padded({n: Stored(c.stored, 0.0, alpha=alpha, payload=self._payload(n, c)) for n, c in kept.items()})
+        return self.padded({n: EncodedModule(c.stored, 0.0, alpha=alpha, payload=self._payload(n, c)) for n, c in kept.items()})
 
-    def padded(self, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    def padded(self, stored: Mapping[str, EncodedModule]) -> dict[str, EncodedModule]:
         """Plain modules, without their factors, with the room that they need for what coding left of them."""
         ranks = self.pad({name: module.rank for name, module in stored.items()})
-        own = {name: self.analyses[name].shape.keys.alpha is None for name in stored}
+        own = {name: self.components[name].shape.keys.alpha is None for name in stored}
         return {
             name: replace(module, plain=None, padded=ranks[name], alpha=float(ranks[name]) if own[name] else module.alpha)
             for name, module in stored.items()
         }
 
-    def _payload(self, name: str, choice: Choice) -> int:
+    def _payload(self, name: str, choice: ModulePlan) -> int:
         """Bytes of a module in codes of the bits that were chosen for it; 0 where none were."""
         form = FixedFormat.of_settings(self.settings.quantization) if choice.bits else None
-        return fixed_size(choice.rank, *self.analyses[name].shape.stored, form, choice.bits) if form else 0
+        return fixed_size(choice.rank, *self.components[name].shape.stored, form, choice.bits) if form else 0
 
-    def file_alpha(self, choices: Mapping[str, Choice]) -> float:
+    def file_alpha(self, choices: Mapping[str, ModulePlan]) -> float:
         """The one alpha of a plain file."""
         if self.packed or self.dtype != FP8:
             return 1.0
@@ -238,85 +206,28 @@ class Job:
         products = each_module(lambda name, choice: padded[name] * self._product(name, choice.rank), kept)
         return fp8_alpha(list(products.values()))
 
-    def _analyse(self, names: Sequence[str]) -> dict[str, Analysis]:
-        """Neighbours in the file, those of one shape at once: a module alone costs as much in calls as in arithmetic."""
-        found: dict[str, Analysis] = {}
-        updates = ((name, self.updates[name]) for name in names)
-        for group in _alike(((name, u), (u.down.shape, u.up.shape), u.numel) for name, u in updates):
-            found |= self._analyse_alike(dict(group))
-        return found
-
-    def _analyse_alike(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, Analysis]:
-        channels, parts = {}, {}
-        for name, update in updates.items():
-            channels[name] = self._channels(name, update)
-            parts[name] = self._part(update, channels[name][0])
-        found = {}
-        for name, (spectrum, scores) in self._decomposed(parts).items():
-            update, (kept, lost) = updates[name], channels[name]
-            lost += update.rest
-            norm = lost + float(spectrum.sigma.square().sum())
-            sizes = (update.up.shape[0], update.down.shape[1])
-            shape = Entry(name, sizes[0], sizes[1], update.kernel, update.rank, "", {}, kept, self.keys(name))
-            found[name] = Analysis(spectrum.to("cpu").without_factors(), scores.cpu(), shape, lost, norm, update.alpha)
-        return found
-
-    def _decomposed(self, parts: Mapping[str, LowRankUpdate]) -> dict[str, Components]:
-        """Raises: FormatError: names the module that has no components."""
-        if len({part.down.shape for part in parts.values()} | {part.up.shape for part in parts.values()}) > 2:
-            return {name: self._decomposed({name: part})[name] for name, part in parts.items()}  # different channels are left
-        try:
-            return self.decompose(parts)
-        except FormatError as error:
-            if len(parts) == 1:
-                raise FormatError(f"{next(iter(parts))}: {error}") from None
-            return {name: self._decomposed({name: part})[name] for name, part in parts.items()}
-
-    def _channels(self, name: str, update: LowRankUpdate) -> tuple[Channels, float]:
-        """Output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""
-        threshold = self.settings.pruning.channel_threshold
-        if not threshold:
-            return (None, None), 0.0
-        chosen = select_channels(update, threshold)
-        if not math.isfinite(chosen.squared_norm):
-            raise FormatError(f"{name}: {NOT_FINITE}")
-        counts = (update.up.shape[0], update.down.shape[1])
-        outputs, inputs = (
-            None if len(kept) == count else tuple(kept.tolist())
-            for kept, count in zip((chosen.outputs, chosen.inputs), counts, strict=True)
-        )
-        return (outputs, inputs), chosen.squared_error
-
-    def _part(self, update: LowRankUpdate, kept: Channels) -> LowRankUpdate:
-        """The kept channels of an update, on the device that computes."""
-        outputs, inputs = kept
-        if outputs is None and inputs is None and update.up.device == torch.device(self.settings.quantization_device):
-            return update
-        up = update.up if outputs is None else update.up[list(outputs)]
-        down = update.down if inputs is None else update.down[:, list(inputs)]
-        device = self.settings.quantization_device
-        return LowRankUpdate(down.to(device), up.to(device), update.alpha)
-
     def _rows(self, names: Sequence[str], rank: int) -> Rows:
         """The strongest components of modules of one shape over the kept channels, on the device that computes."""
-        analyses = {name: self.analyses[name] for name in names}
-        spectra = [a.spectrum.of(self._part(self.updates[name], a.shape.kept)) for name, a in analyses.items()]
-        return balanced_rows([spectrum.to(self.settings.quantization_device) for spectrum in spectra], rank)
+        components = {name: self.components[name] for name in names}
+        device = self.settings.quantization_device
+        parts = [(a.spectrum, kept_part(self.updates[name], a.shape.kept, device)) for name, a in components.items()]
+        spectra = [spectrum.of(part).to(device) for spectrum, part in parts]
+        return balanced_rows(spectra, rank)
 
     def _product(self, name: str, rank: int) -> float:
         """max|down| max|up|."""
         down, up = self._rows([name], rank)
         return float(down.abs().amax()) * float(up.abs().amax())  # which may be more than float32 holds
 
-    def _coded(self, name: str, choice: Choice, padded: int, alpha: float, predict: bool) -> Stored:
+    def _coded(self, name: str, choice: ModulePlan, padded: int, alpha: float, predict: bool) -> EncodedModule:
         """A quantized module, of a packed file or as plain factors."""
-        analysis = self.analyses[name]
+        analysis = self.components[name]
         (down,), (up,) = self._rows([name], len(analysis.spectrum.sigma))  # all: a coarse grid's noise reaches into the tail
         up = up.contiguous()
         rows = down[: choice.rank], up[: choice.rank]
         coded = encode_module(analysis.shape, *rows, choice, self.settings.quantization, predict=predict)
         if not coded.entry.rank:
-            return Stored(0, analysis.norm)
+            return EncodedModule(0, analysis.norm)
         order = [*coded.places, *sorted(set(range(len(down))).difference(coded.places))]
         exact, found = _on_cpu(down[order], up[order]), _on_cpu(*coded.rows)
         if not self.packed:
@@ -324,25 +235,25 @@ class Job:
             return replace(made, payload=sum(map(len, coded.chunks)))
         lost = analysis.lost + difference(*exact, *found)
         chunks = tuple(Chunk.predicted(len(chunk)) if predict else Chunk.of(chunk) for chunk in coded.chunks)
-        return Stored(coded.entry.rank, lost, None, coded.entry, chunks, payload=sum(map(len, chunks)))
+        return EncodedModule(coded.entry.rank, lost, None, coded.entry, chunks, payload=sum(map(len, chunks)))
 
-    def _truncated(self, ranks: Mapping[str, tuple[int, int]], alpha: float) -> dict[str, Stored]:
+    def _truncated(self, ranks: Mapping[str, tuple[int, int]], alpha: float) -> dict[str, EncodedModule]:
         """Plain modules of the first components as they are; of each how many, and how many rows the file has."""
 
         def kind(name: str) -> Hashable:
-            analysis = self.analyses[name]
+            analysis = self.components[name]
             shape = analysis.shape
             own = shape.keys.alpha is None, analysis.spectrum.narrow
             return ranks[name], shape.outputs, shape.inputs, shape.kernel, shape.rank, shape.kept, own
 
-        found: dict[str, Stored] = {}
-        for names in _alike((name, kind(name), self.analyses[name].shape.weights) for name in ranks):
+        found: dict[str, EncodedModule] = {}
+        for names in alike((name, kind(name), self.components[name].shape.weights) for name in ranks):
             rank, padded = ranks[names[0]]
             rows = _on_cpu(*self._rows(names, rank))
             found |= self._plain(names, rows, rows, padded, alpha)
         return found
 
-    def _plain(self, names: Sequence[str], exact: Rows, found: Rows, padded: int, alpha: float) -> dict[str, Stored]:
+    def _plain(self, names: Sequence[str], exact: Rows, found: Rows, padded: int, alpha: float) -> dict[str, EncodedModule]:
         """Modules of one shape as a plain file gets them, and what that costs them.
 
         Args:
@@ -351,7 +262,7 @@ class Job:
             padded: rows in the file.
             alpha: of the file.
         """
-        shape = self.analyses[names[0]].shape
+        shape = self.components[names[0]].shape
         own_alpha = None if shape.keys.alpha is None else alpha
         try:
             plain = plain_rows(*spread_channels(shape, *found), self.dtype, own_alpha, padded)
@@ -364,11 +275,11 @@ class Job:
         updates = [update_of_rows(down, up, shape.kernel, own_alpha) for down, up in zip(*plain, strict=True)]
         rank = found[0].shape[1]  # without the padding
         down, up = (rows[:, :rank].float() for rows in take_channels(shape, *plain))
-        analyses, beyond = [self.analyses[name] for name in names], exact[0].shape[1]
+        components, beyond = [self.components[name] for name in names], exact[0].shape[1]
         lost = differences(*exact, down * updates[0].scale, up)
-        more = [a.lost + float(a.spectrum.sigma[beyond:].square().sum()) for a in analyses]
+        more = [a.lost + float(a.spectrum.sigma[beyond:].square().sum()) for a in components]
         return {
-            name: Stored(rank, error + rest, update, alpha=update.alpha, padded=padded)
+            name: EncodedModule(rank, error + rest, update, alpha=update.alpha, padded=padded)
             for name, update, error, rest in zip(names, updates, lost.tolist(), more, strict=True)
         }
 
@@ -383,14 +294,3 @@ def _batch(rows: Rows) -> Rows:
 
 def _of_one(rows: Rows, index: int) -> Rows:
     return _batch((rows[0][index], rows[1][index]))
-
-
-def _alike(items: Iterable[tuple[Item, Hashable, int]]) -> Iterator[list[Item]]:
-    """Items of one kind together, as many as their weights allow, given kind and weights of each."""
-    groups: dict[Hashable, list[Item]] = {}
-    for item, kind, weights in items:
-        group = groups.setdefault(kind, [])
-        group.append(item)
-        if weights * len(group) > _GROUP_WEIGHTS:
-            yield groups.pop(kind)
-    yield from groups.values()
