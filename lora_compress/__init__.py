@@ -14,10 +14,10 @@ from .api import (
 )
 from .engine.in_memory import CompressedLora, compress, estimate_size, kohya_partner, opened_by, save
 from .engine.to_file import compress_file
+from .engine.unpack import expand_file, truncate_file
 from .errors import EvaluationError, FormatError, LoraCompressError, SaveError, SettingsError
 from .files.writer import atomic_path
 from .layouts import as_kohya
-from .packed.convert import expand_file, truncate_file
 from .packed.file import is_packed
 from .quantization import check_quantization_support
 from .report import CompressionReport, settings_table

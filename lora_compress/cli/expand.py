@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     dtype = PRECISIONS[args.save_precision] if args.save_precision else None
     stated = {"peft_config": args.peft_config} if args.peft_config else {}
     with quiet_stdout() as warned:
-        from ..packed.convert import expand_file
+        from ..engine.unpack import expand_file
 
         report = expand_file(source, target, save_dtype=dtype, force=args.force, **stated)
     if args.json:

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
 def _teach_load_file() -> None:
     import safetensors.torch
 
-    from ..packed.convert import read_expanded
+    from ..engine.unpack import read_expanded
     from ..packed.file import is_packed
 
     plain = safetensors.torch.load_file

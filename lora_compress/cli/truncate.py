@@ -21,7 +21,7 @@ def run_truncate(args: argparse.Namespace) -> int:
     source = paths.check_input(args.model)
     target = paths.check_output(args.save_to, [source], force=args.force)
     with quiet_stdout() as warned:
-        from ..packed.convert import truncate_file
+        from ..engine.unpack import truncate_file
 
         report = truncate_file(source, target, size, force=args.force)
     if args.report:

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..allocation.step_search import expected_bytes
 from ..errors import SettingsError
 from ..packed.module import ModulePlan
 from ..quantization import FixedFormat, fixed_size
+from .context import FileContext, Plan, error_targets
 from .encode import Encoder
-from .frame import FileContext, Plan, error_targets
-from .planning import Search, kept_scores, payload_budget, plan
+from .plan import Search, kept_scores, payload_budget, plan
 from .precision import PLAIN_NOISE
+from .step_search import expected_bytes
 
 __all__ = ["Expected", "expected_size", "plan_in", "surely_larger"]
 

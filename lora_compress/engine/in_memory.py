@@ -29,11 +29,11 @@ from ..report import CompressionReport, PartReport
 from ..settings import CompressionSettings, QuantizationSettings
 from ..update import LowRankUpdate
 from .analysis import Decomposition
-from .assembly import OutputFile
+from .context import FileContext
 from .curve import packed_overhead
 from .encode import EncodedModule, Encoder
-from .frame import FileContext
-from .planning import plan
+from .output import OutputFile
+from .plan import plan
 
 __all__ = [
     "CompressedLora",

@@ -20,7 +20,6 @@ from ..layouts.numbered import is_numbered
 from ..layouts.peft_folder import MAGNITUDE, weights_of
 from ..layouts.plain import PlainKeys
 from ..packed.chunks import Spool, payload_tensor
-from ..packed.convert import check_target, write_expanded, write_tensors
 from ..packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile
 from ..programs.marks import recognition_marks
 from ..programs.table import ConsumerRules, PlannedFile, PlannedModule
@@ -33,15 +32,16 @@ from ..update import LowRankUpdate
 from ..weighting import Calibration, base_norms, relative_weights, weighted_spectrum
 from .adapter_output import AdapterOutput
 from .analysis import Decomposition, by_svd
-from .assembly import OutputFile
+from .context import FileContext, Plan
 from .curve import size_curve
 from .encode import EncodedModule, Encoder, pad_to_two
 from .energy import energy_notes, require_energy
 from .estimate import plan_in, surely_larger
-from .frame import FileContext, Plan
 from .in_memory import kohya_partner
-from .outcome import file_notes, mark_notes, module_report, partner_notes, rounding_notes, zero_notes
+from .output import OutputFile
 from .precision import file_precision, file_precisions
+from .reporting import file_notes, mark_notes, module_report, partner_notes, rounding_notes, zero_notes
+from .unpack import check_target, write_expanded, write_tensors
 
 __all__ = ["compress_file"]
 

@@ -25,7 +25,7 @@ from core.samples import CODECS, LAYOUTS, kohya_file, packed_file, sample_file
 
 from lora_compress import CompressionSettings, LoraCompressError, open_lora
 from lora_compress.engine.to_file import compress_file
-from lora_compress.packed.convert import expand_file, truncate_file
+from lora_compress.engine.unpack import expand_file, truncate_file
 from lora_compress.packed.file import PackedFile
 
 SECONDS = 10.0  # of processor time a file

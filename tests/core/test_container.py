@@ -31,7 +31,7 @@ from lora_compress import (
     save,
 )
 from lora_compress.engine.to_file import compress_file
-from lora_compress.packed.convert import expand_file
+from lora_compress.engine.unpack import expand_file
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile
 
 SETTINGS = [

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_compress import CompressionSettings, FormatError, SaveError, SettingsError, as_kohya, load_lora
 from lora_compress.engine.to_file import compress_file
-from lora_compress.packed.convert import expand_file, truncate_file
+from lora_compress.engine.unpack import expand_file, truncate_file
 from lora_compress.packed.file import PackedFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ SMALL_DISK = """
 import resource, signal, sys
 from lora_compress import CompressionSettings, SaveError
 from lora_compress.engine.to_file import compress_file
-from lora_compress.packed.convert import expand_file, truncate_file
+from lora_compress.engine.unpack import expand_file, truncate_file
 source, packed, target = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))

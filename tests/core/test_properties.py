@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora_compress import CompressionSettings, SettingsError, open_lora
 from lora_compress.engine.to_file import compress_file
-from lora_compress.packed.convert import expand_file
+from lora_compress.engine.unpack import expand_file
 from lora_compress.report.file_report import FileReport
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_compress import CompressionSettings, LowRankUpdate
+from lora_compress.engine.context import FileContext
 from lora_compress.engine.encode import EncodedModule, Encoder
-from lora_compress.engine.frame import FileContext
-from lora_compress.engine.planning import plan
+from lora_compress.engine.plan import plan
 from lora_compress.packed.module import ModulePlan
 from lora_compress.update import relative_error
 

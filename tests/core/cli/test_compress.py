@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lora_compress import CompressionSettings, FormatError
 from lora_compress.cli import main
 from lora_compress.engine import to_file as file_pipeline
-from lora_compress.packed import convert as packed_files
+from lora_compress.engine import unpack as packed_files
 from lora_compress.report.file_report import FileReport, ModuleReport
 
 NUMBERS = {"input", "output", "bytes_in", "bytes_out", "relative_error", "bits_per_weight", "modules", "seconds", "status"}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lora_compress import CompressionSettings, FormatError, SettingsError, load_lora, open_lora
 from lora_compress.engine.to_file import compress_file
+from lora_compress.engine.unpack import expand_file
 from lora_compress.inspection.comparison import compare_files
-from lora_compress.packed.convert import expand_file
 from lora_compress.programs.check import check_file
 
 SD1 = [(320, 320)] * 4 + [(2560, 320)] + [(320, 320), (320, 768), (320, 768), (320, 320)]  # of one transformer block

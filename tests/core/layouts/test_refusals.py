@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lora_compress import CompressionSettings, FormatError, load_lora, open_lora
 from lora_compress.engine.to_file import compress_file
+from lora_compress.engine.unpack import expand_file
 from lora_compress.inspection.comparison import compare_files
 from lora_compress.inspection.file import inspect_file
-from lora_compress.packed.convert import expand_file
 from lora_compress.programs.check import check_file
 
 ONES = torch.ones(4, 4)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from ..engine.encode import EncodedModule, Encoder
-from ..engine.frame import FileContext, Plan, error_targets, payload_size, require_room
+from ..allocation import fit_step
 from ..errors import SettingsError
 from ..packed.module import LEAST_PLANES, MOST_PLANES, ModulePlan
 from ..update import relative_error
-from . import fit_step
+from .context import FileContext, Plan, error_targets, payload_size, require_room
+from .encode import EncodedModule, Encoder
 
 __all__ = ["expected_bytes", "fit_steps"]
 

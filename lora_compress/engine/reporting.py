@@ -13,8 +13,8 @@ from ..errors import SettingsError
 from ..programs.marks import Mark
 from ..report.file_report import ModuleReport
 from ..sources import LoraSource
-from .assembly import OutputFile
 from .encode import EncodedModule, Encoder
+from .output import OutputFile
 
 __all__ = ["file_notes", "module_report"]
 

@@ -11,22 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..engine.adapter_output import AdapterOutput
-from ..engine.in_memory import partner_metadata, plain_partner
 from ..errors import FormatError, SettingsError
 from ..files.dtypes import TensorSpec
 from ..files.metadata import ModuleScale, true_header
 from ..files.regular import size_of
 from ..files.writer import TensorWriter, atomic_path, safetensors_size
 from ..layouts.peft_folder import MAGNITUDE
+from ..packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
+from ..packed.index import PackedIndex
+from ..packed.module import layer_count
 from ..parallel import each_module
 from ..pruning import consumer_minimum
 from ..report.file_report import FileReport, ModuleReport
 from ..sources.open import open_lora, require_readable
 from ..update import LowRankUpdate, squared_error
-from .file import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
-from .index import PackedIndex
-from .module import layer_count
+from .adapter_output import AdapterOutput
+from .in_memory import partner_metadata, plain_partner
 
 __all__ = ["check_target", "expand_file", "read_expanded", "truncate_file", "write_expanded", "write_tensors"]
 

@@ -20,16 +20,16 @@ from ..allocation import (
     ranks_for_error,
     ranks_for_size,
 )
-from ..allocation.step_search import fit_steps
 from ..errors import SettingsError
 from ..packed.index import ModuleRecord
 from ..packed.module import ModulePlan
 from ..pruning import select_ranks
 from ..quantization import FixedFormat, component_size
 from ..update import relative_error
+from .context import FileContext, Plan, error_targets, payload_size, require_room
 from .encode import EncodedModule, Encoder
-from .frame import FileContext, Plan, error_targets, payload_size, require_room
 from .precision import PLAIN_NOISE
+from .step_search import fit_steps
 
 __all__ = ["Search", "kept_scores", "payload_budget", "plan"]
 
