@@ -177,7 +177,10 @@ def test_kohya_files_get_to_every_layer(name: str, tmp_path: Path) -> None:
     assert 0.02 < report.relative_error < 0.6
 
 
-@pytest.mark.parametrize(("make", "since"), [(flux, 32), (sd3, 32), (wan, 34), (qwen_image, 35)], ids=str)
+SINCE = {flux: 32, sd3: 32, wan: 34, qwen_image: 35}  # the release of diffusers that has the model
+
+
+@pytest.mark.parametrize(("make", "since"), SINCE.items(), ids=[make.__name__ for make in SINCE])
 def test_files_of_diffusers_own_layout_get_to_every_layer(make: Callable[[], Any], since: int, tmp_path: Path) -> None:
     if (0, since) > VERSION:
         pytest.skip(f"diffusers {diffusers.__version__} has no such pipeline")
