@@ -27,7 +27,7 @@ __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFi
 
 FORMAT_KEY = "lora_compress_format"
 FORMAT_VERSION = "1"
-INDEX_KEY = "lora_compress.packed.index"
+INDEX_KEY = "lora_compress.index"
 PAYLOAD_KEY = "lora_compress.payload"
 
 

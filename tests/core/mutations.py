@@ -8,7 +8,7 @@ import struct
 import zlib
 from typing import Any
 
-INDEX, PAYLOAD = "lora_compress.packed.index", "lora_compress.payload"
+INDEX, PAYLOAD = "lora_compress.index", "lora_compress.payload"
 NUMBERS = [0, 1, 2, 3, 7, 8, 64, 255, 4096, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**63, 10**30, -1, -(2**40)]
 VALUES: list[Any] = [
     *NUMBERS,
