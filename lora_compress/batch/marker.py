@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..files.header import metadata_of, verify_data
+from ..files.regular import size_of, written_at
 from ..layouts.peft_config import applies_to
 from .jobs import CompressOptions
 from .storage import config_beside, exists, is_remote, open_binary
@@ -69,12 +70,12 @@ def is_done(source: str, target: str, marker: str, partner: bool = False) -> boo
 def _is_made(source: str, target: str, marker: str) -> bool:
     if not exists(target):
         return False
-    if not (is_remote(source) or is_remote(target)) and os.path.getmtime(target) < os.path.getmtime(source):
-        return False
     metadata = _metadata(target)
     if metadata.get(MARKER_KEY) != marker:
         return False
     try:
+        if not (is_remote(source) or is_remote(target)) and written_at(target) < written_at(source):
+            return False
         with open_binary(target) as file:
             verify_data(file, Path(target), None if is_remote(target) else metadata.get("sshs_model_hash"))
     except (ValueError, KeyError, TypeError, AttributeError, OSError):  # a damaged header among them
@@ -86,7 +87,7 @@ def same_content(one: str, other: str) -> bool:
     """Whether two files hold the same bytes; of remote ones the fingerprints are compared."""
     if is_remote(one) or is_remote(other):
         return fingerprint(one) == fingerprint(other)
-    if os.path.getsize(one) != os.path.getsize(other):
+    if size_of(one) != size_of(other):
         return False
     with open_binary(one) as first, open_binary(other) as second:
         while block := first.read(_COMPARED_BYTES):

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
-from ..errors import LoraCompressError
-from ..files.regular import open_regular
+from ..errors import FormatError, LoraCompressError
+from ..files.regular import open_regular, same_file
 from ..files.writer import atomic_path
 from ..layouts.peft_config import CONFIG_NAME, applies_to
 
@@ -160,10 +160,17 @@ def at_hand(source: str, target: str) -> Iterator[tuple[str, str]]:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy a file, whole or not at all."""
+    """Copy a file, whole or not at all.
+
+    Raises:
+        FormatError: it is not there, or another program wrote to it meanwhile.
+    """
     with readable(source) as local, writable(target) as out, atomic_path(out) as temporary:
         with open_regular(local) as file, open(temporary, "wb") as copy:
+            before = os.fstat(file.fileno())
             shutil.copyfileobj(file, copy)
+            if not same_file(before, os.fstat(file.fileno())):
+                raise FormatError(f"{source}: another program has written to the file while it was copied: try again")
 
 
 @_reaching

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..batch.storage import exists, is_remote
+from ..files.regular import have_same_path
 from ..layouts.peft_folder import template_of, weights_of
 from .arguments import UsageError
 
-__all__ = ["check_input", "check_output", "is_adapter_output", "is_same_file", "names_a_file"]
+__all__ = ["check_input", "check_output", "is_adapter_output", "names_a_file"]
 
 # Endings by which people and programs tell what a file is. Any other ending is part of a name: v1.5, style.fp16, my.lora.
 _FILE_SUFFIXES = (
@@ -71,7 +72,7 @@ def check_output(
     if not is_remote(path):
         check_folder(target.parent, f"{flag} {path}")
     for given in inputs:
-        if not force and is_same_file(given, path):
+        if not force and have_same_path(given, path):
             raise UsageError(f"{flag} {path}: is the input: choose another name, or allow overwriting it with --force")
     return path
 
@@ -111,10 +112,3 @@ def check_folder(folder: Path, subject: str) -> None:
         raise UsageError(f"{subject}: {existing} is a file, not a folder: choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{subject}: the folder {existing} cannot be written: choose another one or change its permissions")
-
-
-def is_same_file(one: str, other: str) -> bool:
-    """Whether two paths name one file, through links too."""
-    if os.path.exists(one) and os.path.exists(other):
-        return os.path.samefile(one, other)
-    return os.path.abspath(one) == os.path.abspath(other)

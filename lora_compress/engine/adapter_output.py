@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import FormatError, SettingsError
 from ..files.atomic import atomic_path
+from ..files.regular import have_same_path
 from ..layouts.peft_config import PeftConfig, applies_to, rewritten_config
 from ..layouts.peft_folder import CONFIG_DETAIL, CONFIG_NAME, WEIGHTS_NAMES, PeftTemplate, metadata_of_file, template_of
 from ..sources.open import open_lora
@@ -141,12 +142,12 @@ class AdapterOutput:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and os.path.samefile(one, other)
+    return one.exists() and have_same_path(one, other)
 
 
 def _refuse_changed_base(template: PeftTemplate) -> PeftTemplate:
     """Raises: SettingsError: PEFT changes the base model by this adapter's rank as it loads it."""
-    way = PeftConfig.read(Path(template.source)).changes_base() if os.path.isfile(template.source) else ""
+    way = PeftConfig.parse(template.text, template.source).changes_base() if os.path.isfile(template.source) else ""
     if not way:
         return template
     problem = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from ..errors import SettingsError
+from ..files.regular import size_of
 from ..programs.marks import Mark
 from ..report.file_report import ModuleReport
 from ..sources import LoraSource
@@ -64,7 +64,7 @@ def rounding_notes(encoder: Encoder, stored: Mapping[str, EncodedModule]) -> lis
 
 def partner_notes(partner: Path, before: int) -> Iterator[str]:
     """Yield what to know of the plain file beside a packed one made from `before` bytes."""
-    size = os.path.getsize(partner)
+    size = size_of(partner)
     if size > _MUCH_LARGER * before:
         yield f"{partner} takes {size} bytes, the input took {before}: --format packed leaves it out"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import FormatError, SettingsError
 from ..files.dtypes import TensorSpec
 from ..files.metadata import ModuleScale, true_header
-from ..files.regular import size_of
+from ..files.regular import have_same_path, size_of
 from ..files.writer import TensorWriter, atomic_path, safetensors_size
 from ..layouts.peft_folder import MAGNITUDE
 from ..packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
@@ -142,7 +142,7 @@ def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str],
     """
     if Path(target).suffix != ".safetensors":
         raise SettingsError([f"{target}: a LoRA is written as a safetensors file: end its name with .safetensors"], "output")
-    if not force and os.path.exists(target) and os.path.samefile(source, target):
+    if not force and os.path.exists(target) and have_same_path(source, target):
         raise SettingsError([f"{target}: is the input itself: choose another name, or --force to replace it"], "output")
 
 
@@ -154,7 +154,7 @@ def _report(
     begun: float,
 ) -> FileReport:
     source, target = map(str, paths)
-    sizes, seconds = (before, os.path.getsize(target)), time.monotonic() - begun
+    sizes, seconds = (before, size_of(target)), time.monotonic() - begun
     return FileReport(source, target, "written", lora.layout, lora.family, sizes, seconds, tuple(modules), tuple(lora.notes))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from ..files.tensors import open_safetensors
 from .shapes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
 
 __all__ = ["HEADS", "Probe", "load_probe"]
@@ -70,7 +71,7 @@ def load_probe(path: str | Path) -> Probe:
     if not path.is_file():
         raise FileNotFoundError(f"no probe at {os.fspath(path)}; tools/train_tiny_sd.py makes assets/tiny-sd/probe.safetensors")
     probe = Probe()
-    probe.load_state_dict(
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()}
-    )
+    with closing(open_safetensors(path)) as file:
+        tensors = {name: file.read(name) for name in file}
+    probe.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
     return probe.eval().requires_grad_(False)

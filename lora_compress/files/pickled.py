@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import FormatError
 from ..layouts.numbered import keys_of_list
 from .recognition import is_torch, what_is
+from .regular import require_regular
 
 __all__ = ["load_pickled"]
 
@@ -30,9 +31,10 @@ def load_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     of weights among other things (`state_dict`, `model`, ...) is taken alone. An alpha that is a bare number becomes a tensor.
 
     Raises:
-        FormatError: it is no such file, holds anything but weights, or a tensor that is more than the file holds.
+        FormatError: there is no such file any more, it holds anything but weights, or a tensor that is more than the file holds.
     """
     if not is_torch(path):
+        require_regular(path)
         raise FormatError(f"{path}: no file of weights: {what_is(path) or 'give a LoRA as .safetensors or as a PyTorch file'}")
     loaded = _unwrapped(_load(path))
     if isinstance(loaded, list | tuple) and loaded and all(isinstance(item, Tensor) for item in loaded):
@@ -57,6 +59,7 @@ def _load(path: Path) -> object:
             warnings.simplefilter("ignore")  # of quantized and sparse tensors, which are judged below
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling damaged bytes raises nearly anything
+        require_regular(path)
         raise FormatError(f"{path}: cannot be read as weights alone ({_reason(error)}") from error
 
 

@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import FormatError
-from .regular import open_regular
+from .regular import open_regular, size_of
 
 __all__ = ["is_safetensors", "is_torch", "what_is"]
 
@@ -42,7 +42,7 @@ def is_safetensors(path: Path) -> bool:
     """Whether a file begins as a safetensors file does: the length of its header, then a JSON object."""
     head = _head(path)
     length = int.from_bytes(head[:8], "little")
-    return len(head) > 8 and head[8:9] == b"{" and 8 + length <= path.stat().st_size
+    return len(head) > 8 and head[8:9] == b"{" and 8 + length <= size_of(path)
 
 
 def is_torch(path: Path) -> bool:

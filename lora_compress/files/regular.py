@@ -8,7 +8,7 @@ from io import BufferedReader
 
 from ..errors import FormatError
 
-__all__ = ["kind_of", "open_regular", "require_regular", "same_file", "size_of"]
+__all__ = ["have_same_path", "kind_of", "open_regular", "require_regular", "same_file", "size_of", "written_at"]
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -73,10 +73,31 @@ def size_of(path: str | os.PathLike[str]) -> int:
     Raises:
         FormatError: it is not there any more.
     """
+    return _state_of(path).st_size
+
+
+def written_at(path: str | os.PathLike[str]) -> int:
+    """Return when a file was last written to, nanoseconds.
+
+    Raises:
+        FormatError: it is not there any more.
+    """
+    return _state_of(path).st_mtime_ns
+
+
+def _state_of(path: str | os.PathLike[str]) -> os.stat_result:
     try:
-        return os.stat(path).st_size
+        return os.stat(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}): another program has removed it") from None
+
+
+def have_same_path(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file, through links too; of a file that is not there, whether the paths are the same."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.abspath(one) == os.path.abspath(other)
 
 
 def same_file(before: os.stat_result, now: os.stat_result) -> bool:

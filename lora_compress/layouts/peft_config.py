@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError
+from ..files.regular import open_regular
 from ..files.tensors import TensorFile
 
-__all__ = ["CONFIG_NAME", "METADATA_KEY", "PeftConfig", "applies_to", "rewritten_config"]
+__all__ = ["CONFIG_NAME", "METADATA_KEY", "PeftConfig", "applies_to", "rewritten_config", "text_of_config"]
 
 METADATA_KEY = "lora_adapter_metadata"  # JSON of one LoraConfig for each model, keys such as transformer.lora_alpha
 CONFIG_NAME = "adapter_config.json"
@@ -57,7 +58,7 @@ class PeftConfig:
         if given is not None:
             return cls.read(Path(given) / CONFIG_NAME if os.path.isdir(given) else Path(given))
         if METADATA_KEY in file.metadata:
-            return cls._parse(file.metadata[METADATA_KEY], f"{file.path}: {METADATA_KEY}")
+            return cls.parse(file.metadata[METADATA_KEY], f"{file.path}: {METADATA_KEY}")
         sidecar = file.path.with_name(CONFIG_NAME)
         if applies_to(file.path) and sidecar.is_file():
             return cls.read(sidecar)
@@ -70,13 +71,19 @@ class PeftConfig:
         Raises:
             FormatError: it cannot be read, or is no LoRA configuration.
         """
-        try:
-            return cls._parse(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(f"{path}: cannot be read ({error})") from error
+        return cls.parse(text_of_config(path), str(path))
 
     @classmethod
-    def _parse(cls, text: str, source: str) -> PeftConfig:
+    def parse(cls, text: str, source: str) -> PeftConfig:
+        """A configuration from its text.
+
+        Args:
+            text: JSON.
+            source: where it stands, for messages.
+
+        Raises:
+            FormatError: it is no LoRA configuration.
+        """
         models: dict[str, dict[str, Any]] = {}
         more: dict[str, dict[str, Any]] = {}
         values = _loaded(text, source)
@@ -155,7 +162,7 @@ class PeftConfig:
         if METADATA_KEY not in metadata:
             return dict(metadata)
         old = metadata[METADATA_KEY]
-        return {**metadata, METADATA_KEY: cls._parse(old, f"{where}: {METADATA_KEY}").metadata(ranks, old)}
+        return {**metadata, METADATA_KEY: cls.parse(old, f"{where}: {METADATA_KEY}").metadata(ranks, old)}
 
     def metadata(self, ranks: Mapping[str, int], old: str) -> str:
         """The same JSON for a file of these ranks whose scales are in its factors: lora_alpha = r for every module."""
@@ -204,6 +211,19 @@ class PeftConfig:
                 )
             table.setdefault((literal, key.startswith("^")), []).append((order, value))
         return table
+
+
+def text_of_config(path: Path) -> str:
+    """The text of an adapter_config.json.
+
+    Raises:
+        FormatError: there is no such file, or it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: cannot be read ({error})") from error
 
 
 def applies_to(path: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import FormatError
 from ..files.header import read_header
-from .peft_config import CONFIG_NAME, PeftConfig, applies_to
+from .peft_config import CONFIG_NAME, PeftConfig, applies_to, text_of_config
 
 __all__ = [
     "CONFIG_DETAIL",
@@ -64,8 +64,9 @@ def template_of(weights: Path, given: str | os.PathLike[str] | None = None) -> P
     elif not (applies_to(weights) and path.is_file()):
         remembered = metadata_of_file(weights).get(_METADATA_KEY)
         return PeftTemplate(remembered, f"{weights}: {_METADATA_KEY}") if remembered is not None else None
-    PeftConfig.read(path)
-    return PeftTemplate(path.read_text(encoding="utf-8"), str(path))
+    text = text_of_config(path)
+    PeftConfig.parse(text, str(path))
+    return PeftTemplate(text, str(path))
 
 
 def metadata_of_file(path: Path) -> Mapping[str, str]:

@@ -44,8 +44,8 @@ class PackedFile(LoraSource):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        require_regular(self.path)
-        self._before = os.stat(self.path)
+        with open_regular(self.path) as file:
+            self._before = os.fstat(file.fileno())
         header = self._header = read_header(self.path)
         self.metadata = header.metadata
         version = self.metadata.get(FORMAT_KEY, FORMAT_VERSION)

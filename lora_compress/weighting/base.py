@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import FormatError, SaveError
 from ..files.header import read_header
+from ..files.regular import size_of, written_at
 from ..files.tensors import open_safetensors
 from ..files.writer import atomic_path
 from ..names.base_layers import LayerRows, layer_name, layers_of_key
@@ -143,7 +144,7 @@ def _one_precision(folder: Path) -> list[Path]:
 
 
 def _fingerprint(files: list[tuple[Path, str | None]]) -> str:
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file, _ in files]
+    stats = [(str(file.resolve()), size_of(file), written_at(file)) for file, _ in files]
     return hashlib.sha256(json.dumps([_CACHE_VERSION, stats]).encode()).hexdigest()[:24]
 
 
