@@ -38,7 +38,7 @@ class EncodedModule:
         plain: the factors of a plain file; None in a packed one.
         entry: of the index of a packed file; None in a plain one.
         chunks: of its payload.
-        alpha: of a plain file.
+        alpha: that a reader of the file finds; of fp8 before it is known, one that takes as much room.
         padded: its rank there, zeros included.
         payload: bytes of the chunks that coding made, of a plain module too.
     """
@@ -235,7 +235,8 @@ class Encoder:
             return replace(made, payload=sum(map(len, coded.chunks)))
         lost = analysis.lost + difference(*exact, *found)
         chunks = tuple(Chunk.predicted(len(chunk)) if predict else Chunk.of(chunk) for chunk in coded.chunks)
-        return EncodedModule(coded.entry.rank, lost, None, coded.entry, chunks, payload=sum(map(len, chunks)))
+        rank = coded.entry.rank
+        return EncodedModule(rank, lost, None, coded.entry, chunks, float(rank), payload=sum(map(len, chunks)))
 
     def _truncated(self, ranks: Mapping[str, tuple[int, int]], alpha: float) -> dict[str, EncodedModule]:
         """Plain modules of the first components as they are; of each how many, and how many rows the file has."""

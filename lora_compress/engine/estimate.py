@@ -32,7 +32,7 @@ class Expected(NamedTuple):
     least: int
 
 
-def expected_size(encoder: Encoder, frame: FileContext) -> Expected:
+def expected_size(encoder: Encoder, context: FileContext) -> Expected:
     """Return the size of the file that `planning.plan` will choose.
 
     Exact but for the header where ranks and bits are given. Where an error is asked for, the components that are lost are known by
@@ -42,67 +42,67 @@ def expected_size(encoder: Encoder, frame: FileContext) -> Expected:
     Raises:
         SettingsError: pruning leaves nothing, or the error cannot be reached.
     """
-    settings, kept = encoder.settings, kept_scores(encoder, frame)
+    settings, kept = encoder.settings, kept_scores(encoder, context)
     quantization, budget = settings.quantization, settings.budget
     everything = {name: ModulePlan(len(scores)) for name, scores in kept.items()}
     payload = payload_budget(encoder, kept)
     if budget.size is None and payload is None and budget.enabled:
         if quantization.strategy == "entropy":
-            size = expected_bytes(encoder, kept, frame)
-            size += frame.file_size({}) if encoder.packed else 0
+            size = expected_bytes(encoder, kept, context)
+            size += context.file_size({}) if encoder.packed else 0
             return Expected(int(size), int(size * _ENTROPY_LEAST)) if encoder.packed else Expected(int(size), 0)
-        size = _size(encoder, frame, Search(encoder, frame, kept, False).losing(error_targets(budget, frame.parts)))
+        size = _size(encoder, context, Search(encoder, context, kept, False).losing(error_targets(budget, context.parts)))
         return Expected(size, int(size * _MIXED_LEAST) if quantization.strategy == "mixed" else size)
     if quantization.averages and not encoder.packed:
         return Expected(0, 0)  # ranks follow from what coding leaves of the modules
     if quantization.strategy == "entropy":
         size = sys.maxsize  # an entropy coder always finds something to spend bits on
     else:
-        size = _size(encoder, frame, everything, _MOST_BITS if quantization.strategy == "mixed" else None)
+        size = _size(encoder, context, everything, _MOST_BITS if quantization.strategy == "mixed" else None)
     if payload is not None:
-        size = min(size, frame.file_size({}) + payload)
+        size = min(size, context.file_size({}) + payload)
     if budget.size is not None:
         size = min(size, budget.size)
     searched = payload is not None or budget.size is not None
     return Expected(size, int(size * _FILLED) if searched else size)
 
 
-def _size(encoder: Encoder, frame: FileContext, choices: dict[str, ModulePlan], bits: int | None = None) -> int:
+def _size(encoder: Encoder, context: FileContext, choices: dict[str, ModulePlan], bits: int | None = None) -> int:
     """Bytes of a file of these components, at `bits` each where the choices name none; of a packed file without its index."""
     if not encoder.packed:
-        return frame.file_size(encoder.outline(choices))
+        return context.file_size(encoder.outline(choices))
     form = FixedFormat.of_settings(encoder.settings.quantization)
     payload = 0
     for name, choice in choices.items():
         widths = (bits,) * choice.rank if bits else choice.bits
         payload += fixed_size(choice.rank, *encoder.components[name].shape.stored, form, widths)
-    return frame.file_size({}) + payload
+    return context.file_size({}) + payload
 
 
-def surely_larger(encoder: Encoder, frame: FileContext, size: int) -> int | None:
+def surely_larger(encoder: Encoder, context: FileContext, size: int) -> int | None:
     """Return the bytes to expect of the file if it certainly takes `size` or more, else None."""
-    found = expected_size(encoder, frame)
+    found = expected_size(encoder, context)
     return found.bytes if found.least >= size else None
 
 
-def plan_in(encoder: Encoder, frame: FileContext, precisions: Sequence[torch.dtype]) -> Plan:
+def plan_in(encoder: Encoder, context: FileContext, precisions: Sequence[torch.dtype]) -> Plan:
     """Plan in the first of some precisions of plain factors in which the budget is met, and leave the job with it.
 
     Raises:
         SettingsError: it is met in none of them.
     """
-    errors = [] if encoder.settings.budget.size is not None or encoder.packed else _errors(encoder, frame)
+    errors = [] if encoder.settings.budget.size is not None or encoder.packed else _errors(encoder, context)
     for precision in precisions[:-1]:
         encoder.dtype = precision
         if any(PLAIN_NOISE.get(precision, 0.0) >= error**2 for error in errors):
             continue  # rounding alone loses more
         try:
-            return plan(encoder, frame)
+            return plan(encoder, context)
         except SettingsError:
             continue
     encoder.dtype = precisions[-1]
-    return plan(encoder, frame)
+    return plan(encoder, context)
 
 
-def _errors(encoder: Encoder, frame: FileContext) -> list[float]:
-    return [*error_targets(encoder.settings.budget, frame.parts).values()] if encoder.settings.budget.enabled else []
+def _errors(encoder: Encoder, context: FileContext) -> list[float]:
+    return [*error_targets(encoder.settings.budget, context.parts).values()] if encoder.settings.budget.enabled else []

@@ -19,8 +19,6 @@ from ..files.writer import atomic_path, safetensors_size, write_safetensors
 from ..layouts import as_kohya
 from ..layouts.plain import FP8, KOHYA_KEYS, exact_plain, plain_update
 from ..names.families import part_of
-from ..packed.chunks import payload_tensor
-from ..packed.file import INDEX_KEY, PAYLOAD_KEY
 from ..packed.module import decode_module
 from ..programs import table as consumers
 from ..pruning import consumer_minimum
@@ -106,18 +104,19 @@ def compress(
     """
     factors = FP8 if settings.save_format == "fp8" else dtype or torch.float32
     encoder = Encoder(updates, settings, factors) if decompose is None else Encoder(updates, settings, factors, decompose)
-    assembly = OutputFile(encoder, metadata=lambda ranks: metadata or {}, more=details or {})
+    output_file = OutputFile(
+        settings, encoder.components, lambda: encoder.dtype, metadata=lambda ranks: metadata or {}, more=details or {}
+    )
     protected = consumer_minimum({name: analysis.norm for name, analysis in encoder.components.items()})
-    chosen = plan(encoder, FileContext(assembly.size, {name: part_of(name, "") for name in updates}, protected=protected))
+    chosen = plan(encoder, FileContext(output_file.size, {name: part_of(name, "") for name in updates}, protected=protected))
     stored = dict(encoder.run(chosen.choices)) if chosen.stored is None else chosen.stored
     if updates and not stored:
         raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger budget"])
     results = {name: _result(module) for name, module in stored.items()}
     modules = {name: _module_report(encoder, name, stored.get(name)) for name in updates}
     before = plain_size({name: (update, update.rank) for name, update in updates.items()}, dtype)
-    report = CompressionReport.of_modules(modules, (before, assembly.size(stored)))
-    tensors = _packed_tensors(assembly, stored) if encoder.packed else as_kohya(results)
-    return CompressedLora(results, tensors, assembly.finished_metadata(stored), report, settings)
+    report = CompressionReport.of_modules(modules, (before, output_file.size(stored)))
+    return CompressedLora(results, output_file.tensors(stored), output_file.finished_metadata(stored), report, settings)
 
 
 def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> CompressionReport:
@@ -204,11 +203,6 @@ def _result(stored: EncodedModule) -> LowRankUpdate:
         return stored.plain
     assert stored.entry is not None
     return decode_module(stored.entry, [chunk.read() for chunk in stored.chunks])
-
-
-def _packed_tensors(assembly: OutputFile, stored: Mapping[str, EncodedModule]) -> dict[str, Tensor]:
-    index, chunks = assembly.packed(stored)
-    return {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks)}
 
 
 def _packed_estimate(

@@ -44,35 +44,35 @@ _INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
 _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
 
 
-def plan(encoder: Encoder, frame: FileContext) -> Plan:
+def plan(encoder: Encoder, context: FileContext) -> Plan:
     """A choice for each module of the job: what pruning leaves, cut further to the size or the error that is asked for.
 
     Raises:
         SettingsError: the budget cannot be met, or nothing is left.
     """
-    settings, kept = encoder.settings, kept_scores(encoder, frame)
+    settings, kept = encoder.settings, kept_scores(encoder, context)
     if not settings.budget.enabled and not settings.quantization.averages:
         return Plan({name: ModulePlan(len(scores)) for name, scores in kept.items()})
     payload = payload_budget(encoder, kept)
     if settings.quantization.strategy == "entropy":
-        found = fit_steps(encoder, kept, frame, payload)
+        found = fit_steps(encoder, kept, context, payload)
         return found if encoder.packed else _of_what_is_left(found)
-    search = Search(encoder, frame, kept, payload is not None)
+    search = Search(encoder, context, kept, payload is not None)
     if payload is not None:
         return search.for_size(payload, payload_size)
-    return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, frame.file_size)
+    return search.for_error() if settings.budget.size is None else search.for_size(settings.budget.size, context.file_size)
 
 
-def kept_scores(encoder: Encoder, frame: FileContext) -> dict[str, Tensor]:
+def kept_scores(encoder: Encoder, context: FileContext) -> dict[str, Tensor]:
     """Return the scores of the components that pruning leaves of each module, (k,).
 
     Raises:
         SettingsError: it leaves nothing.
     """
     scores = {name: analysis.scores for name, analysis in encoder.components.items()}
-    relative = {name: score * frame.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
+    relative = {name: score * context.weights.get(name, 1.0) ** 0.5 for name, score in scores.items()}
     kernels = {name: analysis.shape.kernel for name, analysis in encoder.components.items()}
-    ranks = select_ranks(relative, encoder.settings.pruning, kernels, frame.protected)
+    ranks = select_ranks(relative, encoder.settings.pruning, kernels, context.protected)
     if scores and not any(ranks.values()):
         raise SettingsError(["pruning removes every module: choose smaller thresholds"])
     return {name: score[: ranks[name]] for name, score in scores.items()}
@@ -99,13 +99,13 @@ class Search:
         payload: the budget is one of codes alone, whatever file they are in.
     """
 
-    def __init__(self, encoder: Encoder, frame: FileContext, kept: Mapping[str, Tensor], payload: bool) -> None:
-        self.encoder, self.frame, self.kept, self.payload = encoder, frame, kept, payload
+    def __init__(self, encoder: Encoder, context: FileContext, kept: Mapping[str, Tensor], payload: bool) -> None:
+        self.encoder, self.context, self.kept, self.payload = encoder, context, kept, payload
         self.index_bytes = 0 if payload else _INDEX_BYTES
         self._form = FixedFormat.of_settings(encoder.settings.quantization) if encoder.settings.quantization.enabled else None
         self._mixed = encoder.settings.quantization.strategy == "mixed"
         sigmas = {name: encoder.components[name].spectrum.sigma[: len(scores)] for name, scores in kept.items()}
-        self._weighed = bool(frame.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
+        self._weighed = bool(context.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
 
     def for_size(self, budget: int, measure: Callable[[Mapping[str, EncodedModule]], int]) -> Plan:
         """The least error in at most `budget` of what `measure` counts."""
@@ -130,7 +130,7 @@ class Search:
 
     def for_error(self) -> Plan:
         """The fewest bytes at the errors that are asked for: the squared error that coding adds is taken off the target."""
-        wanted = error_targets(self.encoder.settings.budget, self.frame.parts)
+        wanted = error_targets(self.encoder.settings.budget, self.context.parts)
         noise = self._noise()
         inner = {part: _less(target, noise) for part, target in wanted.items()}
         best, most, tried = None, -1.0, None
@@ -192,16 +192,16 @@ class Search:
         return max(analysis.norm - float(kept), 0.0)
 
     def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, ModulePlan]:
-        frame = self.frame
+        context = self.context
         parts = {part: error for part, error in errors.items() if part}
-        common: dict[str, Any] = {"weights": frame.weights, "protected": frame.protected}
+        common: dict[str, Any] = {"weights": context.weights, "protected": context.protected}
         if self._mixed:
             widths = {name: sum(self.encoder.components[name].shape.stored) for name in self.kept}
             common |= {"overhead": dict.fromkeys(self.kept, self.index_bytes), "component_bytes": self._bytes}
             if size is not None:
                 bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
             else:
-                more: dict[str, Any] = {"part_errors": parts, "parts": frame.parts}
+                more: dict[str, Any] = {"part_errors": parts, "parts": context.parts}
                 bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
             return {name: ModulePlan(len(b), b) for name, b in bits.items()}
         costs = {name: self._bytes(name) for name in self.kept}
@@ -209,12 +209,12 @@ class Search:
         fixed = {name: self.index_bytes if self.encoder.packed else _plain_overhead(shape) for name, shape in shapes.items()}
         common |= {"min_rank_stored": 1 if self.encoder.packed else 2}
         common |= {"min_rank": self.encoder.settings.pruning.min_rank or 0}
-        padded = frame.one_rank and not self.encoder.packed  # components of zeros are paid for
+        padded = context.one_rank and not self.encoder.packed  # components of zeros are paid for
         if size is not None:
-            for_size = partial(common_ranks_for_size, parts=frame.parts) if padded else ranks_for_size
+            for_size = partial(common_ranks_for_size, parts=context.parts) if padded else ranks_for_size
             ranks = for_size(self.kept, costs, fixed, size, **common)
         else:
-            more = {"part_errors": parts, "parts": frame.parts}
+            more = {"part_errors": parts, "parts": context.parts}
             for_error = common_ranks_for_error if padded else ranks_for_error
             ranks = for_error(self.kept, costs, fixed, errors.get(""), **more, **common)
         return {name: ModulePlan(rank) for name, rank in ranks.items()}
@@ -234,7 +234,7 @@ class Search:
 
     def _relative(self, lost: Mapping[str, float], part: str) -> float:
         """Relative error over a part of the model by the modules' squared errors; modules without one are lost."""
-        norms = {n: self.encoder.components[n].norm for n in self.kept if not part or self.frame.parts[n] == part}
+        norms = {n: self.encoder.components[n].norm for n in self.kept if not part or self.context.parts[n] == part}
         return relative_error(sum(lost.get(name, norm) for name, norm in norms.items()), sum(norms.values()))
 
     def _noise(self) -> float:

@@ -69,9 +69,9 @@ def partner_notes(partner: Path, before: int) -> Iterator[str]:
         yield f"{partner} takes {size} bytes, the input took {before}: --format packed leaves it out"
 
 
-def zero_notes(assembly: OutputFile, stored: Mapping[str, EncodedModule]) -> Iterator[str]:
+def zero_notes(output_file: OutputFile, stored: Mapping[str, EncodedModule]) -> Iterator[str]:
     """Yield what to know of modules that were dropped from a folder for PEFT."""
-    if dropped := len(assembly.kept(stored)) - len(stored):
+    if dropped := len(output_file.kept(stored)) - len(stored):
         yield f"zeros stand for the modules that were dropped ({dropped}), since PEFT makes a layer for each"
 
 
@@ -95,12 +95,14 @@ def _channel_notes(encoder: Encoder) -> list[str]:
     return [f"{dropped} channels were set to zero, which saves no bytes in a plain file: a packed one leaves them out"]
 
 
-def module_report(assembly: OutputFile, lora: LoraSource, name: str, stored: EncodedModule | None, made: bool) -> ModuleReport:
+def module_report(
+    encoder: Encoder, output_file: OutputFile, lora: LoraSource, name: str, stored: EncodedModule | None, made: bool
+) -> ModuleReport:
     """The report of a module. If it was not made, its error is not known: NaN."""
-    analysis = assembly.encoder.components[name]
+    analysis = encoder.components[name]
     shape = analysis.shape
     lost, rank, after = (
-        (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, assembly.module_bytes(name, stored))
+        (analysis.norm, 0, 0) if stored is None else (stored.squared_error, stored.rank, output_file.module_bytes(name, stored))
     )
     return ModuleReport(
         name,

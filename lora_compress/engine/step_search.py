@@ -28,7 +28,7 @@ _CODABLE = (1e-9, 1e9)  # norms of the strongest component between which the tab
 _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of itself
 
 
-def fit_steps(encoder: Encoder, kept: Mapping[str, Tensor], frame: FileContext, payload: int | None) -> Plan:
+def fit_steps(encoder: Encoder, kept: Mapping[str, Tensor], context: FileContext, payload: int | None) -> Plan:
     """Steps that meet the budget of the job's settings, or `payload` bytes.
 
     The step of module m is step / sqrt(w_m), w_m its weight times what its scores are worth beyond its singular values. A part of
@@ -45,18 +45,18 @@ def fit_steps(encoder: Encoder, kept: Mapping[str, Tensor], frame: FileContext, 
         SettingsError: the budget cannot be met, or the updates are too small or too large for the coder.
     """
     _require_codable(encoder)
-    whole = _Part(encoder, list(kept), kept, frame)
+    whole = _Part(encoder, list(kept), kept, context)
     if payload is not None:
         return whole.fit(payload, lambda stored: float(payload_size(stored)), rising=False)
     if encoder.settings.budget.size is not None:
-        require_room(encoder.settings.budget.size, frame.file_size({}))
-        return whole.fit(encoder.settings.budget.size, lambda stored: float(frame.file_size(stored)), rising=False)
-    targets = error_targets(encoder.settings.budget, frame.parts)
+        require_room(encoder.settings.budget.size, context.file_size({}))
+        return whole.fit(encoder.settings.budget.size, lambda stored: float(context.file_size(stored)), rising=False)
+    targets = error_targets(encoder.settings.budget, context.parts)
     found = Plan({}, {})
     if "" in targets:
         found = whole.fit(targets.pop(""), whole.error, rising=True)
     for name, target in targets.items():
-        part = _Part(encoder, [module for module in kept if frame.parts[module] == name], kept, frame)
+        part = _Part(encoder, [module for module in kept if context.parts[module] == name], kept, context)
         if not found.choices.keys() >= set(part.names) or part.error(found.stored or {}) > target:
             finer = part.fit(target, part.error, rising=True)
             stored = {k: v for k, v in (found.stored or {}).items() if k not in finer.choices} | (finer.stored or {})
@@ -66,15 +66,15 @@ def fit_steps(encoder: Encoder, kept: Mapping[str, Tensor], frame: FileContext, 
     return Plan({name: found.choices.get(name, ModulePlan(0)) for name in kept}, stored)
 
 
-def expected_bytes(encoder: Encoder, kept: Mapping[str, Tensor], frame: FileContext) -> float:
+def expected_bytes(encoder: Encoder, kept: Mapping[str, Tensor], context: FileContext) -> float:
     """Return the bytes of payload and index that the errors of the settings would take if all weights were Gaussian.
 
     Nothing is coded for this. Arguments as `fit_steps`.
     """
     _require_codable(encoder)
     sizes = {}
-    for name, target in error_targets(encoder.settings.budget, frame.parts).items():
-        part = _Part(encoder, [module for module in kept if not name or frame.parts[module] == name], kept, frame)
+    for name, target in error_targets(encoder.settings.budget, context.parts).items():
+        part = _Part(encoder, [module for module in kept if not name or context.parts[module] == name], kept, context)
         sizes[name] = part.expected_bytes(target)
     return max(sizes.pop("", 0.0), sum(sizes.values()))
 
@@ -111,7 +111,7 @@ def _ratios(scores: np.ndarray, squares: np.ndarray) -> np.ndarray:
 class _Part:
     """Some modules of a file, coded with one step; and what that would take if their weights were Gaussian."""
 
-    def __init__(self, encoder: Encoder, names: list[str], kept: Mapping[str, Tensor], frame: FileContext) -> None:
+    def __init__(self, encoder: Encoder, names: list[str], kept: Mapping[str, Tensor], context: FileContext) -> None:
         self.encoder, self.names = encoder, names
         self._ranks = {name: len(kept[name]) for name in names}
         self._norm = sum(encoder.components[name].norm for name in names)
@@ -122,7 +122,7 @@ class _Part:
         self._place = np.arange(len(self._owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self._squares = _squares([encoder.components[name].spectrum.sigma[: len(kept[name])] for name in names])
         scores = _squares([kept[name] for name in names])
-        given = np.array([frame.weights.get(name, 1.0) for name in names])
+        given = np.array([context.weights.get(name, 1.0) for name in names])
         modules = given * _ratios(*(np.bincount(self._owner, each, len(names)) for each in (scores, self._squares)))
         self._finer = dict(zip(names, np.sqrt(modules).tolist(), strict=True))
         self._weights = modules[self._owner]
@@ -131,9 +131,9 @@ class _Part:
         self._worths = given[self._owner] * _ratios(scores, self._squares)
         self._gone = max(self._norm - float(self._squares.sum()), 0.0)
         least = encoder.settings.pruning.min_rank or 0
-        self._least = {name: min(max(least, int(name in frame.protected)), self._ranks[name]) for name in names}
+        self._least = {name: min(max(least, int(name in context.protected)), self._ranks[name]) for name in names}
         self._coded = np.ones(len(self._squares), dtype=bool)
-        self._largest = {name: step for name in names if name in frame.protected and (step := _leaves_something(encoder, name))}
+        self._largest = {name: step for name in names if name in context.protected and (step := _leaves_something(encoder, name))}
 
     def fit(self, budget: float, measure: Callable[[Mapping[str, EncodedModule]], float], rising: bool) -> Plan:
         """The step at which what `measure` says comes closest to the budget from below; what is not worth its bits is left out."""

@@ -108,7 +108,7 @@ def compress_file(
         of_plain = ConsumerRules() if settings.save_format == "packed" else rules
         decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
-        encoder, assembly = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
+        encoder, output_file = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
         energies = {name: analysis.norm for name, analysis in encoder.components.items()}
         if not untrained:
             require_energy(energies, str(source))
@@ -117,16 +117,16 @@ def compress_file(
         parts = {name: lora.part(name) for name in lora}
         numbered = [name for name, analysis in encoder.components.items() if is_numbered(analysis.shape.keys)]
         kept = frozenset((*marks, *numbered, *of_plain.kept_whole(lora)))
-        frame = FileContext(assembly.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
+        context = FileContext(output_file.size, parts, weights, kept, of_plain.one_rank(lora.layout, lora.family))
         before, larger = size_of(source), settings.budget.allow_larger
         precisions = (encoder.dtype,) if save_dtype is not None else file_precisions(lora, encoder, of_plain)
         encoder.dtype = precisions[0]
-        if not larger and (expected := surely_larger(encoder, frame, before)) is not None:
-            modules = tuple(module_report(assembly, lora, name, None, made=False) for name in encoder.components)
+        if not larger and (expected := surely_larger(encoder, context, before)) is not None:
+            modules = tuple(module_report(encoder, output_file, lora, name, None, made=False) for name in encoder.components)
             sizes, notes = (before, expected), (*lora.notes, *energy_notes(energies))
             about = (str(asked[0]), None, "not_smaller", lora.layout, lora.family, sizes, time.monotonic() - begun)
             return FileReport(*about, modules, notes, settings.as_dict())
-        chosen = plan_in(encoder, frame, precisions)
+        chosen = plan_in(encoder, context, precisions)
         if encoder.packed:
             stored = chosen.stored if chosen.stored is not None else dict(encoder.run(chosen.choices))
         else:
@@ -139,25 +139,25 @@ def compress_file(
         planned = _planned(lora, settings, encoder.dtype, {name: module.rank for name, module in stored.items()})
         if problems := rules.problems(planned):
             raise SettingsError(problems, str(source))
-        specs, metadata = assembly.specs(stored), assembly.finished_metadata(stored)
+        specs, metadata = output_file.specs(stored), output_file.finished_metadata(stored)
         after = safetensors_size(specs, metadata)
         written = after < before or larger
         begin = partial(TensorWriter, specs=specs, metadata=metadata)
         if written and encoder.packed:
-            _write_packed(assembly, lora, stored, target, begin, save_dtype, spool)
+            _write_packed(output_file, lora, stored, target, begin, save_dtype, spool)
         elif written:
-            stored = _write_plain(assembly, lora, stored, chosen, output, begin)
+            stored = _write_plain(encoder, output_file, lora, stored, chosen, output, begin)
         told = (
             *rules.notes(planned),
             *file_notes(lora, encoder, save_dtype),
-            *zero_notes(assembly, stored),
+            *zero_notes(output_file, stored),
             *(rounding_notes(encoder, stored) if written and not encoder.packed else ()),
             *mark_notes(marks, stored, len(lora)),
         )
         if settings.save_format == "both":
             told = tuple(partner_notes(kohya_partner(target), before)) if written else ()
         made = written or encoder.packed
-        modules = tuple(module_report(assembly, lora, name, stored.get(name), made) for name in encoder.components)
+        modules = tuple(module_report(encoder, output_file, lora, name, stored.get(name), made) for name in encoder.components)
         curve = size_curve(encoder, after - sum(module.bytes[1] for module in modules))
     return FileReport(
         str(asked[0]),
@@ -208,7 +208,17 @@ def _prepare(
 
     encoder = Encoder(lora, settings, dtype, decompose, lora.plain_keys, pad, spool, progress)
     extras = {name: lora.extra_specs(name) for name in lora}
-    return encoder, OutputFile(encoder, lora.layout, lora.plain_metadata, lora.carried, extras, details, keeps_all)
+    return encoder, OutputFile(
+        settings,
+        encoder.components,
+        lambda: encoder.dtype,
+        lora.layout,
+        lora.plain_metadata,
+        lora.carried,
+        extras,
+        details,
+        keeps_all,
+    )
 
 
 def _components(
@@ -241,7 +251,8 @@ def _planned(lora: LoraSource, settings: CompressionSettings, dtype: torch.dtype
 
 
 def _write_plain(
-    assembly: OutputFile,
+    encoder: Encoder,
+    output_file: OutputFile,
     lora: LoraSource,
     outline: Mapping[str, EncodedModule],
     chosen: Plan,
@@ -251,32 +262,32 @@ def _write_plain(
     """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
 
     def keys(name: str) -> PlainKeys:
-        return assembly.encoder.components[name].shape.keys
+        return encoder.components[name].shape.keys
 
     def write(name: str, module: EncodedModule) -> EncodedModule:
         assert module.plain is not None
         write_tensors(writer, keys(name).factors(name, module.plain))
         return module.without_factors()
 
-    alpha = assembly.encoder.file_alpha(chosen.choices)
+    alpha = encoder.file_alpha(chosen.choices)
     shrunk = any(key.startswith("ss_compress_") for key in lora.metadata)  # before: modules may be missing from it
-    has_dora = any(MAGNITUDE in key for key in assembly.passed_on(outline))
-    with atomic_path(output.weights) as temporary, output.written_beside(assembly.ranks(outline), has_dora, not shrunk):
+    has_dora = any(MAGNITUDE in key for key in output_file.passed_on(outline))
+    with atomic_path(output.weights) as temporary, output.written_beside(output_file.ranks(outline), has_dora, not shrunk):
         with begin(temporary) as writer:
-            _pass_on(writer, lora, assembly.kept(outline))
-            write_tensors(writer, {key: zeros.contiguous() for key, zeros in assembly.placeholders(outline).items()})
+            _pass_on(writer, lora, output_file.kept(outline))
+            write_tensors(writer, {key: zeros.contiguous() for key, zeros in output_file.placeholders(outline).items()})
             for name in outline:  # first, as in the file: the hash of its data is taken on the way
                 write_tensors(writer, keys(name).alphas(name, alpha))
-            stored = dict(assembly.encoder.run(chosen.choices, alpha=alpha, sink=write))
-            rounding_notes(assembly.encoder, stored)  # which refuses a file of nothing but zeros before it has its name
-            writer.metadata = assembly.finished_metadata(stored)
+            stored = dict(encoder.run(chosen.choices, alpha=alpha, sink=write))
+            rounding_notes(encoder, stored)  # which refuses a file of nothing but zeros before it has its name
+            writer.metadata = output_file.finished_metadata(stored)
         if lora.packed:  # its index names its keys itself; those of a plain one have been read already
-            require_readable(temporary, output.weights, len(assembly.kept(outline)))
+            require_readable(temporary, output.weights, len(output_file.kept(outline)))
     return stored
 
 
 def _write_packed(
-    assembly: OutputFile,
+    output_file: OutputFile,
     lora: LoraSource,
     stored: Mapping[str, EncodedModule],
     target: str | os.PathLike[str],
@@ -285,14 +296,14 @@ def _write_packed(
     spool: Callable[[], Spool],
 ) -> None:
     """The packed file, and with save_format both its plain partner: both, or neither."""
-    index, chunks = assembly.packed(stored)
+    index, chunks = output_file.packed(stored)
     with atomic_path(target) as temporary:
         with begin(temporary) as writer:
             _pass_on(writer, lora, stored)
             write_tensors(writer, {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(chunks, spool())})
-        if assembly.encoder.settings.save_format == "both":
+        if output_file.settings.save_format == "both":
             with atomic_path(kohya_partner(target)) as beside:
-                write_expanded(PackedFile(temporary), beside, dtype or assembly.encoder.dtype)
+                write_expanded(PackedFile(temporary), beside, dtype or output_file.dtype())
 
 
 def _pass_on(writer: TensorWriter, lora: LoraSource, kept: Iterable[str]) -> None:

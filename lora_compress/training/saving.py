@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..engine.analysis import Decomposition, by_svd
+from ..engine.encode import EncodedModule
 from ..engine.in_memory import CompressedLora, compress, plain_size
+from ..engine.output import OutputFile
 from ..errors import NOT_FINITE, FormatError, SaveError, SettingsError
-from ..files.dtypes import TensorSpec
-from ..files.metadata import finish_metadata
-from ..files.writer import safetensors_size
-from ..layouts import as_kohya
 from ..layouts.plain import exact_plain
-from ..packed.chunks import Chunk, payload_tensor
-from ..packed.file import FORMAT_KEY, FORMAT_VERSION, INDEX_KEY, PAYLOAD_KEY, lay_out
+from ..packed.chunks import Chunk
 from ..packed.index import ModuleRecord
 from ..packed.module import decode_module
 from ..parallel import each_module
@@ -119,43 +116,53 @@ def _compress_operands(session: TrainingSession, dtype: torch.dtype | None, meta
     operands = trained_operands(session)
     if not operands:
         raise SettingsError(["nothing is left of the LoRA: choose a smaller threshold or a larger rank_ratio"])
-    grid, settings = session.grid, session.settings
-    assert grid is not None
-    packed = settings.save_format in ("packed", "both")
-    tensors: dict[str, Tensor] = {}
-    if packed:
-        coded = each_module(lambda name, part: _code(session, name, part), operands)
-        updates = {name: decode_module(entry, chunks) for name, (entry, chunks) in coded.items()}
-        index, laid_out = lay_out("kohya", [(entry, [Chunk.of(chunk) for chunk in chunks]) for entry, chunks in coded.values()])
-        tensors = {INDEX_KEY: index.encode(), PAYLOAD_KEY: payload_tensor(laid_out)}
-    else:
-        updates = {name: exact_plain(part.update, dtype or torch.float32) for name, part in operands.items()}
-        tensors = as_kohya(updates)
-    reports, trained = {}, _against_trained(session, updates)
-    for name, pairs in _modules(session).items():
-        rank = sum(pair.rank for pair in pairs)
-        if name in operands:
-            lost, norm = squared_error(operands[name].update, updates[name])
-            lost = 0.0 if packed else lost  # compared bit by bit when it was coded
-            reports[name] = PartReport((1, 1), (rank, len(operands[name].down)), lost, norm, trained[name])
-        else:
-            reports[name] = PartReport((1, 0), (rank, 0), 0.0, 0.0, trained[name])
-    total = sum(reports.values(), PartReport((0, 0), (0, 0), 0.0, 0.0))
-    details = (
-        settings.as_dict()
-        | _told(session)
-        | {
-            "modules": f"{len(operands)}/{len(reports)}",
-            "components": f"{total.components[1]}/{total.components[0]}",
-            "relative_error": f"{total.trained_error:.6e}",
-            "quantization_device": None,
-        }
-    )
-    finished = finish_metadata(metadata, [u.rank for u in updates.values()], [u.alpha for u in updates.values()], details)
-    finished |= {FORMAT_KEY: FORMAT_VERSION} if packed else {}
-    after = safetensors_size({key: TensorSpec.of(tensor) for key, tensor in tensors.items()}, finished)
-    before = plain_size({name: _whole(pairs) for name, pairs in _modules(session).items()}, dtype)
-    return CompressedLora(updates, tensors, finished, CompressionReport.of_modules(reports, (before, after)), settings, exact=True)
+    packed = session.settings.save_format in ("packed", "both")
+    make, factors = (_coded if packed else _plain), dtype or torch.float32
+    encoded = each_module(lambda name, part: make(session, name, part, factors), operands)
+    updates = {name: _update(module) for name, module in encoded.items()}
+    trained = _against_trained(session, updates)
+    encoded = {name: replace(module, squared_error=trained[name][0]) for name, module in encoded.items()}
+    modules = _modules(session)
+    described = {name: _Trained(_record(name, pairs), trained[name][1], pairs[0].scale) for name, pairs in modules.items()}
+    file = OutputFile(session.settings, described, lambda: factors, metadata=lambda ranks: metadata, more=_told(session))
+    reports = {}
+    for name, module in described.items():
+        found = operands.get(name)
+        saving = (0.0, 0.0) if found is None else _saving(found, updates[name], packed)
+        kept = 0 if found is None else len(found.down)
+        reports[name] = PartReport((1, int(found is not None)), (module.shape.rank, kept), *saving, trained[name])
+    before = plain_size({name: _whole(pairs) for name, pairs in modules.items()}, dtype)
+    report = CompressionReport.of_modules(reports, (before, file.size(encoded)))
+    tensors, finished = file.tensors(encoded), file.finished_metadata(encoded)
+    return CompressedLora(updates, tensors, finished, report, session.settings, exact=True)
+
+
+class _Trained(NamedTuple):
+    """A module as its file must know it: a record without a codec, ||dW||_F^2 of the trained weights, alpha / r of the host."""
+
+    shape: ModuleRecord
+    norm: float
+    alpha: float
+
+
+def _record(name: str, pairs: list[Pair]) -> ModuleRecord:
+    """Return the record of a module without a codec, at the rank of the network."""
+    update, rank = _whole(pairs)
+    return ModuleRecord(name, update.up.shape[0], update.down.shape[1], update.kernel, rank, "", {})
+
+
+def _saving(operands: Operands, update: LowRankUpdate, packed: bool) -> tuple[float, float]:
+    """Return ||dW - dW'||_F^2 and ||dW||_F^2 of the numbers that the layers compute with against those of the file."""
+    lost, norm = squared_error(operands.update, update)
+    return (0.0 if packed else lost), norm  # a packed module was compared bit by bit when it was coded
+
+
+def _update(module: EncodedModule) -> LowRankUpdate:
+    """Return what a reader of the file gets of a module."""
+    if module.plain is not None:
+        return module.plain
+    assert module.entry is not None
+    return decode_module(module.entry, [chunk.read() for chunk in module.chunks])
 
 
 def _against_trained(session: TrainingSession, updates: Mapping[str, LowRankUpdate]) -> dict[str, tuple[float, float]]:
@@ -163,8 +170,18 @@ def _against_trained(session: TrainingSession, updates: Mapping[str, LowRankUpda
     return each_module(lambda name, pairs: squared_error(_whole(pairs)[0], updates.get(name)), _modules(session))
 
 
-def _code(session: TrainingSession, name: str, operands: Operands) -> tuple[ModuleRecord, list[bytes]]:
-    """The entry and the chunks of a packed module; whatever the coder makes of it is compared with what was trained."""
+def _plain(session: TrainingSession, name: str, operands: Operands, dtype: torch.dtype) -> EncodedModule:
+    """Encode a module of a plain file: its numbers as they are, rounded to `dtype`."""
+    update = exact_plain(operands.update, dtype)
+    return EncodedModule(len(operands.down), 0.0, update, alpha=update.alpha, padded=update.rank)
+
+
+def _coded(session: TrainingSession, name: str, operands: Operands, dtype: torch.dtype) -> EncodedModule:
+    """Encode a module of a packed file.
+
+    Raises:
+        SaveError: what was coded does not decode to the very numbers that were trained.
+    """
     assert session.grid is not None
     codec, parameters, chunks = session.grid.encode((operands.down, operands.up), (operands.down_grid, operands.up_grid))
     shape = operands.update
@@ -175,7 +192,7 @@ def _code(session: TrainingSession, name: str, operands: Operands) -> tuple[Modu
     decoded = decode_module(entry, chunks)
     if not (torch.equal(decoded.down_matrix, operands.down) and torch.equal(decoded.up_matrix.T, operands.up)):
         raise SaveError(f"{name}: what would be written is not what was trained: report this, with your settings")
-    return entry, chunks
+    return EncodedModule(rank, 0.0, None, entry, tuple(map(Chunk.of, chunks)), decoded.alpha)
 
 
 def _told(session: TrainingSession) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .stages import Layering, Run, row_runs
 from .starts import start_layers
 from .steps import Passes, plan_steps
 
-__all__ = ["SINGLE", "EncodedModule", "components_told", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
+__all__ = ["SINGLE", "EntropyCoded", "components_told", "decode_entropy", "encode_entropy", "encode_integers", "predict_entropy"]
 
 _MOST_LAYERS = 64
 _SMALL = 256  # bytes of a chunk
@@ -40,7 +40,7 @@ _WEIGHTS_PER_BYTE = 2**20  # an encoder stays far below; a payload that promises
 
 
 @dataclass(frozen=True)
-class EncodedModule:
+class EntropyCoded:
     """A module's payload.
 
     Args:
@@ -56,7 +56,7 @@ class EncodedModule:
     rows: tuple[Tensor, Tensor]
 
 
-def encode_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE, refine: bool = True) -> EncodedModule:
+def encode_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE, refine: bool = True) -> EntropyCoded:
     """Code a module: q = round(row 2^(e/8) / step) with 2^(e/4) = sigma to the next quarter octave, entropy coded.
 
     Multiplying the balanced rows by sqrt(sigma) makes one step the best for all components (reverse water-filling).
@@ -78,12 +78,12 @@ def encode_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering 
     return _encoded(module, step, _chunks(module, starts, layering))
 
 
-def encode_integers(module: QuantizedModule, step: float) -> EncodedModule:
+def encode_integers(module: QuantizedModule, step: float) -> EntropyCoded:
     """Code integers as they are, with the models that they come with, in one layer: those that a training ended with."""
     return _encoded(module, step, _chunks(*_by_start(module, SINGLE), SINGLE))
 
 
-def predict_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE) -> EncodedModule:
+def predict_entropy(down: Tensor, up: Tensor, step: float, *, layering: Layering = SINGLE) -> EntropyCoded:
     """What `encode_entropy` makes without refinement, but for the bytes: of their number, known to a few, there are zeros."""
     _check_layering(layering)
     module, _ = _by_start(quantize_module(down, up, step), layering)
@@ -191,9 +191,9 @@ def _check(chunks: Sequence[bytes]) -> int:
     return zlib.crc32(chunk) & (1 << (CHECK_BITS if len(chunk) >= _SMALL else CHECK_BITS // 2)) - 1
 
 
-def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EncodedModule:
+def _encoded(module: QuantizedModule, step: float, chunks: list[bytes]) -> EntropyCoded:
     down, up = restore_module(module, step)
-    return EncodedModule(chunks, module.rank, tuple(module.kept.tolist()), (torch.from_numpy(down), torch.from_numpy(up)))
+    return EntropyCoded(chunks, module.rank, tuple(module.kept.tolist()), (torch.from_numpy(down), torch.from_numpy(up)))
 
 
 def _by_start(module: QuantizedModule, layering: Layering) -> tuple[QuantizedModule, np.ndarray]:
