@@ -100,6 +100,11 @@ def thin_svd(update: LowRankUpdate) -> Spectrum:
     https://doi.org/10.1137/0613074). Where factors are close to linear dependence, R comes from a Householder QR.
     At most min(r, out, in * kernel) components come out.
 
+    Example:
+        >>> update = LowRankUpdate(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.eye(2), alpha=2.0)
+        >>> thin_svd(update).sigma.tolist()
+        [3.0, 2.0]
+
     Raises:
         FormatError: a factor or alpha holds NaN or infinity, or the decomposition failed.
     """

@@ -23,6 +23,11 @@ _LARGEST_EXPONENT = 140  # of ten; twice as much, and sums over the weights of a
 class LowRankUpdate:
     """The low-rank update of one layer, dW = (alpha / r) * up @ down.
 
+    Example:
+        >>> update = LowRankUpdate(down=torch.eye(2, 3), up=torch.eye(4, 2), alpha=1.0)
+        >>> update.rank, update.scale, update.dense().shape
+        (2, 0.5, torch.Size([4, 3]))
+
     Args:
         down: (r, in) for a linear layer, (r, in, *kernel) for a convolution.
         up: (out, r), or (out, r, 1, ...) for a convolution.

@@ -33,13 +33,13 @@ _GROUP_WEIGHTS = 1 << 21  # of modules of one shape, which are held in float32
 
 @dataclass(frozen=True)
 class Components:
-    """What the first pass learns of a module: small beside its weights.
+    """What the first pass learns of a module.
 
     Args:
-        spectrum: of the channels that survive, without the factors.
+        spectrum: its singular values and the mixtures of its rows, over the channels that are kept; without the factors.
         scores: (k,), falling: what its components are chosen by.
-        shape: name, sizes, rank of the input and channels that survive, as an entry of an index without a codec.
-        lost: ||dW||_F^2 of the channels that do not, and of what was left out when the module was read.
+        shape: name, sizes, rank in the input and kept channels, as a record of an index without a codec.
+        lost: ||dW||_F^2 of the channels that are not kept, and of what was left out when the module was read.
         norm: ||dW||_F^2 of the whole module.
         alpha: of the module in the input.
     """
@@ -53,6 +53,7 @@ class Components:
 
 
 def by_svd(updates: Mapping[str, LowRankUpdate]) -> dict[str, Decomposition]:
+    """Take updates of one shape apart by their singular value decompositions; the scores are the singular values."""
     found = zip(updates.items(), quick_svds([*updates.values()]), strict=True)
     spectra = {name: quick or thin_svd(update) for (name, update), quick in found}
     return {name: (spectrum, spectrum.sigma) for name, spectrum in spectra.items()}
@@ -102,7 +103,11 @@ class Analyser:
         return found
 
     def _decomposed(self, parts: Mapping[str, LowRankUpdate]) -> dict[str, Decomposition]:
-        """Raises: FormatError: names the module that has no components."""
+        """Take modules apart.
+
+        Raises:
+            FormatError: names the module that holds NaN or infinity.
+        """
         if len({part.down.shape for part in parts.values()} | {part.up.shape for part in parts.values()}) > 2:
             return {name: self._decomposed({name: part})[name] for name, part in parts.items()}  # different channels are left
         try:
@@ -113,7 +118,7 @@ class Analyser:
             return {name: self._decomposed({name: part})[name] for name, part in parts.items()}
 
     def _channels(self, name: str, update: LowRankUpdate) -> tuple[Channels, float]:
-        """Output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""
+        """Return the output and input channels that survive channel_threshold, None for all, and the squared norm of the others."""
         threshold = self._settings.pruning.channel_threshold
         if not threshold:
             return (None, None), 0.0
@@ -139,7 +144,11 @@ def kept_part(update: LowRankUpdate, kept: Channels, device: str) -> LowRankUpda
 
 
 def alike(items: Iterable[tuple[Item, Hashable, int]]) -> Iterator[list[Item]]:
-    """Items of one kind together, as many as their weights allow, given kind and weights of each."""
+    """Yield items of one kind together, as many as their number of weights allows.
+
+    Args:
+        items: each with its kind and its number of weights.
+    """
     groups: dict[Hashable, list[Item]] = {}
     for item, kind, weights in items:
         group = groups.setdefault(kind, [])

@@ -1,4 +1,4 @@
-"""What surrounds the modules of a file, and a plan for them."""
+"""What a search for a budget must know of the file around the modules, and what it finds: a plan for all of them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["FileContext", "Plan", "error_targets", "payload_size", "require_room
 
 @dataclass(frozen=True)
 class FileContext:
-    """What surrounds the modules of a file.
+    """What a search for a budget must know of a file besides its modules.
 
     Args:
-        file_size: bytes of the whole file for modules that `Encoder.run` gave.
-        parts: part of the model that each module is in.
+        file_size: returns the bytes of the whole file for encoded modules.
+        parts: the part of the model that each module is in.
         weights: of the modules' squared errors, 1 where absent.
-        protected: modules that programs need in order to know the file.
-        one_rank: modules of a part are padded to one rank.
+        protected: modules by which programs recognise the file, so that none of them is dropped.
+        one_rank: whether all modules of a part are padded to one rank.
     """
 
     file_size: Callable[[Mapping[str, EncodedModule]], int]
@@ -34,14 +34,14 @@ class FileContext:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices by module, and the modules themselves where choosing took making them (packed files alone)."""
+    """The plan of every module, and the encoded modules where they had to be made to find it (packed files alone)."""
 
     choices: dict[str, ModulePlan]
     stored: dict[str, EncodedModule] | None = None
 
 
 def error_targets(budget: BudgetSettings, parts: Mapping[str, str]) -> dict[str, float]:
-    """Relative errors by part of the model; the whole file is the part "".
+    """Return the relative errors that are asked for, by part of the model; the whole file is the part "".
 
     Without one for the whole file, parts that have none of their own keep to the smallest that is given.
     """
@@ -60,5 +60,5 @@ def require_room(budget: int, least: int) -> None:
 
 
 def payload_size(stored: Mapping[str, EncodedModule]) -> int:
-    """Bytes of what coding made of all modules."""
+    """Return the bytes that coding made of all modules."""
     return sum(module.payload for module in stored.values())

@@ -23,7 +23,7 @@ from .analysis import Analyser, Components, Decomposition, alike, by_svd, kept_p
 __all__ = ["EncodedModule", "Encoder", "pad_to_two"]
 
 Rows = tuple[Tensor, Tensor]  # down and up^T, of modules of one shape: (b, k, in * kernel) and (b, k, out)
-_SAMPLE = 8  # one of so many modules is coded in full to correct what is predicted of the others
+_SAMPLE = 8  # one of this many modules is coded in full, to correct what is predicted of the others
 _LEAST_SAMPLE = 4
 _GOLDEN = 0.6180339887498949
 
@@ -53,18 +53,18 @@ class EncodedModule:
     payload: int = 0
 
     def without_factors(self) -> EncodedModule:
-        """The same without the factors of a plain file, which can be made again."""
+        """Return a copy without the factors of a plain file, which can be made again."""
         return replace(self, plain=None)
 
 
 def _sampled(names: list[str], every: int) -> list[str]:
-    """One name of each `every`, at places that do not keep step with the layers of a block."""
+    """Return one name of each `every`, at places that are not in step with the layers of a block."""
     places = (int(first + (first * _GOLDEN) % 1 * every) for first in range(0, len(names), every))
     return [names[place] for place in places if place < len(names)]
 
 
 def _corrected(found: Mapping[str, EncodedModule], exact: Mapping[str, EncodedModule]) -> dict[str, EncodedModule]:
-    """Predictions, corrected by what became of some of them, and these."""
+    """Correct predictions by the modules that were coded in full, and put these in their places."""
     size, error = (
         sum(getattr(stored, field) for stored in exact.values()) / max(sum(getattr(found[n], field) for n in exact), tiny)
         for field, tiny in (("payload", 1), ("squared_error", 1e-300))
@@ -78,21 +78,21 @@ def _corrected(found: Mapping[str, EncodedModule], exact: Mapping[str, EncodedMo
 
 
 def pad_to_two(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Rank 2 at least: stable-diffusion.cpp misreads the scale of rank 1."""
+    """Raise ranks to 2 at least: stable-diffusion.cpp misreads the scale of rank 1."""
     return {name: max(rank, 2) for name, rank in ranks.items()}
 
 
 class Encoder:
-    """Compresses the modules of one LoRA. The first pass, over the spectra, is done on construction; nothing is chosen yet.
+    """Analyses the modules of one LoRA when it is made, and encodes them by whatever plan it is given afterwards.
 
     Args:
-        updates: by module name; read twice, a module at a time, if it is lazy.
+        updates: by module name. A source is read twice, a module at a time.
         settings: what to remove and how to store the rest.
-        dtype: of plain factors.
-        decompose: updates of one shape to their components; the singular value decomposition unless something else is to be kept.
-        keys: of a module in a plain file.
-        pad: ranks that plain modules have in the file, zeros included, for the ranks that they keep.
-        spool: makes the place where the chunks of a run wait; None for memory.
+        dtype: of plain factors. It may be changed until modules are encoded.
+        decompose: takes updates of one shape apart; by default the singular value decomposition.
+        keys: returns the keys that a module has in a plain file.
+        pad: returns the ranks that plain modules get in the file, given those that they keep; components of zeros fill them up.
+        spool: makes a file in which the chunks of a run wait; None keeps them in memory.
         progress: called with (modules done, modules in all) in the first pass and in every run, of which a search for a budget
             takes several.
 
@@ -122,7 +122,7 @@ class Encoder:
 
     @property
     def packed(self) -> bool:
-        """Whether the main file is a packed one."""
+        """Whether the file is a packed one."""
         return self.settings.save_format in ("packed", "both")
 
     def run(
@@ -133,13 +133,15 @@ class Encoder:
         alpha: float | None = None,
         sink: Callable[[str, EncodedModule], EncodedModule] | None = None,
     ) -> Iterator[tuple[str, EncodedModule]]:
-        """The modules that `choices` keep, in their order. Entropy coding may find a module to be nothing: it is left out too.
+        """Encode the modules that `choices` keep, and yield them in their order.
+
+        Entropy coding may round a module to zero, which is then left out.
 
         Args:
-            choices: by module name.
-            predict: zeros stand for what the entropy coder would say, and nothing is refined.
-            alpha: of a plain file, as `file_alpha` says, if that is known.
-            sink: gets each module in the thread that made it, to write it away; what it returns takes the module's place.
+            choices: plans by module name.
+            predict: estimate sizes only; see `packed.module.encode_module`.
+            alpha: of a plain file, as `file_alpha` returns it, where that is known already.
+            sink: called with each module in the thread that made it, to write it; what it returns takes the module's place.
         """
 
         def store(names: Sequence[str]) -> dict[str, EncodedModule]:
@@ -162,9 +164,9 @@ class Encoder:
                 self.progress(done, len(kept))
 
     def predict(self, choices: Mapping[str, ModulePlan]) -> dict[str, EncodedModule]:
-        """What `run` would give of entropy-coded modules, closely, in a third of the time: sizes and errors; the bytes are zeros.
+        """Estimate the sizes and errors that `run` would give of entropy-coded modules, in a third of its time.
 
-        They are quantized, but neither refined nor coded. A sample is, and tells what that does to sizes and errors.
+        The modules are quantized, but neither refined nor coded. One in eight is, and corrects the sizes and errors of the others.
         """
         found = {name: stored.without_factors() for name, stored in self.run(choices, predict=True)}
         settings = self.settings.quantization
@@ -175,16 +177,16 @@ class Encoder:
         return _corrected(found, exact)
 
     def outline(self, choices: Mapping[str, ModulePlan]) -> dict[str, EncodedModule]:
-        """As much of plain modules as the size of their file depends on, without making them.
+        """Return what the size of a plain file depends on, without encoding its modules. Errors are not known: they are 0.
 
-        The alpha of fp8 is still to be found: one that takes as much room stands for it.
+        The alpha of fp8 is not known either: a number that takes as much room in the header stands for it.
         """
         alpha = 0.123456789 if self.dtype == FP8 else 1.0
         kept = {name: choice for name, choice in choices.items() if choice.stored}
         return self.padded({n: EncodedModule(c.stored, 0.0, alpha=alpha, payload=self._payload(n, c)) for n, c in kept.items()})
 
     def padded(self, stored: Mapping[str, EncodedModule]) -> dict[str, EncodedModule]:
-        """Plain modules, without their factors, with the room that they need for what coding left of them."""
+        """Return plain modules, without their factors, with the ranks that they get in the file."""
         ranks = self.pad({name: module.rank for name, module in stored.items()})
         own = {name: self.components[name].shape.keys.alpha is None for name in stored}
         return {
@@ -193,12 +195,12 @@ class Encoder:
         }
 
     def _payload(self, name: str, choice: ModulePlan) -> int:
-        """Bytes of a module in codes of the bits that were chosen for it; 0 where none were."""
+        """Return the bytes of a module in codes of the bits that were chosen for it, 0 where none were."""
         form = FixedFormat.of_settings(self.settings.quantization) if choice.bits else None
         return fixed_size(choice.rank, *self.components[name].shape.stored, form, choice.bits) if form else 0
 
     def file_alpha(self, choices: Mapping[str, ModulePlan]) -> float:
-        """The one alpha of a plain file."""
+        """Return the alpha that all modules of a plain file have."""
         if self.packed or self.dtype != FP8:
             return 1.0
         kept = {name: choice for name, choice in choices.items() if choice.rank}
@@ -207,7 +209,7 @@ class Encoder:
         return fp8_alpha(list(products.values()))
 
     def _rows(self, names: Sequence[str], rank: int) -> Rows:
-        """The strongest components of modules of one shape over the kept channels, on the device that computes."""
+        """Return the strongest components of modules of one shape over the kept channels, on the device that computes."""
         components = {name: self.components[name] for name in names}
         device = self.settings.quantization_device
         parts = [(a.spectrum, kept_part(self.updates[name], a.shape.kept, device)) for name, a in components.items()]
@@ -215,14 +217,14 @@ class Encoder:
         return balanced_rows(spectra, rank)
 
     def _product(self, name: str, rank: int) -> float:
-        """max|down| max|up|."""
+        """Return max|down| * max|up|."""
         down, up = self._rows([name], rank)
         return float(down.abs().amax()) * float(up.abs().amax())  # which may be more than float32 holds
 
     def _coded(self, name: str, choice: ModulePlan, padded: int, alpha: float, predict: bool) -> EncodedModule:
-        """A quantized module, of a packed file or as plain factors."""
+        """Quantize a module, for a packed file or as the plain factors that its codes stand for."""
         analysis = self.components[name]
-        (down,), (up,) = self._rows([name], len(analysis.spectrum.sigma))  # all: a coarse grid's noise reaches into the tail
+        (down,), (up,) = self._rows([name], len(analysis.spectrum.sigma))  # a coarse grid's noise reaches the weakest
         up = up.contiguous()
         rows = down[: choice.rank], up[: choice.rank]
         coded = encode_module(analysis.shape, *rows, choice, self.settings.quantization, predict=predict)
@@ -239,7 +241,12 @@ class Encoder:
         return EncodedModule(rank, lost, None, coded.entry, chunks, float(rank), payload=sum(map(len, chunks)))
 
     def _truncated(self, ranks: Mapping[str, tuple[int, int]], alpha: float) -> dict[str, EncodedModule]:
-        """Plain modules of the first components as they are; of each how many, and how many rows the file has."""
+        """Return plain modules of their first components.
+
+        Args:
+            ranks: by module name, how many components it keeps and how many rows it gets in the file.
+            alpha: of the file.
+        """
 
         def kind(name: str) -> Hashable:
             analysis = self.components[name]
@@ -255,7 +262,7 @@ class Encoder:
         return found
 
     def _plain(self, names: Sequence[str], exact: Rows, found: Rows, padded: int, alpha: float) -> dict[str, EncodedModule]:
-        """Modules of one shape as a plain file gets them, and what that costs them.
+        """Return modules of one shape as a plain file stores them, with the errors that this costs.
 
         Args:
             exact: down (b, k, in * kernel) and up^T (b, k, out) of the strongest components.
@@ -270,7 +277,7 @@ class Encoder:
         except FormatError as error:
             if len(names) == 1:
                 raise FormatError(f"{names[0]}: {error}") from None
-            for i, name in enumerate(names):  # which of them it is
+            for i, name in enumerate(names):  # find the one that is to be named
                 self._plain([name], _of_one(exact, i), _of_one(found, i), padded, alpha)
             raise
         updates = [update_of_rows(down, up, shape.kernel, own_alpha) for down, up in zip(*plain, strict=True)]

@@ -1,4 +1,4 @@
-"""Compress updates in memory, estimate what they will weigh, save them: the road from a network to a file."""
+"""Compressing updates that are in memory, such as those of a network that was trained, and saving the result."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
     "save",
 ]
 
-_MOST_BITS = 8  # of mixed and entropy, whatever error is asked for
+_MOST_BITS = 8  # that strategies mixed and entropy take for a weight, whatever error is asked for
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class CompressedLora:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
 
     def carrying(self, tensors: Mapping[str, Tensor]) -> CompressedLora:
-        """The same with more tensors in its files."""
+        """Return a copy with more tensors in its files."""
         whole = self.tensors | dict(tensors)
         before, after = self.report.bytes
         grown = safetensors_size({key: TensorSpec.of(tensor) for key, tensor in whole.items()}, self.metadata) - after
@@ -88,15 +88,22 @@ def compress(
     decompose: Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]] | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> CompressedLora:
-    """Prune and quantize `updates`: thin SVD of each, a choice over the whole file, then the codec or plain factors.
+    """Prune and quantize updates that are in memory.
 
     Args:
         updates: by module name.
         settings: what to remove and how to store the rest.
         dtype: of plain factors (save_precision); None keeps float32. Packed files do not use it.
         metadata: of the trainer, for the file.
-        decompose: updates of one shape to their components, where not all of its singular value decomposition is to be considered.
-        details: more to tell in the metadata, as ss_compress_* keys.
+        decompose: takes updates of one shape apart; by default by their singular value decompositions.
+        details: more entries for the metadata, as ss_compress_* keys.
+
+    Example:
+        >>> import torch
+        >>> update = LowRankUpdate(torch.randn(8, 64), torch.randn(64, 8), alpha=8.0)
+        >>> lora = compress({"lora_unet_mid_block_attentions_0_proj_in": update}, CompressionSettings.parse({"new_rank": 4}))
+        >>> lora.updates["lora_unet_mid_block_attentions_0_proj_in"].rank
+        4
 
     Raises:
         FormatError: an update holds NaN or infinity.
@@ -144,22 +151,22 @@ def save(lora: CompressedLora, path: str | os.PathLike[str], dtype: torch.dtype 
 
 
 def plain_partner(update: LowRankUpdate, dtype: torch.dtype, has_alpha: bool = True) -> LowRankUpdate:
-    """What a packed module is in a plain file."""
+    """Return the factors that a packed module has in a plain file."""
     down, up = update.down_matrix, update.up_matrix.T
-    if update.scale != 1.0:  # trained quantized: the scale of the training is beside the codes
+    if update.scale != 1.0:  # trained quantized: alpha / r of the training is stored beside the codes
         down, up = down * abs(update.scale) ** 0.5, up * math.copysign(abs(update.scale) ** 0.5, update.scale)
     return plain_update(down, up, update.kernel, dtype, 1.0 if has_alpha else None)
 
 
 def partner_metadata(metadata: Mapping[str, str], partner: Mapping[str, LowRankUpdate]) -> dict[str, str]:
-    """Metadata of a packed file, made true for the plain file beside it."""
+    """Return the metadata of a packed file, changed so that they are true of the plain file beside it."""
     told = {key.removeprefix("ss_compress_"): value for key, value in metadata.items() if key.startswith("ss_compress_")}
     ranks, alphas = [update.rank for update in partner.values()], [update.alpha for update in partner.values()]
     return finish_metadata(metadata, ranks, alphas, {**told, "save_format": "kohya"})
 
 
 def opened_by(path: str | os.PathLike[str], save_format: str, family: str = "unknown") -> str:
-    """Which programs open what was written to `path`, a line for each file."""
+    """Say which programs open what was written to `path`, in a line for each file."""
     lines = {str(path): consumers.opened_by("packed" if save_format == "both" else save_format, family)}
     if save_format == "both":
         lines[str(kohya_partner(path))] = consumers.opened_by("kohya", family)
@@ -167,15 +174,20 @@ def opened_by(path: str | os.PathLike[str], save_format: str, family: str = "unk
 
 
 def kohya_partner(path: str | os.PathLike[str]) -> Path:
-    """`<stem>.kohya.safetensors` beside a packed file."""
+    """Return the path of the plain file beside a packed one.
+
+    Example:
+        >>> kohya_partner("style.safetensors").name
+        'style.kohya.safetensors'
+    """
     return Path(path).with_suffix(".kohya.safetensors")
 
 
 def estimate_size(updates: Mapping[str, LowRankUpdate], settings: CompressionSettings, dtype: torch.dtype | None) -> int:
-    """Bytes to expect of the main file, metadata apart, if rank_ratio took the same share of every module.
+    """Estimate the bytes of the main file without its metadata, as if rank_ratio took the same share of every module.
 
-    What thresholds, dynamic_method or an error leave cannot be foreseen: it is an upper estimate where
-    `CompressionSettings.size_is_open`. A target_size is taken at its word.
+    What thresholds, dynamic_method or an error leave cannot be foreseen: where `CompressionSettings.size_is_open` it is an upper
+    estimate. A target_size is returned as it is.
     """
     if settings.budget.size is not None:
         return settings.budget.size
@@ -198,7 +210,7 @@ def _module_report(encoder: Encoder, name: str, stored: EncodedModule | None) ->
 
 
 def _result(stored: EncodedModule) -> LowRankUpdate:
-    """What a reader of the file gets."""
+    """Return the update that a reader of the file gets."""
     if stored.plain is not None:
         return stored.plain
     assert stored.entry is not None
@@ -208,7 +220,7 @@ def _result(stored: EncodedModule) -> LowRankUpdate:
 def _packed_estimate(
     updates: Mapping[str, tuple[LowRankUpdate, int]], settings: QuantizationSettings, scale_dtype: torch.dtype
 ) -> int:
-    """Bytes of a packed file of updates at the given ranks; of the index a good guess."""
+    """Estimate the bytes of a packed file of updates at the given ranks; the size of its index is a typical one."""
     payload = 0
     for update, rank in updates.values():
         columns, outputs = update.down_matrix.shape[1], update.up.shape[0]
@@ -221,7 +233,7 @@ def _packed_estimate(
 
 
 def plain_size(updates: Mapping[str, tuple[LowRankUpdate, int]], dtype: torch.dtype | None) -> int:
-    """Bytes of a kohya file of updates at the given ranks."""
+    """Return the bytes of a file in kohya's layout of updates at the given ranks, without metadata."""
     specs: dict[str, TensorSpec] = {}
     for name, (update, rank) in updates.items():
         specs |= KOHYA_KEYS.specs(name, (rank, *update.down.shape[1:]), (update.up.shape[0], rank, *update.up.shape[2:]), dtype)

@@ -1,4 +1,4 @@
-"""What a file is put together from: its metadata, the modules as they were stored, the tensors that are carried through."""
+"""The file that is written: its header, its metadata and its size, from the encoded modules and what is carried through."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .encode import EncodedModule
 
 __all__ = ["OutputFile"]
 
-_ZEROS_RANK = 2  # of a module that was dropped, where it must be there: no program misreads the scale of rank 2
-_OF_THE_RUN = {"quantization_device": None, "allow_larger": None}  # say nothing of the file
+_ZEROS_RANK = 2  # rank of the zeros that stand for a dropped module: no program misreads the scale of rank 2
+_OF_THE_RUN = {"quantization_device": None, "allow_larger": None}  # settings that say nothing about the file
 
 
 class Described(Protocol):
@@ -40,15 +40,15 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A compressed file in the making.
+    """A compressed file that is being made.
 
     Args:
         job: that makes its modules.
-        layout: key layout of the plain file.
-        metadata: of the input, made true for the ranks that the file holds.
-        carried: tensors of the input that belong to no module.
-        extras: and those that go with a module, by its name.
-        more: to tell in the metadata, as ss_compress_* keys.
+        layout: name of the key layout of the plain file.
+        metadata: returns the metadata of the input for a file of the given ranks.
+        carried: types and shapes of the input's tensors that belong to no module.
+        extras: of those that go with a module, by its name.
+        more: entries for the metadata, as ss_compress_* keys.
         keeps_all: whether zeros of rank 2 stand for modules that were dropped: PEFT makes a layer for every module that its
             configuration targets, and warns of those that it finds no weights for, or leaves them random.
     """
@@ -69,7 +69,7 @@ class OutputFile:
         return self.settings.save_format in ("packed", "both")
 
     def specs(self, stored: Mapping[str, EncodedModule]) -> dict[str, TensorSpec]:
-        """What the header of the file says."""
+        """Return type and shape of every tensor of the file."""
         specs = self.passed_on(stored)
         if self.is_packed:
             index, _ = self.packed(stored)
@@ -83,20 +83,20 @@ class OutputFile:
         return specs | {key: TensorSpec.of(zeros) for key, zeros in self.placeholders(stored).items()}
 
     def passed_on(self, stored: Mapping[str, EncodedModule]) -> dict[str, TensorSpec]:
-        """Tensors of the input that the file gets: what went with a module goes where the module goes."""
+        """Return the tensors of the input that the file gets unchanged. What belongs to a dropped module goes with it."""
         return dict(self.carried) | {key: spec for name in self.kept(stored) for key, spec in self.extras.get(name, {}).items()}
 
     def kept(self, stored: Mapping[str, EncodedModule]) -> list[str]:
-        """The modules that the file has, zeros among them."""
+        """Return the modules that the file has, those of zeros among them."""
         return [*self.modules] if self.keeps_all else [*stored]
 
     def ranks(self, stored: Mapping[str, EncodedModule]) -> dict[str, int]:
-        """The ranks that the modules have in the file."""
+        """Return the ranks that the modules have in the file."""
         own = {name: module.rank if self.is_packed else module.padded for name, module in stored.items()}
         return {name: own.get(name, _ZEROS_RANK) for name in self.kept(stored)}
 
     def placeholders(self, stored: Mapping[str, EncodedModule]) -> dict[str, Tensor]:
-        """Zeros for the modules that were dropped, without memory for them."""
+        """Return the zeros that stand for dropped modules; they take no memory."""
         zeros: dict[str, Tensor] = {}
         for name in self.kept(stored):
             if name not in stored:
@@ -107,11 +107,11 @@ class OutputFile:
         return zeros
 
     def packed(self, stored: Mapping[str, EncodedModule]) -> tuple[PackedIndex, list[Chunk]]:
-        """Index and chunks of a packed file."""
+        """Return index and chunks of a packed file."""
         return lay_out(self.layout, [(m.entry, m.chunks) for m in stored.values() if m.entry is not None], self.passed_on(stored))
 
     def finished_metadata(self, stored: Mapping[str, EncodedModule]) -> dict[str, str]:
-        """The metadata of the file."""
+        """Return the metadata of the file."""
         packed = self.is_packed
         ranks = self.ranks(stored)
         alphas = [module.alpha for module in stored.values()]
@@ -121,12 +121,12 @@ class OutputFile:
         return finished | ({FORMAT_KEY: FORMAT_VERSION} if packed else {})
 
     def _gain(self, name: str, alpha: float) -> float | None:
-        """alpha of a module in the file / its alpha in the input; None of fp8, whose alpha is known only at the end."""
+        """Return alpha in the file / alpha in the input; None for fp8, whose alpha is known only at the end."""
         before = self.modules[name].alpha
         return None if (self.dtype() == FP8 and not self.is_packed) or not before else alpha / before
 
     def details(self, stored: Mapping[str, EncodedModule]) -> dict[str, Any]:
-        """What was done, for the metadata."""
+        """Return what was done, for the metadata."""
         before = sum(analysis.shape.rank for analysis in self.modules.values())
         return {
             "modules": f"{len(stored)}/{len(self.modules)}",
@@ -135,7 +135,7 @@ class OutputFile:
         }
 
     def error(self, stored: Mapping[str, EncodedModule]) -> float:
-        """||dW - dW'|| / ||dW|| over the file."""
+        """Return ||dW - dW'||_F / ||dW||_F over the file."""
         lost = sum(stored[name].squared_error if name in stored else analysis.norm for name, analysis in self.modules.items())
         return relative_error(lost, sum(analysis.norm for analysis in self.modules.values()))
 
@@ -155,11 +155,11 @@ class OutputFile:
         return self.modules[name].shape.keys
 
     def size(self, stored: Mapping[str, EncodedModule]) -> int:
-        """Bytes of the file."""
+        """Return the bytes of the file."""
         return safetensors_size(self.specs(stored), self.finished_metadata(stored))
 
     def module_bytes(self, name: str, stored: EncodedModule) -> int:
-        """Bytes of a module's factors and alpha, or of its chunks."""
+        """Return the bytes of a module's factors and alpha, or of its chunks."""
         if self.is_packed:
             return sum(map(len, stored.chunks))
         shape = self.modules[name].shape

@@ -1,4 +1,4 @@
-"""What a packed file can be turned into: a plain one, or a shorter beginning of itself."""
+"""Packed files turned into plain ones (expand), and progressive ones cut to a smaller size (truncate)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..files.writer import TensorWriter, atomic_path, safetensors_size
 from ..layouts.peft_folder import MAGNITUDE
 from ..packed.file import INDEX_KEY, PAYLOAD_KEY, PackedFile, is_packed
 from ..packed.index import PackedIndex
-from ..packed.module import layer_count
+from ..packed.module import stage_count
 from ..parallel import each_module
 from ..pruning import consumer_minimum
 from ..report.file_report import FileReport, ModuleReport
@@ -41,12 +41,16 @@ def expand_file(
     force: bool = False,
     peft_config: str | os.PathLike[str] | None = None,
 ) -> FileReport:
-    """Write a packed file as a plain one, in the layout that it once came in and float16 unless told otherwise.
+    """Write a packed file as a plain one, in the key layout of the file that it was made from.
+
+    Example:
+        >>> expand_file("packed.safetensors", "plain.safetensors").status
+        'written'
 
     Args:
         source: a packed file.
         target: a file whose name ends with .safetensors, or a folder for PEFT where the packed file was made of one.
-        save_dtype: of the factors.
+        save_dtype: of the factors; None for float16.
         force: `target` may be `source`.
         peft_config: adapter_config.json that a folder is to have, where the packed file does not remember it.
 
@@ -82,22 +86,32 @@ def expand_file(
 
 
 def truncate_file(source: str | os.PathLike[str], target: str | os.PathLike[str], size: int, *, force: bool = False) -> FileReport:
-    """Cut a progressive packed file to `size` bytes at most: header and index are written anew, the payload's beginning is copied.
+    """Cut a progressive packed file to a smaller one: header and index are written anew, the beginning of the payload is copied.
+
+    Example:
+        >>> truncate_file("progressive.safetensors", "cut.safetensors", size=12_000).bytes[1] <= 12_000
+        True
+
+    Args:
+        source: a packed file that was compressed with strategy=entropy and progressive=true.
+        target: the file to write.
+        size: bytes that it may have at most.
+        force: `target` may be `source`.
 
     Raises:
-        FormatError: the input is no packed file, not a progressive one, or `size` has no room for a first layer of every module.
+        FormatError: the input is no packed file, not a progressive one, or `size` has no room for a first stage of every module.
         SaveError: the target cannot be written.
     """
     begun = time.monotonic()
     check_target(source, target, force)
     before, lora = size_of(source), PackedFile(source)
-    if not (lora.entries and all(layer_count(entry) > 1 for entry in lora.entries.values())):
+    if not (lora.entries and all(stage_count(entry) > 1 for entry in lora.entries.values())):
         raise FormatError(f"{source}: is not progressive: compress the original with --quantize strategy=entropy progressive=true")
     metadata = {key: value for key, value in lora.metadata.items() if key != "ss_compress_relative_error"}  # true no more
     carried, room = lora.carried, size
     for _ in range(8):  # a shorter payload has a shorter index
         index, payload = lora.index.cut(max(room, 0))
-        encoded = index.told(consumer_minimum(_bytes_by_name(index), lora.family)).encode()
+        encoded = index.without_empty(consumer_minimum(_bytes_by_name(index), lora.family)).encode()
         specs = {INDEX_KEY: TensorSpec.of(encoded), PAYLOAD_KEY: TensorSpec(torch.uint8, (payload,))} | dict(carried)
         whole = safetensors_size(specs, metadata)
         if whole <= size:

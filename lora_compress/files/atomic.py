@@ -40,6 +40,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     The writer holds a lock (flock) on the file. What a killed writer left has no lock any more, and the next writer of the same
     name removes it; where the file system has no locks, it does so when nobody has written to the file for a day.
 
+    Example:
+        >>> with atomic_path("notes.txt") as temporary:
+        ...     _ = temporary.write_text("whole or not at all")
+        >>> Path("notes.txt").read_text()
+        'whole or not at all'
+
     `path` may be absent, a regular file, or a link to one or to nothing. A link is replaced by the new file, and the file that it
     named stays as it is. A file that is replaced hands on its permissions; a new one gets those of the umask.
 

@@ -44,7 +44,7 @@ KOHYA = Layout("kohya", _find)
 
 
 def from_kohya(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRankUpdate], dict[str, Tensor]]:
-    """Part tensors into updates by module name and whatever belongs to none. A missing or zero alpha means alpha = rank.
+    """Divide tensors into updates by module name, and the tensors that belong to none. A missing or zero alpha means alpha = rank.
 
     Raises:
         FormatError: a module has only one of its two factors, factors that do not fit, or parts that change what they mean
@@ -73,7 +73,12 @@ def from_kohya(tensors: Mapping[str, Tensor]) -> tuple[dict[str, LowRankUpdate],
 
 
 def as_kohya(updates: Mapping[str, LowRankUpdate]) -> dict[str, Tensor]:
-    """Tensors that hold the very factors and alphas of `updates`, for a host that reads alpha module by module."""
+    """Return tensors under kohya's keys that hold the very factors and alphas of `updates`.
+
+    Example:
+        >>> sorted(as_kohya({"lora_unet_x": LowRankUpdate(torch.ones(1, 2), torch.ones(3, 1), alpha=1.0)}))
+        ['lora_unet_x.alpha', 'lora_unet_x.lora_down.weight', 'lora_unet_x.lora_up.weight']
+    """
     tensors = {}
     for name, update in updates.items():
         tensors[name + _DOWN] = update.down

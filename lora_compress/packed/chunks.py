@@ -1,4 +1,4 @@
-"""What coding made of modules waits on disk, not in memory, until the file can be put together."""
+"""The coded bytes of modules, kept on disk until the file is assembled, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class _Source(Protocol):
 
 
 def are_intact(layers: Sequence[bytes], checks: Sequence[int]) -> bool:
-    """Compare layers of a module with what the index says of them: the CRC-32 of the first that has bytes; it vouches for more."""
+    """Compare the stages of a module with the checks in the index.
+
+    The index has the CRC-32 of the first stage that has bytes; each stage of a progressive payload holds the check of the next.
+    """
     filled = ((data, check) for data, check in zip(layers, checks, strict=True) if data)
     data, check = next(filled, (b"", 0))
     return zlib.crc32(data) == check
@@ -32,7 +35,14 @@ def are_intact(layers: Sequence[bytes], checks: Sequence[int]) -> bool:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of bytes of a payload, a layer of one module: their number and CRC-32, and where they are."""
+    """A run of bytes of the payload, one stage of one module.
+
+    Args:
+        length: number of bytes.
+        crc32: their CRC-32.
+        source: reads them.
+        begin: where they begin in the source.
+    """
 
     length: int
     crc32: int
@@ -41,19 +51,19 @@ class Chunk:
 
     @classmethod
     def of(cls, data: bytes) -> Chunk:
-        """Bytes in memory."""
+        """Return a chunk of bytes that are in memory."""
         return cls(len(data), zlib.crc32(data), _Bytes(data))
 
     @classmethod
     def predicted(cls, length: int) -> Chunk:
-        """Bytes of which the number alone is known: zeros."""
+        """Return a chunk of which the length alone is known; it reads as zeros."""
         return cls(length, zlib.crc32(bytes(length)), _Zeros())
 
     def __len__(self) -> int:
         return self.length
 
     def read(self) -> bytes:
-        """The bytes."""
+        """Return the bytes."""
         return self.source.read(self.begin, self.length)
 
 
@@ -71,7 +81,7 @@ class _Zeros:
 
 
 class Spool:
-    """A nameless file in `folder`, which is gone with the last chunk that waits in it, and whenever the program ends.
+    """A file without a name in `folder`, in which chunks wait. It is gone with the last of them, and whenever the program ends.
 
     Raises:
         SaveError: the folder cannot be written, or the disk is full.
@@ -86,7 +96,7 @@ class Spool:
             raise self._refused(error) from error
 
     def keep(self, chunk: Chunk) -> Chunk:
-        """The same chunk, its bytes at the end of the file."""
+        """Write the bytes of a chunk to the end of the file, and return a chunk that reads them from there."""
         begin, self._end = self._end, self._end + len(chunk)
         try:
             self._file.seek(begin)
@@ -96,12 +106,12 @@ class Spool:
         return Chunk(chunk.length, chunk.crc32, self, begin)
 
     def read(self, begin: int, length: int) -> bytes:
-        """Bytes that were kept."""
+        """Return bytes that were kept."""
         self._file.seek(begin)
         return self._file.read(length)
 
     def tensor(self) -> Tensor:
-        """All that was kept, uint8 (n,), mapped: no memory is needed to write it elsewhere."""
+        """Return all that was kept as a tensor, uint8 (n,), mapped from the file: writing it elsewhere needs no memory."""
         if not self._end:
             return torch.empty(0, dtype=torch.uint8)
         try:
@@ -116,7 +126,12 @@ class Spool:
 
 
 def payload_tensor(chunks: Iterable[Chunk], spool: Spool | None = None) -> Tensor:
-    """The bytes of chunks one after the other, uint8 (n,): in memory, or mapped from a spool that has been empty until now."""
+    """Return the bytes of chunks one after the other, uint8 (n,).
+
+    Args:
+        chunks: in the order of the payload.
+        spool: an empty one, from which the result is mapped; None for a tensor in memory.
+    """
     if spool is not None:
         for chunk in chunks:
             spool.keep(chunk)

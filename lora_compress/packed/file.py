@@ -1,4 +1,4 @@
-"""The packed file: one safetensors file with an index of its modules and the bytes of all of them. docs/format.md fixes it."""
+"""The packed file: a safetensors file with an index of its modules and the coded bytes of them all (docs/format.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..sources.base import LazyTensors, LoraSource
 from ..update import LowRankUpdate, ModuleShape
 from .chunks import Chunk
 from .index import ModuleRecord, PackedIndex, carried_check, read_index
-from .module import layer_place
+from .module import stage_place
 from .reader import PackedModules
 
 __all__ = ["FORMAT_KEY", "FORMAT_VERSION", "INDEX_KEY", "PAYLOAD_KEY", "PackedFile", "is_packed", "lay_out"]
@@ -32,9 +32,18 @@ PAYLOAD_KEY = "lora_compress.payload"
 
 
 class PackedFile(LoraSource):
-    """A packed file open for reading, module by module: {name: update}. The first bytes of one, cut anywhere, will do.
+    """A packed file as a source of modules. It may have been cut anywhere behind its index.
 
     What a cut file lacks is left out: a progressive module comes in less detail, another one not at all.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        index: of the modules that are there.
+        entries: their records by name.
+        available: bytes of the payload that are there.
+        missing: names of the modules of which nothing is there.
 
     Raises:
         FormatError: no such file, no packed file, an unknown version, or damage; on opening or when a module is read.
@@ -79,7 +88,7 @@ class PackedFile(LoraSource):
 
     @property
     def complete(self) -> bool:
-        """Whether all bytes of the payload are there."""
+        """Whether the file has all bytes of its payload."""
         payload = self._header.tensors[PAYLOAD_KEY]
         return self.available == payload.end - payload.begin
 
@@ -106,7 +115,7 @@ class PackedFile(LoraSource):
         return self._tensor(key)
 
     def _verify(self) -> None:
-        """Compare the data of a whole file with their hash, once: the index has checks of the modules alone."""
+        """Compare the data of a whole file with the hash in its metadata, once: the index has checks of its modules alone."""
         if self._verified or self._header.promised > self._header.available:
             return
         with open_regular(self.path) as file:
@@ -114,15 +123,15 @@ class PackedFile(LoraSource):
         self._verified = True
 
     def factor_bytes(self, name: str) -> int:
-        """Bytes of a module's chunks."""
+        """Return the bytes of a module's chunks."""
         return self._modules.payload_bytes(name)
 
     def plain_keys(self, name: str) -> PlainKeys:
-        """Keys of a plain file in the layout that the module came in."""
+        """Return the keys of the plain file that the module came from."""
         return self.entries[name].keys
 
     def plain_metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
-        """The metadata for a plain file that holds these modules at these ranks."""
+        """Return the metadata of a plain file that holds these modules at these ranks."""
         metadata = {key: value for key, value in self.metadata.items() if key != FORMAT_KEY}
         keys = [(self.plain_keys(name), rank) for name, rank in ranks.items()]
         return numbered_metadata(PeftConfig.rewritten(metadata, ranks, self.path), keys)
@@ -141,7 +150,7 @@ class PackedFile(LoraSource):
         return self._modules.chunks(name)
 
     def payload(self, size: int) -> bytes:
-        """The first bytes of the payload."""
+        """Return the first `size` bytes of the payload."""
         return self._read(PAYLOAD_KEY, size)
 
     def __getitem__(self, name: str) -> LowRankUpdate:
@@ -163,7 +172,11 @@ class PackedFile(LoraSource):
         return self._bytes(begin, end - begin)
 
     def _bytes(self, begin: int, size: int) -> bytes:
-        """Bytes of the data, from the file that was opened, as it was."""
+        """Read bytes of the data.
+
+        Raises:
+            FormatError: the file is not the one that was opened any more.
+        """
         with open_regular(self.path) as file:
             if not same_file(self._before, os.fstat(file.fileno())):
                 raise FormatError(f"{self.path}: another program has written to the file since it was opened: open it again")
@@ -174,22 +187,29 @@ class PackedFile(LoraSource):
 def lay_out(
     layout: str, stored: Iterable[tuple[ModuleRecord, Sequence[Chunk]]], carried: Mapping[str, TensorSpec] | None = None
 ) -> tuple[PackedIndex, list[Chunk]]:
-    """The index of modules, and their layers in order: first layers first, so that the beginning of a file is a LoRA.
+    """Put the stages of all modules in order, first stages first, so that the beginning of a file is a smaller LoRA.
 
     Args:
-        layout: of the plain file.
-        stored: what the index says of each module, and its layers.
+        layout: name of the key layout of the plain file that the packed one stands for.
+        stored: each module's record and the stages of its payload.
         carried: the other tensors of the file by key.
+
+    Returns:
+        The index, and the chunks in the order of the payload.
     """
     modules = list(stored)
-    places = [(layer_place(entry, layer), i, layer) for i, (entry, layers) in enumerate(modules) for layer in range(len(layers))]
-    chunks = [(i, modules[i][1][layer]) for _, i, layer in sorted(places)]
+    places = [(stage_place(entry, stage), i, stage) for i, (entry, stages) in enumerate(modules) for stage in range(len(stages))]
+    chunks = [(i, modules[i][1][stage]) for _, i, stage in sorted(places)]
     index = PackedIndex.of(layout, [entry for entry, _ in modules], chunks, carried_check(carried or {}))
     return index, [chunk for _, chunk in chunks]
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a packed LoRA, told from its header alone; False for anything that is no safetensors file.
+    """Whether a file is a packed LoRA, by its header alone; False for anything that is no safetensors file.
+
+    Example:
+        >>> is_packed("packed.safetensors"), is_packed("lora.safetensors")
+        (True, False)
 
     Raises:
         FormatError: there is no such file.

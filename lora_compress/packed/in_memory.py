@@ -1,4 +1,4 @@
-"""A packed file whose tensors another program has already read: its modules stay coded until each is asked for."""
+"""A packed LoRA whose tensors another program has read into memory. Its modules stay coded until each is asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .reader import PackedModules
 
 __all__ = ["PackedModule", "cut_tensors", "packed_layers", "packed_modules"]
 
-_opened = WeakTensorKeyDictionary()  # {index: modules by layer}, for as long as the LoRA is in memory
+_opened = WeakTensorKeyDictionary()  # {tensor of the index: modules by layer}, for as long as that tensor lives
 
 # The keys of `up` by which ComfyUI finds a layer's LoRA (comfy/weight_adapter/lora.py, LoRAAdapter.load).
 _UPS = (
@@ -85,10 +85,15 @@ def packed_layers(tensors: Mapping[str, Tensor]) -> Mapping[str, PackedModule]:
 
 
 def cut_tensors(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -> dict[str, Tensor]:
-    """The same LoRA from the first `size` bytes of its payload at most: of a progressive one, a smaller LoRA. Nothing is copied.
+    """Return the tensors of the LoRA that the first bytes of the payload are: of a progressive one, a smaller LoRA.
+
+    Args:
+        tensors: of a packed file, by key. Nothing of them is copied.
+        size: bytes of the payload to keep at most.
+        where: names the LoRA in messages.
 
     Raises:
-        FormatError: as `packed_modules`; `size` has no room for a first layer of every module.
+        FormatError: as `packed_modules`; `size` has no room for a first stage of every module.
     """
     index = _opened_modules(tensors, where).index
     cut, used = index.cut(size)
@@ -101,7 +106,7 @@ def cut_tensors(tensors: Mapping[str, Tensor], size: int, where: str = "LoRA") -
 
 
 def _layer_name(module: str, keys: PlainKeys) -> str:
-    """The name under which programs look for a module in the expanded file: its key of `up` without the ending."""
+    """Return the name under which programs look for a module in the expanded file: its key of `up` without the ending."""
     up = keys.up.replace("{}", module, 1)
     return next((up.removesuffix(ending) for ending in _UPS if up.endswith(ending)), module)
 

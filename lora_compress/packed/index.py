@@ -1,4 +1,4 @@
-"""The index of a packed file: what modules it holds, and which bytes are whose. docs/format.md fixes it."""
+"""The index of a packed file: which modules it holds, and which bytes belong to which. docs/format.md defines it."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from .chunks import Chunk
 
 __all__ = ["ModuleRecord", "PackedIndex", "carried_check", "read_index"]
 
-_LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take a fiftieth of it. Python needs up to 40 bytes for each
+_LARGEST_INDEX = 1 << 22  # bytes of JSON; a thousand modules take 80,000. Python needs up to 40 bytes of memory for each
 _MOST_MODULES = 1 << 16
 _LONGEST_NAME = 1000  # characters of a module's name or of a key
 _LARGEST_LAYER = 1 << 31  # weights of a layer
-_LARGEST_FACTORS = 1 << 28  # weights of all factors that any file may hold, and for each byte of payload:
+_LARGEST_FACTORS = 1 << 28  # weights that the modules of any file may have, and this many more for each byte of payload:
 _WEIGHTS_PER_BYTE = 1 << 10  # far above what a useful LoRA has, far below what would exhaust memory
 _COLUMNS = {"name": str, "out": int, "in": int, "kernel": list, "rank": int, "codec": str, "parameters": dict, "keys": int}
 _CARRIED = "carried"
-_CHECK = "crc32"  # another column of a module
+_CHECK = "crc32"  # the column with the check of each module
 _CHUNK_COLUMNS = ("module", "bytes")
 
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """What the index says of one module.
+    """One module's row in the index.
 
     Args:
         name: of the module, as the plain file has it.
-        outputs: rows of its dW.
-        inputs: channels; dW has inputs * kernel columns.
+        outputs: rows of dW.
+        inputs: channels of the input; dW has inputs * kernel columns.
         kernel: kernel size of a convolution, () for a linear layer.
-        rank: components that are stored.
-        codec: name of what made the payload.
+        rank: number of components that are stored.
+        codec: name of the codec that made the payload.
         parameters: of the codec, JSON values.
-        kept: output and input channels that are stored, None for all; the others are zero.
+        kept: which output and input channels are stored, None for all. The others are zero.
         keys: of the module in the plain file that it stands for.
     """
 
@@ -62,12 +62,12 @@ class ModuleRecord:
 
     @property
     def weights(self) -> int:
-        """Of both factors, zeros of channels that were dropped included: what it takes to decode them."""
+        """Number of weights of both factors when they are decoded, zeros of dropped channels among them."""
         return self.rank * (self.outputs + self.inputs * math.prod(self.kernel))
 
     @property
     def stored(self) -> tuple[int, int]:
-        """Weights of a stored component: (in * kernel, out), channels that were dropped left out."""
+        """Numbers of weights of a stored component, (in * kernel, out), without the channels that were dropped."""
         kept_out, kept_in = self.kept
         outputs = self.outputs if kept_out is None else len(kept_out)
         inputs = self.inputs if kept_in is None else len(kept_in)
@@ -76,13 +76,13 @@ class ModuleRecord:
 
 @dataclass(frozen=True)
 class PackedIndex:
-    """The index: modules, and the chunks that the payload is made of.
+    """The modules of a packed file, and the chunks that its payload is made of.
 
     Args:
-        layout: key layout of the plain file that it stands for.
-        entries: of the modules.
-        chunks: per chunk (module, bytes, crc32), in the order of the payload. The last is that of a module's first chunk that has
-            bytes, and 0 of others; see `chunks.are_intact`.
+        layout: name of the key layout of the plain file that it stands for.
+        entries: one record for each module.
+        chunks: (module, bytes, crc32) of each chunk, in the order of the payload. The CRC-32 stands beside the first chunk of a
+            module that has bytes, and is 0 for the others; see `chunks.are_intact`.
         carried: CRC-32 of the names, types and shapes of the other tensors in the file, see `carried_check`; None where there are
             none, and in files of versions that did not write it.
     """
@@ -96,7 +96,7 @@ class PackedIndex:
     def of(
         cls, layout: str, entries: Sequence[ModuleRecord], chunks: Iterable[tuple[int, Chunk]], carried: int | None = None
     ) -> PackedIndex:
-        """The index of chunks, each with the number of its module, in the order in which they stand in the payload."""
+        """Make the index of chunks, each given with the number of its module, in the order of the payload."""
         rows: list[tuple[int, int]] = []
         checks: dict[int, int] = {}
         for module, chunk in chunks:
@@ -107,16 +107,16 @@ class PackedIndex:
 
     @property
     def payload(self) -> int:
-        """Bytes of the payload."""
+        """Number of bytes of the payload."""
         return sum(length for _, length, _ in self.chunks)
 
     @property
     def missing(self) -> int:
-        """Modules of which there is nothing: those without a chunk, and all where no chunk has bytes."""
+        """Number of modules of which nothing is there: those without a chunk, and all of them where no chunk has bytes."""
         return len(self.entries) - len({module for module, _, _ in self.chunks} if self.payload else ())
 
     def cut(self, size: int) -> tuple[PackedIndex, int]:
-        """The index of the first `size` bytes of the payload at most, cut between chunks, and the bytes that it covers."""
+        """Return the index of the first `size` bytes of the payload at most, cut between chunks, and how many bytes it covers."""
         end, count = 0, 0
         for _, length, _ in self.chunks:
             if end + length > size:
@@ -124,10 +124,10 @@ class PackedIndex:
             end, count = end + length, count + 1
         return replace(self, chunks=self.chunks[:count]), end
 
-    def told(self, named: Collection[str] = ()) -> PackedIndex:
-        """The index without the modules of which no chunk has bytes, but for those that are named."""
+    def without_empty(self, but: Collection[str] = ()) -> PackedIndex:
+        """Return the index without the modules of which no chunk has bytes, except those named in `but`."""
         filled = {module for module, length, _ in self.chunks if length}
-        kept = [i for i, entry in enumerate(self.entries) if i in filled or entry.name in named]
+        kept = [i for i, entry in enumerate(self.entries) if i in filled or entry.name in but]
         place = {module: number for number, module in enumerate(kept)}
         chunks = tuple((place[module], length, crc) for module, length, crc in self.chunks if module in place)
         return replace(self, entries=tuple(self.entries[i] for i in kept), chunks=chunks)
@@ -143,7 +143,7 @@ class PackedIndex:
             raise FormatError(f"{weights} weights in {self.payload} bytes are too many to be true")
 
     def encode(self) -> Tensor:
-        """As bytes, uint8 (n,): JSON by columns, compressed with zlib.
+        """Return the index as bytes, uint8 (n,): JSON by columns, compressed with zlib.
 
         Raises:
             FormatError: more than a reader accepts.
@@ -176,7 +176,7 @@ class PackedIndex:
 
 
 def read_index(data: bytes, where: str) -> PackedIndex:
-    """Undo `PackedIndex.encode`; every number is checked before anything is allocated by it.
+    """Undo `PackedIndex.encode`. Every number is checked before memory is allocated by it.
 
     Raises:
         FormatError: the bytes are no index, or one that contradicts itself.
@@ -239,7 +239,7 @@ def _chunks(columns: Mapping[str, list[Any]], checks: list[Any], modules: int) -
 
 
 def _checked(rows: Iterable[tuple[int, int]], checks: Mapping[int, int]) -> Iterable[tuple[int, int, int]]:
-    """Chunks (module, bytes) with the check of each module beside the first that has bytes."""
+    """Yield chunks (module, bytes, crc32) with the check of each module beside its first chunk that has bytes."""
     filled: set[int] = set()
     for module, length in rows:
         yield module, length, checks[module] if length and module not in filled else 0
@@ -277,7 +277,7 @@ def _entry(values: Sequence[Any], kept: Any, styles: Sequence[PlainKeys]) -> Mod
 
 
 def _bitmaps(entry: ModuleRecord) -> list[str | None]:
-    """Kept channels in hexadecimal, the first channel in the highest bit of the first byte."""
+    """Return the kept channels as bits in hexadecimal, the first channel in the highest bit of the first byte."""
     return [
         None if kept is None else np.packbits(np.isin(np.arange(count), kept)).tobytes().hex()
         for kept, count in zip(entry.kept, (entry.outputs, entry.inputs), strict=True)
@@ -285,7 +285,7 @@ def _bitmaps(entry: ModuleRecord) -> list[str | None]:
 
 
 def _channels(bitmap: Any, count: int) -> tuple[int, ...]:
-    """Undo `_bitmaps`; nothing is allocated before the length is known to be right."""
+    """Undo `_bitmaps`. No memory is allocated before the length is known to be right."""
     if not isinstance(bitmap, str) or len(bitmap) != 2 * (-(-count // 8)):
         raise ValueError(f"kept channels are no bitmap of {count}")
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(bitmap), np.uint8))

@@ -1,4 +1,7 @@
-"""One module between its components and the bytes of a packed file."""
+"""Coding one module: its components become the bytes of a packed file, and back.
+
+The bytes of a module are one chunk, or several *stages* of a progressive payload, each of which refines the ones before it.
+"""
 
 from __future__ import annotations
 
@@ -28,31 +31,31 @@ __all__ = [
     "decode_rows",
     "decoded_rank",
     "encode_module",
-    "layer_count",
-    "layer_place",
     "spread_channels",
+    "stage_count",
+    "stage_place",
     "take_channels",
 ]
 
 
-LEAST_PLANES, MOST_PLANES = 6, 16  # of a progressive payload, whose first layer tells all that is worth as much as the highest
-_LAYERS_PER_PLANE = {0: 1, 8_000: 2, 40_000: 4}  # by weights: a chunk costs some bytes
-_LARGEST = 1 << 31  # of a whole number among the parameters
+LEAST_PLANES, MOST_PLANES = 6, 16  # bit planes of a progressive payload: fewer would make its smallest cut too large
+_STAGES_PER_PLANE = {0: 1, 8_000: 2, 40_000: 4}  # by the number of weights: each stage costs some bytes of its own
+_LARGEST = 1 << 31  # largest whole number that is accepted among the parameters of a codec
 _SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """What was decided for one module.
+    """What was decided for one module: how many components it keeps, and how they are coded.
 
     Args:
         rank: components to keep, 0 to drop the module.
-        bits: per component, falling (strategy mixed).
-        step: of the quantizer (strategy entropy).
-        phase: of a progressive payload, eighths of octaves by which its step is coarser than that of the file.
-        planes: of a progressive payload; layers beyond would make the smallest cuts smaller and all others larger.
-        left: components that coding leaves of these, where that is known: a plain file needs room for no more.
+        bits: of each component, falling; None where all have the bits of the settings.
+        step: step size of the quantizer for entropy coding, None for codes of fixed width.
+        phase: by how many eighths of an octave the step size of a progressive payload is coarser than that of the file.
+        planes: bit planes of a progressive payload.
+        left: how many components coding leaves of these, where that is known already.
     """
 
     rank: int
@@ -64,19 +67,19 @@ class ModulePlan:
 
     @property
     def stored(self) -> int:
-        """Components that a file gets."""
+        """Number of components that the file gets."""
         return self.rank if self.left is None else self.left
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A module as a packed file gets it.
+    """A module as a packed file stores it.
 
     Args:
-        entry: of the index; rank 0 may come out of entropy coding.
-        chunks: layers of its payload.
+        entry: its record for the index. Entropy coding may round every component to zero: its rank is 0 then.
+        chunks: the stages of its payload.
         rows: what they decode to, down (rank, kept inputs * kernel) and up (rank, kept outputs).
-        places: of these components among those that were coded.
+        places: which of the components that were given these are.
     """
 
     entry: ModuleRecord
@@ -91,16 +94,16 @@ def encode_module(
     """Quantize components and pack them.
 
     Args:
-        shape: an entry with the module's name, sizes and kept channels.
+        shape: a record with the module's name, sizes and kept channels.
         down: (rank, kept inputs * kernel), rows of the balanced basis, strongest first.
         up: (rank, kept outputs).
         choice: what was decided for it.
-        settings: the codec.
-        predict: whether zeros will do for what the entropy coder would say, refinement left out.
+        settings: of the quantization.
+        predict: estimate the size only: nothing is refined, and zeros stand for the coded bytes.
     """
     if choice.step is not None:
         layering = _layering(down.numel() + up.numel(), choice.planes) if settings.progressive else SINGLE
-        with np.errstate(over="ignore"):  # what is too large for the step is refused
+        with np.errstate(over="ignore"):  # weights too large for the step size are refused by the coder
             if predict:
                 coded = predict_entropy(down, up, choice.step, layering=layering)
             else:
@@ -119,14 +122,20 @@ def encode_module(
 
 
 def _layering(weights: int, planes: int) -> Layering:
-    per_plane = next(number for least, number in reversed(_LAYERS_PER_PLANE.items()) if weights >= least)
+    per_plane = next(number for least, number in reversed(_STAGES_PER_PLANE.items()) if weights >= least)
     return Layering(planes * per_plane, per_plane)
 
 
 def decode_module(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
-    """The update that an entry and its layers stand for: factors of `dtype`, alpha / rank = the parameter `scale`, 1 without one.
+    """Decode a module.
 
-    Its rank is that of `decoded_rank`.
+    Args:
+        entry: its record in the index. Its parameter `scale` is alpha / rank of the result, 1 where it has none.
+        chunks: the stages of its payload, those that are there.
+        dtype: of the factors.
+
+    Returns:
+        The update, of the rank that `decoded_rank` says.
 
     Raises:
         FormatError: the bytes are not what the entry says, a codec that this program does not know, or a weight beyond `dtype`.
@@ -139,7 +148,7 @@ def decode_module(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dty
 
 
 def decoded_rank(entry: ModuleRecord, chunks: Sequence[bytes]) -> int:
-    """Components of the update that an entry and its layers stand for: those that they tell of, and at least one.
+    """Return the rank of the decoded update: the components that the given stages describe, and at least one.
 
     Raises:
         FormatError: as `decode_module`.
@@ -154,7 +163,7 @@ def _at_least_one(rows: Tensor) -> Tensor:
 
 
 def decode_rows(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The stored factors by rows, `dtype`: down (p, kept inputs * kernel), up^T (p, kept outputs), of the p components told of.
+    """Decode the rows of the stored factors: down (p, kept inputs * kernel) and up^T (p, kept outputs), of the p components there.
 
     Raises:
         FormatError: as `decode_module`.
@@ -181,18 +190,18 @@ def decode_rows(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype
         raise _unfit(entry, error) from None
 
 
-def layer_place(entry: ModuleRecord, layer: int) -> float:
-    """Where a layer belongs among those of all modules, the steepest fall of the error first."""
-    if layer_count(entry) == 1:
+def stage_place(entry: ModuleRecord, stage: int) -> float:
+    """Return a number that sorts the stages of all modules in the payload: the steepest fall of the error per bit comes first."""
+    if stage_count(entry) == 1:
         return -math.inf
-    return -_layering_of(entry).slope(layer) - int(_number(entry.parameters.get("phase", 0))) / 4
+    return -_layering_of(entry).slope(stage) - int(_number(entry.parameters.get("phase", 0))) / 4
 
 
-def layer_count(entry: ModuleRecord) -> int:
-    """Layers that a whole payload of the module has.
+def stage_count(entry: ModuleRecord) -> int:
+    """Return how many stages a whole payload of the module has.
 
     Raises:
-        FormatError: the index says no number.
+        FormatError: the index has no number there.
     """
     layers = entry.parameters.get("layers", 1)
     if type(layers) is not int:
@@ -213,14 +222,14 @@ def _unfit(entry: ModuleRecord, error: Exception) -> FormatError:
 
 
 def _number(value: Any, kind: type = int) -> float:
-    """A parameter of the index; what turns into one, such as text, is none."""
+    """Return a number from the parameters of a codec. Text that could be read as a number is not accepted."""
     if type(value) not in (int, kind) or (kind is int and not 0 <= value < _LARGEST):
         raise ValueError(f"{value!r} is no {kind.__name__}")
     return value
 
 
 def spread_channels(entry: ModuleRecord, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Kept channels back to their places, zeros between: down (..., rank, in * kernel), up^T (..., rank, out)."""
+    """Put the kept channels back to their places, zeros between: down (..., rank, in * kernel), up^T (..., rank, out)."""
     kept_out, kept_in = entry.kept
     if kept_out is not None:
         up = _spread(up.unsqueeze(-1), kept_out, entry.outputs)
@@ -230,7 +239,7 @@ def spread_channels(entry: ModuleRecord, down: Tensor, up: Tensor) -> tuple[Tens
 
 
 def take_channels(entry: ModuleRecord, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """What `spread_channels` put there: the kept channels alone."""
+    """Undo `spread_channels`: return the kept channels alone."""
     kept_out, kept_in = entry.kept
     if kept_out is not None:
         up = up[..., list(kept_out)]
@@ -246,7 +255,7 @@ def _spread(rows: Tensor, kept: tuple[int, ...], count: int) -> Tensor:
 
 
 def _runs(bits: Sequence[int]) -> list[list[int]]:
-    """[6, 6, 4] as [[6, 2], [4, 1]]."""
+    """Write bits as runs of (bits, count): [6, 6, 4] becomes [[6, 2], [4, 1]]."""
     runs: list[list[int]] = []
     for value in bits:
         if runs and runs[-1][0] == value:

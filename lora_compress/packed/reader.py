@@ -11,7 +11,7 @@ from ..errors import FormatError
 from ..update import LowRankUpdate
 from .chunks import are_intact
 from .index import ModuleRecord, PackedIndex
-from .module import decode_module, decoded_rank, layer_count
+from .module import decode_module, decoded_rank, stage_count
 
 __all__ = ["PackedModules"]
 
@@ -89,7 +89,7 @@ class PackedModules:
     def decoded_rank(self, name: str) -> int:
         """Return the rank of a module when it is decoded: of a cut file fewer components than the index speaks of."""
         entry = self.entries[name]
-        return entry.rank if len(self._parts[name]) == layer_count(entry) else decoded_rank(entry, self.chunks(name))
+        return entry.rank if len(self._parts[name]) == stage_count(entry) else decoded_rank(entry, self.chunks(name))
 
     def payload_bytes(self, name: str) -> int:
         """Return the bytes of a module's chunks."""

@@ -25,6 +25,11 @@ SAVE_FORMATS = ("kohya", "fp8", "packed", "both")
 class CompressionSettings:
     """Everything that decides what is written. Build it with `parse`, which reports all problems at once.
 
+    Example:
+        >>> settings = CompressionSettings.parse({"rank_ratio": 0.5, "bits": "4"})
+        >>> settings.pruning.rank_ratio, settings.quantization.bits, settings.save_format
+        (0.5, 4, 'packed')
+
     Raises:
         SettingsError: a value is out of range or two values contradict each other.
     """

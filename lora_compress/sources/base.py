@@ -75,7 +75,7 @@ class LoraSource(Mapping[str, LowRankUpdate]):
         ...         return LowRankUpdate(torch.ones(2, 8), torch.ones(8, 2), alpha=2.0)
         >>> source = OneModule()
         >>> len(source), source.family, source.part("lora_unet_mid_block_attentions_0_proj_in")
-        (1, 'unknown', 'U-Net')
+        (1, 'sdxl', 'U-Net')
     """
 
     path: Path = Path("<memory>")

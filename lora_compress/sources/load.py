@@ -1,4 +1,4 @@
-"""A LoRA file, packed or of any plain layout, read as a whole."""
+"""Reading a LoRA file, packed or in any key layout, as a whole."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def load_lora(
 ) -> LoraFile:
     """Read a LoRA file of any layout as a whole.
 
+    Example:
+        >>> lora = load_lora("lora.safetensors")
+        >>> len(lora.updates), lora.packed
+        (4, False)
+
     Args:
         path: of the file.
         dtype: of the factors; None for that of the file, float32 of a packed one.
@@ -61,7 +66,7 @@ def load_lora(
 
 
 def read_lora(source: LoraSource, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> LoraFile:
-    """The same of the file at `path` that is open already as `source`."""
+    """Read a LoRA as a whole whose file, at `path`, is open already as `source`."""
     _read_ahead(path)  # not before it is known to be a LoRA
     source.require_whole()
     others = dict(source.others)

@@ -30,6 +30,12 @@ def open_lora(
 ) -> LoraSource:
     """Open a LoRA file of any layout, without reading its weights.
 
+    Example:
+        >>> with open_lora("lora.safetensors") as source:
+        ...     name = next(iter(source))
+        ...     print(source.layout, source.family, source[name].rank)
+        kohya sdxl 8
+
     Args:
         path: .safetensors, or .pt, .ckpt, .bin and their like, which are read as weights alone. Of a packed file the first
             bytes will do. A folder that PEFT wrote stands for the weights in it.

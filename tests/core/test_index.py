@@ -71,7 +71,7 @@ def test_a_cut_index_covers_what_fits_and_no_more(index: PackedIndex, size: int)
 def test_what_nothing_is_told_of_can_be_left_out(index: PackedIndex, data: st.DataObject) -> None:
     named = data.draw(st.sets(st.sampled_from([entry.name for entry in index.entries]))) if index.entries else set()
     filled = {index.entries[module].name for module, length, _ in index.chunks if length}
-    told = index.told(named)
+    told = index.without_empty(named)
     assert [entry.name for entry in told.entries] == [e.name for e in index.entries if e.name in filled | named]
     whole, less = ([(each.entries[m].name, n, crc) for m, n, crc in each.chunks] for each in (index, told))
     assert less == [chunk for chunk in whole if chunk[0] in filled | named]
