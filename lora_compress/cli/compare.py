@@ -1,7 +1,8 @@
-"""`resize_lora_ext.py compare --model A --other B`: how far apart two files are."""
+"""`resize_lora_ext.py compare A B`: how far apart two files are."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.table import Table
 from ..inspection.comparison import FileComparison, ModuleComparison, compare_files
 from ..update import relative_error
 from . import paths
-from .arguments import Parser, add_scale_flags, scale_options
+from .arguments import Parser, UsageError, add_scale_flags, scale_options
 from .console import cell, megabytes, print_json, print_notes, quiet_stdout, show
 
 __all__ = ["run"]
@@ -24,7 +25,8 @@ def run(argv: Sequence[str]) -> int:
         description="Relative Frobenius error of B's updates from A's, by module and in all. "
         "A module that one file lacks counts as zero there.",
     )
-    parser.add_argument("--model", metavar="A", help="the reference")
+    parser.add_argument("files", nargs="*", metavar="A B", help="the reference, and the file that is compared with it")
+    parser.add_argument("--model", metavar="A", help="the reference, in place of the first name")
     parser.add_argument(
         "--other", metavar="B", help="the file that is compared with it; layout and ranks may differ, packed or plain"
     )
@@ -32,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else there")
     parser.add_argument("--verbose", action="store_true", help="all modules, not only those with the largest errors")
     args = parser.parse(argv)
-    first, second = paths.check_input(args.model), paths.check_input(args.other, "--other")
+    first, second = _files(args)
     scale = scale_options(args)
     with quiet_stdout() as warned:
         comparison = compare_files(first, second, **scale)
@@ -42,6 +44,21 @@ def run(argv: Sequence[str]) -> int:
         show(_parts(comparison), _modules(comparison, args.verbose), *_closing(comparison))
         print_notes([*comparison.notes, *warned])
     return 0
+
+
+def _files(args: argparse.Namespace) -> tuple[str, str]:
+    """Return the two files, named by their places or by flags.
+
+    Raises:
+        UsageError: there are not two of them, or they are named in both ways.
+    """
+    if not args.files:
+        return paths.check_input(args.model), paths.check_input(args.other, "--other")
+    if len(args.files) != 2 or args.model is not None or args.other is not None:
+        found = " ".join([*args.files, *(f"--{name}" for name in ("model", "other") if getattr(args, name) is not None)])
+        raise UsageError(f"{found}: two files are compared: compare A B, or compare --model A --other B")
+    first, second = (paths.check_input(path) for path in args.files)
+    return first, second
 
 
 def _parts(comparison: FileComparison) -> Table:

@@ -34,9 +34,9 @@ _EXAMPLES = """\
 verbs:
   resize_lora_ext.py expand  --model PACKED --save_to OUT    a packed file as a plain one
   resize_lora_ext.py inspect --model FILE                    what a file holds, and what a smaller one would cost
-  resize_lora_ext.py compare --model A --other B             how far apart two files are
+  resize_lora_ext.py compare A B                             how far apart two files are
   resize_lora_ext.py check   --model FILE --for comfyui      which programs open a file
-  resize_lora_ext.py evaluate --model A --other B --base_model M --dataset D    what the pictures of B lost
+  resize_lora_ext.py evaluate --original A --model B --base_model M --dataset D    what the pictures of B lost
   resize_lora_ext.py run SCRIPT [ARGUMENTS]                  a script of another program, which then reads packed files
   resize_lora_ext.py gui                                     a page in the browser that makes a file smaller
 

@@ -1,4 +1,4 @@
-"""`resize_lora_ext.py evaluate --model A [--other B] --base_model M --dataset D`: what a LoRA's pictures are worth."""
+"""`resize_lora_ext.py evaluate [--original A] --model B --base_model M --dataset D`: what a LoRA's pictures are worth."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["run"]
 _EXTRACTORS = ("inception", "clip", "dinov2", "probe")
 _EXAMPLES = """\
 examples:
-  resize_lora_ext.py evaluate --model lora.safetensors --other small.safetensors --base_model sd15/ --dataset photos/
-  resize_lora_ext.py evaluate --model lora.safetensors --other small.safetensors --base_model sd15/     same prompts, no data set
+  resize_lora_ext.py evaluate --original lora.safetensors --model small.safetensors --base_model sd15/ --dataset photos/
+  resize_lora_ext.py evaluate --original lora.safetensors --model small.safetensors --base_model sd15/     same prompts, no data set
   resize_lora_ext.py evaluate --model small.safetensors --base_model sd15/ --dataset photos/ --extractor clip inception
 
 The data set is a folder of pictures with a caption each (a.png, a.txt); its captions are the prompts.
@@ -32,8 +32,7 @@ The data set is a folder of pictures with a caption each (a.png, a.txt); its cap
 def run(argv: Sequence[str]) -> int:
     """Evaluate what the flags name; see `main` for the exit status."""
     args = _parser().parse(argv)
-    model = paths.check_input(args.model)
-    other = paths.check_input(args.other, "--other") if args.other is not None else None
+    model, original = _files(args)
     for flag in ("dataset", "prompts"):
         if getattr(args, flag) is not None:
             paths.check_input(getattr(args, flag), f"--{flag}")
@@ -46,10 +45,10 @@ def run(argv: Sequence[str]) -> int:
         from ..evaluation.performance import evaluate_lora_performance
 
         found = evaluate_lora_performance(
-            other or model,
+            model,
             args.dataset,
             base_model=args.base_model,
-            original=model if other else None,
+            original=original,
             prompts=args.prompts,
             progress=bars.report,
             extractors=tuple(args.extractor or ()),
@@ -66,6 +65,20 @@ def run(argv: Sequence[str]) -> int:
         show(_head(found), *([_table(found)] if found.estimates else []))
         print_notes([*found.notes, *warned])
     return 0
+
+
+def _files(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Return the file to evaluate, and the one that it was made from. The older spelling is --model ORIGINAL --other FILE.
+
+    Raises:
+        UsageError: both spellings at once.
+    """
+    if args.other is None:
+        original = None if args.original is None else paths.check_input(args.original, "--original")
+        return paths.check_input(args.model), original
+    if args.original is not None:
+        raise UsageError("--other: is the older name of the file to evaluate: give --original A --model B")
+    return paths.check_input(args.other, "--other"), paths.check_input(args.model)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,8 +170,9 @@ def _parser() -> Parser:
         epilog=_EXAMPLES,
     )
     group = parser.add_argument_group("what is evaluated")
-    group.add_argument("--model", metavar="A", help="the LoRA; with --other the original, which B was made from")
-    group.add_argument("--other", metavar="B", help="the compressed LoRA, packed or plain, of any layout")
+    group.add_argument("--model", metavar="B", help="the LoRA, packed or plain, of any layout")
+    group.add_argument("--original", metavar="A", help="the LoRA that B was made from, to compare their pictures")
+    group.add_argument("--other", metavar="B", help="the older spelling: --model A --other B")
     group.add_argument(
         "--base_model", metavar="M", help="diffusers folder, checkpoint or name on the Hugging Face hub; to draw with"
     )

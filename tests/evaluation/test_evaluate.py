@@ -236,6 +236,12 @@ def test_the_command_prints_json_and_writes_a_page(
     flags = ("--count", 2, "--steps", 1, "--extractor", "probe", "--cache", cache, "--report", page, "--json")
     assert command("--model", files[0], "--other", files[1], "--base_model", tiny_sd, "--dataset", dataset, *flags) == 0
     told = json.loads(capsys.readouterr().out)
+    newer = ("--original", files[0], "--model", files[1], "--base_model", tiny_sd, "--dataset", dataset)
+    assert command(*newer, *flags) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["estimates"] == told["estimates"] and again["original"] == told["original"] == str(files[0])
+    assert command(*newer, "--other", files[1]) == 2
+    assert "give --original A --model B" in capsys.readouterr().err
     assert told["metrics"]["size_mb"] == files[1].stat().st_size / 1e6
     assert set(told["estimates"]["probe_fd"]) == {"value", "interval", "count", "against", "extractor", "floor", "meaning"}
     assert told["settings"]["extractors"] == "probe" and told["settings"]["pictures"] == 2

@@ -61,6 +61,15 @@ def test_compare_tells_how_far_apart_files_are(lora: Path, tmp_path: Path, capsy
     assert "relative error" in capsys.readouterr().out
 
 
+def test_two_files_are_compared_by_their_places_or_by_flags(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = tmp_path / "half.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(lora).items()}, half)
+    assert _json(capsys, "compare", lora, half, "--json") == _json(capsys, "compare", "--model", lora, "--other", half, "--json")
+    for words in ([lora], [lora, half, lora], [lora, "--other", half]):
+        assert main(["compare", *map(str, words)]) == 2
+        assert "two files are compared: compare A B, or compare --model A --other B" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_listed_and_infinite_errors_are_null(
     lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
