@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 try:
-    from lora_compress.cli import main
+    from lora_compress.cli import leave, main
 except KeyboardInterrupt:  # while torch is imported, which takes seconds
     sys.exit(130)
 
@@ -15,4 +15,4 @@ if __name__ == "__main__":
             Path(__file__).resolve().parent / "library" / "compress_torchvision.py"
         )  # by path: a host's `library` may hide ours
         runpy.run_path(str(repair))["declare_missing_operators"]()
-    sys.exit(main())
+    leave(main())

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["NEIGHBOURS", "each_batch", "each_module", "stop_if_cancelled", "stream_batches"]
+__all__ = ["NEIGHBOURS", "each_batch", "each_module", "is_still_working", "stop_if_cancelled", "stream_batches"]
 
 NEIGHBOURS = 32  # modules that are handed over at once where they gain by it: handing one over takes as long as a small one
 _FEW = 4  # where they do not
 _TASKS = 256  # for each thread, times the neighbours of a task: at the end no thread has much more to do than the others
+_THREAD_NAME = "lora_compress.parallel"
 _LARGE = 31 << 20  # bytes; glibc's limit is 32 MiB
 
 Item = TypeVar("Item")
@@ -103,15 +104,30 @@ def stop_if_cancelled() -> None:
 
 @contextmanager
 def _single_threaded_workers(count: int, cancelled: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """So many threads, all of them begun, that run torch on one thread each; every other thread has what it had."""
+    """So many threads, all of them begun, that run torch on one thread each; every other thread has what it had.
+
+    They have ended afterwards, unless a signal interrupts the caller: one decomposition of rank 4096 takes a minute.
+    """
     all_begun = threading.Barrier(count)
-    with ThreadPoolExecutor(count, initializer=_begin_worker, initargs=(cancelled,)) as pool:
+    pool = ThreadPoolExecutor(count, _THREAD_NAME, initializer=_begin_worker, initargs=(cancelled,))
+    are_awaited = True
+    try:
         try:
             for begun in [pool.submit(all_begun.wait) for _ in range(count)]:
                 begun.result()
         finally:
             all_begun.abort()  # nobody waits on if one of them cannot begin
         yield pool
+    except KeyboardInterrupt:
+        are_awaited = False
+        raise
+    finally:
+        pool.shutdown(are_awaited, cancel_futures=not are_awaited)
+
+
+def is_still_working() -> bool:
+    """Whether a thread of `stream_batches` is at work in this process, as after an interrupt."""
+    return any(thread.name.startswith(_THREAD_NAME) for thread in threading.enumerate())
 
 
 def _begin_worker(cancelled: threading.Event) -> None:

@@ -1,5 +1,6 @@
 """The command line over finished files, a module for each verb."""
 
 from .main import main
+from .process import leave
 
-__all__ = ["main"]
+__all__ = ["leave", "main"]

@@ -10,11 +10,22 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import LoraCompressError
+from ..parallel import is_still_working
 
-__all__ = ["EXIT_BROKEN_PIPE", "OutputError", "Terminated", "drop_output", "exit_status", "sound_streams", "stoppable", "written"]
+__all__ = [
+    "EXIT_BROKEN_PIPE",
+    "OutputError",
+    "Terminated",
+    "drop_output",
+    "exit_status",
+    "leave",
+    "sound_streams",
+    "stoppable",
+    "written",
+]
 
 EXIT_BROKEN_PIPE = 128 + 13  # as a shell says of a program that SIGPIPE ended
 _ENDING = ("SIGTERM", "SIGHUP")  # of those, Windows knows the first alone
@@ -35,6 +46,16 @@ class Terminated(KeyboardInterrupt):
 def exit_status(interrupt: KeyboardInterrupt) -> int:
     """128 + the number of the signal, as shells have it: 130 after Ctrl+C, 143 after SIGTERM."""
     return 128 + (interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. Python would wait for what threads still compute after a signal, which nobody wants any more."""
+    if not is_still_working():
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # it cannot be written, or was closed
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

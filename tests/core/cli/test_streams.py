@@ -166,6 +166,37 @@ def test_a_signal_removes_what_is_half_written_and_says_so(number: int, status: 
     assert os.listdir(tmp_path) == ["lora.safetensors"]
 
 
+_STUCK = f"""\
+import runpy, sys, time
+from lora_compress.engine import to_file
+
+def stuck(updates):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+to_file.by_svd = stuck
+runpy.run_path({os.fspath(ROOT / "resize_lora_ext.py")!r}, run_name="__main__")
+"""
+
+
+@posix
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_does_not_wait_for_a_decomposition_that_takes_minutes(number: int, status: int, tmp_path: Path) -> None:
+    paths = ["--model", str(lora_file(tmp_path / "lora.safetensors")), "--save_to", str(tmp_path / "out.safetensors")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _STUCK, *paths, "--quantize", "bits=4"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_interrupts,
+    )
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    assert "no unfinished file" in process.stderr.read()
+    assert os.listdir(tmp_path) == ["lora.safetensors"]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no list of child processes")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_batch_ends_with_its_processes(number: int, tmp_path: Path) -> None:
