@@ -45,7 +45,7 @@ class AdapterOutput:
         packed: bool = False,
         force: bool = False,
     ) -> AdapterOutput:
-        """Where `target` leads for the file `source`.
+        """Find out where the result of compressing `source` into `target` goes.
 
         A name that ends with .safetensors is a single file, any other name a folder. A file with the name that PEFT loads gets
         its configuration beside it where none is.
@@ -109,7 +109,7 @@ class AdapterOutput:
         return self.template is not None
 
     def details(self) -> dict[str, str]:
-        """What a single file tells in its metadata of the configuration it came with."""
+        """Return what a single file keeps in its metadata of the configuration that it came with."""
         if self.remembered is None:
             return {}
         values = json.loads(self.remembered.text)
@@ -133,7 +133,7 @@ class AdapterOutput:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def notes(self) -> list[str]:
-        """What the user must be told."""
+        """Return what the user must know of the configuration, one sentence each."""
         if self.template is not None:
             return [f"{CONFIG_NAME} was written beside the weights: r and lora_alpha are their ranks, so that every scale is 1"]
         if self.remembered is not None:

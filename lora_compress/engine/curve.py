@@ -1,4 +1,4 @@
-"""What other sizes of a file would cost: bytes and error from the spectra alone, nothing is encoded."""
+"""The curve of sizes and errors that a report shows, estimated from the singular values; nothing is encoded for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DISTORTION = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}  
 
 
 def size_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float], ...]:
-    """(bytes, relative error) along the smallest files of the job's kind, as far as Gaussian weights tell it.
+    """Return (bytes, relative error) of the smallest files of the same kind, as Gaussian weights would give them.
 
     Args:
         job: whose spectra and storage are taken.
@@ -30,7 +30,7 @@ def size_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float], ...]
 
 
 def with_rest(points: Sequence[tuple[int, float]], rest: float, norm: float) -> tuple[tuple[int, float], ...]:
-    """(bytes, relative error) of the whole update, from those of a part of it.
+    """Return (bytes, relative error) of the whole update, given those of a part of it.
 
     Args:
         points: of the part that has a spectrum.
@@ -69,12 +69,12 @@ def _spectral_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float],
 
 
 def packed_overhead(modules: int) -> int:
-    """Bytes of a packed file beside the payload, the metadata of its input and what is carried through, about."""
+    """Return about how many bytes a packed file has beside its payload, the metadata of the input and what is carried through."""
     return _HEADER_BYTES + _INDEX_BYTES * modules
 
 
 def entropy_points(spectra: Iterable[tuple[tuple[int, int], Sequence[float]]], overhead: int) -> tuple[tuple[int, float], ...]:
-    """(bytes, relative error) of entropy-coded files, by reverse water-filling.
+    """Return (bytes, relative error) of entropy-coded files, by reverse water-filling.
 
     A component of RMS x per weight gets 0.255 + log2(x / d) bits at the distortion d, and none below.
 

@@ -1,4 +1,4 @@
-"""What every module of a file gets: ranks, bits and steps, chosen over all of them at once, and fitted to a budget."""
+"""The second step of the road, plan: rank, and bits or step size, of every module, chosen over all of them for a budget."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
 
 
 def plan(encoder: Encoder, context: FileContext) -> Plan:
-    """A choice for each module of the job: what pruning leaves, cut further to the size or the error that is asked for.
+    """Choose a plan for each module: what pruning leaves, cut further to the size or the error that is asked for.
 
     Raises:
         SettingsError: the budget cannot be met, or nothing is left.
@@ -79,13 +79,13 @@ def kept_scores(encoder: Encoder, context: FileContext) -> dict[str, Tensor]:
 
 
 def _of_what_is_left(found: Plan) -> Plan:
-    """The same for a plain file: modules and components that coding made nothing of are left out."""
+    """Return the plan for a plain file, without the modules and components that coding rounded to zero."""
     stored = found.stored or {}
     return Plan({name: replace(found.choices[name], left=module.rank) for name, module in stored.items()})
 
 
 def payload_budget(encoder: Encoder, kept: Mapping[str, Tensor]) -> int | None:
-    """Bytes of payload that `bits` as an average mean; None where a size or an error is asked for."""
+    """Return the bytes of payload that an average number of bits means; None where a size or an error is asked for."""
     bits = encoder.settings.quantization.bits
     if bits is None or not encoder.settings.quantization.averages:
         return None
@@ -93,7 +93,7 @@ def payload_budget(encoder: Encoder, kept: Mapping[str, Tensor]) -> int | None:
 
 
 class Search:
-    """Ranks, or ranks and bits, for a budget: allocate by the spectra, make the modules, correct by what came out.
+    """Finds ranks, or ranks and bits, for a budget: allocate by the singular values, encode, correct by the result, repeat.
 
     Args:
         payload: the budget is one of codes alone, whatever file they are in.
@@ -108,7 +108,11 @@ class Search:
         self._weighed = bool(context.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
 
     def for_size(self, budget: int, measure: Callable[[Mapping[str, EncodedModule]], int]) -> Plan:
-        """The least error in at most `budget` of what `measure` counts."""
+        """Return the plan of the least error whose measure is at most `budget`.
+
+        Raises:
+            SettingsError: the budget is too small.
+        """
         require_room(budget, measure({}))
         inner, best, most, tried, size, over = budget, None, -1, None, 0, 0
         for _ in range(_ATTEMPTS):
@@ -129,7 +133,13 @@ class Search:
         return best
 
     def for_error(self) -> Plan:
-        """The fewest bytes at the errors that are asked for: the squared error that coding adds is taken off the target."""
+        """Return the plan of the fewest bytes at the errors that are asked for.
+
+        The squared error that coding adds is taken off the target before ranks are allocated.
+
+        Raises:
+            SettingsError: the errors cannot be reached.
+        """
         wanted = error_targets(self.encoder.settings.budget, self.context.parts)
         noise = self._noise()
         inner = {part: _less(target, noise) for part, target in wanted.items()}
@@ -160,7 +170,7 @@ class Search:
         return best
 
     def losing(self, errors: Mapping[str, float]) -> dict[str, ModulePlan]:
-        """Choices that lose what is asked for, by the spectra.
+        """Return the plans that lose what is asked for, by the singular values.
 
         Allocation counts in scores and weights. Where these are not the singular values, an error of theirs is sought, by halves,
         at which the error of the weights is the one that is meant.
@@ -185,7 +195,7 @@ class Search:
         return self._allocate(None, low)
 
     def _predicted_loss(self, name: str, choice: ModulePlan) -> float:
-        """Squared error of a module's weights, by its singular values and what bits are known to cost."""
+        """Return the squared error of a module's weights by its singular values and the known distortion of its bits."""
         analysis = self.encoder.components[name]
         squares = analysis.spectrum.sigma[: choice.rank].square().numpy()
         kept = squares @ np.array([_KEPT[bits] for bits in choice.bits]) if choice.bits else squares.sum()
@@ -220,7 +230,7 @@ class Search:
         return {name: ModulePlan(rank) for name, rank in ranks.items()}
 
     def _bytes(self, name: str, bits: int | None = None) -> int:
-        """Of one component."""
+        """Return the bytes of one component of a module."""
         shape = self.encoder.components[name].shape
         if (self.encoder.packed or self.payload) and self._form is not None:
             return component_size(*shape.stored, self._form, bits)
@@ -233,12 +243,12 @@ class Search:
         return self._relative({name: module.squared_error for name, module in stored.items()}, part)
 
     def _relative(self, lost: Mapping[str, float], part: str) -> float:
-        """Relative error over a part of the model by the modules' squared errors; modules without one are lost."""
+        """Return the relative error over a part of the model by the modules' squared errors; modules without one are dropped."""
         norms = {n: self.encoder.components[n].norm for n in self.kept if not part or self.context.parts[n] == part}
         return relative_error(sum(lost.get(name, norm) for name, norm in norms.items()), sum(norms.values()))
 
     def _noise(self) -> float:
-        """Squared relative error that storing adds, to begin with."""
+        """Return the squared relative error that storing adds, as a first guess."""
         if self._mixed:
             return 0.0
         if self._form is not None:
@@ -247,11 +257,11 @@ class Search:
 
 
 def _less(target: float, squared: float) -> float:
-    """sqrt(target^2 - squared), kept above zero: a target that coding alone exceeds is tried with next to no pruning."""
+    """Return sqrt(target^2 - squared), kept above zero: a target that coding alone exceeds is tried with hardly any pruning."""
     return max(target**2 - squared, 1e-4 * target**2) ** 0.5
 
 
 def _plain_overhead(shape: ModuleRecord) -> int:
-    """Bytes of a module's alpha and header entries, offsets of nine digits taken."""
+    """Return the bytes of a module's alpha and of its entries in the header, for offsets of nine digits."""
     keys = shape.keys.specs(shape.name, (1, shape.inputs, *shape.kernel), (shape.outputs, 1), torch.float32)
     return sum(len(key) + _ENTRY_BYTES for key in keys) + 4

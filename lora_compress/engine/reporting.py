@@ -1,4 +1,4 @@
-"""What is told of a compressed file: its modules in numbers, and what a user should know of it."""
+"""The report of a compressed file: each module in numbers, and notes on what a user should know."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def mark_notes(marks: Mapping[str, Mark], stored: Mapping[str, EncodedModule], m
 
 
 def _channel_notes(encoder: Encoder) -> list[str]:
-    """What a plain file makes of channels that were dropped."""
+    """Say that dropped channels save no bytes in a plain file."""
     if encoder.packed:
         return []
     shapes = [analysis.shape for analysis in encoder.components.values()]
@@ -98,7 +98,7 @@ def _channel_notes(encoder: Encoder) -> list[str]:
 def module_report(
     encoder: Encoder, output_file: OutputFile, lora: LoraSource, name: str, stored: EncodedModule | None, made: bool
 ) -> ModuleReport:
-    """The report of a module. If it was not made, its error is not known: NaN."""
+    """Return the report of a module. The error of one that was not encoded is not known: NaN."""
     analysis = encoder.components[name]
     shape = analysis.shape
     lost, rank, after = (

@@ -1,4 +1,4 @@
-"""The quantization step of an entropy-coded file: one for all modules, fitted to a size or to an error."""
+"""The search for the step size of an entropy-coded file: one for all modules, fitted to a size or to an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MODULE_BYTES = 40  # of an entry in the index, and of what a payload says of it
 
 
 def fit_steps(encoder: Encoder, kept: Mapping[str, Tensor], context: FileContext, payload: int | None) -> Plan:
-    """Steps that meet the budget of the job's settings, or `payload` bytes.
+    """Find step sizes that meet the budget of the settings, or `payload` bytes.
 
     The step of module m is step / sqrt(w_m), w_m its weight times what its scores are worth beyond its singular values. A part of
     the model whose own error asks for a finer step than the file gets it.
@@ -92,7 +92,7 @@ def _require_codable(encoder: Encoder) -> None:
 
 
 def _leaves_something(encoder: Encoder, name: str) -> float:
-    """A step at which neither row of the first component rounds to zero: the largest of n weights is 1 / sqrt(n) at least."""
+    """Return a step size at which neither row of the first component is all zeros: one of n weights is at least 1 / sqrt(n)."""
     analysis = encoder.components[name]
     return float(analysis.spectrum.sigma[0]) / math.sqrt(max(analysis.shape.stored))
 
@@ -102,14 +102,14 @@ def _squares(sigmas: Sequence[Tensor]) -> np.ndarray:
 
 
 def _ratios(scores: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """What is worth more or less than its square, relative to all; 1 everywhere where the scores are the squares."""
+    """Return by how much the scores exceed the squared singular values, relative to all; 1 everywhere where they are the same."""
     tiny = np.finfo(np.float64).tiny
     alike = max(float(squares.sum()), tiny) / max(float(scores.sum()), tiny)
     return np.where(squares > 0, np.clip(scores / np.maximum(squares, tiny) * alike, 1 / _FARTHEST, _FARTHEST), 1.0)
 
 
 class _Part:
-    """Some modules of a file, coded with one step; and what that would take if their weights were Gaussian."""
+    """Some modules of a file that share one step size, and the rate and the error that Gaussian weights would have there."""
 
     def __init__(self, encoder: Encoder, names: list[str], kept: Mapping[str, Tensor], context: FileContext) -> None:
         self.encoder, self.names = encoder, names
@@ -136,7 +136,7 @@ class _Part:
         self._largest = {name: step for name in names if name in context.protected and (step := _leaves_something(encoder, name))}
 
     def fit(self, budget: float, measure: Callable[[Mapping[str, EncodedModule]], float], rising: bool) -> Plan:
-        """The step at which what `measure` says comes closest to the budget from below; what is not worth its bits is left out."""
+        """Return the plan whose measure is closest to the budget from below, without components that are not worth their bits."""
         if rising and (least := relative_error(self._gone, self._norm)) >= budget:
             raise SettingsError([f"the error of {budget:g} that is asked for cannot be reached: pruning alone costs {least:.4g}"])
         self._trim(budget, rising)
@@ -169,14 +169,14 @@ class _Part:
         return Plan(self._choices(fit.step), self._run(fit.step))
 
     def expected_bytes(self, error: float) -> float:
-        """Bytes that Gaussian weights would take at a relative error; 0 where pruning alone costs more."""
+        """Return the bytes that Gaussian weights would take at a relative error; 0 where pruning alone costs more."""
         if relative_error(self._gone, self._norm) >= error:
             return 0.0
         step = self._invert(lambda step: self._estimate(step, self._worth(step), True), error, True)
         return self._estimate(step, self._worth(step), False)
 
     def _run(self, step: float) -> dict[str, EncodedModule]:
-        """The modules at a step; those of a plain file without their factors, which are made again when they are written."""
+        """Encode the modules at a step size. Those of a plain file come without factors, which are made again for writing."""
         if self.encoder.packed:
             return dict(self.encoder.run(self._choices(step)))
         return self.encoder.padded({name: stored.without_factors() for name, stored in self.encoder.run(self._choices(step))})
@@ -188,7 +188,7 @@ class _Part:
         measure: Callable[[Mapping[str, EncodedModule]], float],
         rising: bool,
     ) -> float:
-        """The step that should meet the target: predictions correct the estimate by a factor, until that hardly moves."""
+        """Return a step size that should meet the target: predictions correct the estimate by a factor until it hardly moves."""
         step, factor = self._invert(estimate, target, rising), 1.0
         for _ in range(_PREDICTIONS):
             try:
@@ -205,12 +205,12 @@ class _Part:
         return step
 
     def error(self, stored: Mapping[str, EncodedModule]) -> float:
-        """||dW - dW'|| / ||dW|| over these modules."""
+        """Return ||dW - dW'||_F / ||dW||_F over these modules."""
         lost = sum(stored[n].squared_error if n in stored else self.encoder.components[n].norm for n in self.names)
         return relative_error(lost, self._norm)
 
     def _planes(self, step: float) -> int:
-        """Of all modules, by the root mean square of the strongest row, in steps."""
+        """Return the number of bit planes for all modules, by the root mean square of the strongest row in step sizes."""
         spread = self._strongest / step
         planes = math.ceil(math.log2(spread) - _ABOVE) if 0.0 < spread < math.inf else 0
         return min(max(planes, LEAST_PLANES), MOST_PLANES)
@@ -225,7 +225,7 @@ class _Part:
         return choices
 
     def _trim(self, budget: float, rising: bool) -> None:
-        """Leave out components that would cost more than they are worth at the step that the budget comes to."""
+        """Leave out components that would cost more than they are worth at the step size that the budget leads to."""
         if not len(self._squares):
             return
         step = self._invert(lambda step: self._estimate(step, self._worth(step), rising), budget, rising)
@@ -259,7 +259,7 @@ class _Part:
         return self._place <= last[self._owner]
 
     def _estimate(self, step: float, coded: np.ndarray, rising: bool) -> float:
-        """Relative error, or bytes, if the components `coded` are."""
+        """Return the relative error, or the bytes, of coding the components `coded`, as for Gaussian weights."""
         if rising:
             return float(np.sqrt(self._lost(step, coded) / max(self._norm, np.finfo(np.float64).tiny)))
         return float(self._gaussian(step)[0][coded].sum() / 8) + _MODULE_BYTES * len(self.names)
@@ -268,7 +268,7 @@ class _Part:
         return self._gone + max(float(self._squares.sum() - self._gaussian(step)[1][coded].sum()), 0.0)
 
     def _gaussian(self, step: float) -> tuple[np.ndarray, np.ndarray]:
-        """Bits of each component, and by how much it lowers the squared error, if its weights were Gaussian.
+        """Return the bits of each component, and by how much it lowers the squared error, as for Gaussian weights.
 
         A row of n weights of RMS s = sigma / sqrt(n) takes n log2(s sqrt(2 pi e) / step) bits, near zero below, and loses the share
         d = step^2 / 12 s^2 of its square; the product of two rows keeps (1 - d)(1 - d').
@@ -279,7 +279,7 @@ class _Part:
         return bits.sum(axis=1), self._squares * kept.prod(axis=1)
 
     def _invert(self, estimate: Callable[[float], float], target: float, rising: bool) -> float:
-        """The step at which an estimate meets the target: bisection in octaves."""
+        """Return the step size at which an estimate meets the target, by bisection in octaves."""
         low, high = -60.0, 60.0
         for _ in range(60):
             middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""A LoRA file of any layout to a compressed one; weights are read and written a module at a time."""
+"""Compressing a file: the whole road from a LoRA in any layout to a smaller file, reading and writing one module at a time."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _prepare(
     progress: Progress | None,
     keeps_all: bool,
 ) -> tuple[Encoder, OutputFile]:
-    """First pass over the file."""
+    """Analyse the modules of the input, and prepare the file that they go to."""
     dtype = file_precision(lora, settings, save_dtype, rules)
 
     def pad(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -229,7 +229,10 @@ def _prepare(
 def _components(
     lora: LoraSource, settings: CompressionSettings, calibration: Calibration | None
 ) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]]:
-    """What takes modules of one shape apart: by activations where they are known, as they came where they came taken apart."""
+    """Return the function that takes modules of one shape apart.
+
+    It weighs components by activations where a calibration is given, and leaves modules as they are that came as a decomposition.
+    """
     whole = not settings.pruning.channel_threshold
     if calibration is not None and not whole:
         raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
@@ -250,7 +253,7 @@ def _components(
 
 
 def _planned(lora: LoraSource, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
-    """The file about to be written, as the rules of consumers look at it."""
+    """Return what the rules of programs must know of the file that is about to be written."""
     modules = {name: PlannedModule(rank, 1.0, lora.part(name), tuple(lora.extra_specs(name))) for name, rank in ranks.items()}
     return PlannedFile(str(settings.save_format), dtype, lora.layout, lora.family, modules, tuple(lora.carried))
 
@@ -264,7 +267,11 @@ def _write_plain(
     output: AdapterOutput,
     begin: Callable[[Path], TensorWriter],
 ) -> dict[str, EncodedModule]:
-    """The second pass: modules come, are written by the threads that made them, and go. What the report needs is left of them."""
+    """Encode the modules of a plain file and write each in the thread that made it.
+
+    Returns:
+        The modules without their factors, for the report.
+    """
 
     def keys(name: str) -> PlainKeys:
         return encoder.components[name].shape.keys
@@ -300,7 +307,7 @@ def _write_packed(
     dtype: torch.dtype | None,
     spool: Callable[[], Spool],
 ) -> None:
-    """The packed file, and with save_format both its plain partner: both, or neither."""
+    """Write the packed file, and with save_format=both the plain one beside it: both of them, or neither."""
     index, chunks = output_file.packed(stored)
     with atomic_path(target) as temporary:
         with begin(temporary) as writer:
@@ -312,7 +319,7 @@ def _write_packed(
 
 
 def _pass_on(writer: TensorWriter, lora: LoraSource, kept: Iterable[str]) -> None:
-    """Tensors of the input that are no factors, untouched."""
+    """Write the tensors of the input that are no factors, unchanged."""
     write_tensors(writer, lora.others)
     for name in kept:
         write_tensors(writer, lora.extras(name))

@@ -136,7 +136,7 @@ def _bytes_by_name(index: PackedIndex) -> dict[str, int]:
 
 
 def _truncated(lora: PackedFile, cut: PackedFile) -> list[ModuleReport]:
-    """What became of the modules of a file that was cut."""
+    """Report what became of the modules of a file that was cut."""
 
     def report(name: str, whole: LowRankUpdate) -> ModuleReport:
         less = cut.get(name)
@@ -204,7 +204,7 @@ def write_expanded(
 
 
 def read_expanded(path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-    """The tensors of the file that `expand_file` makes of a packed one, by key.
+    """Return the tensors of the file that `expand_file` would make of a packed one, by key.
 
     Raises:
         FormatError: the input is no packed file, damaged, or cut so early that modules are missing.
@@ -219,6 +219,6 @@ def read_expanded(path: str | os.PathLike[str], dtype: torch.dtype = torch.float
 
 
 def write_tensors(writer: TensorWriter, tensors: Mapping[str, Tensor]) -> None:
-    """Write all of them."""
+    """Write all of some tensors."""
     for key, tensor in tensors.items():
         writer.write(key, tensor)

@@ -1,4 +1,4 @@
-"""The metadata of a saved LoRA: kohya's ss_* keys kept true, and what was done to the file."""
+"""The metadata of a LoRA file: entries that would become wrong are corrected, and what was done to the file is added."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ _PATTERNS = re.compile(r"(?:[\w.]+\.)?(?:rank|alpha)_pattern")
 
 
 class ModuleScale(NamedTuple):
-    """What a header's alpha and rank depend on: the rank of a module in the file, and its alpha there / its alpha in the input."""
+    """What alpha and rank in the metadata depend on.
+
+    Args:
+        rank: of a module in the file.
+        gain: its alpha in the file / its alpha in the input; None where it is not known yet.
+    """
 
     rank: int
     gain: float | None
@@ -30,7 +35,7 @@ class ModuleScale(NamedTuple):
 def finish_metadata(
     metadata: Mapping[str, str] | None, ranks: Iterable[int], alphas: Iterable[float], details: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Metadata of a compressed file: a copy of the host's, mended. The hashes are the writer's business.
+    """Return the metadata of a compressed file, made from those of its input. The writer adds the hashes.
 
     ss_network_dim and ss_network_alpha become the common rank and alpha, or "Dynamic" where they differ, as sd-scripts' own
     resize tool writes; `details` goes in as ss_compress_* keys, and those of an earlier compression go.
@@ -50,10 +55,10 @@ def finish_metadata(
 
 
 def true_header(metadata: Mapping[str, str], modules: Mapping[str, ModuleScale]) -> dict[str, str]:
-    """Metadata whose alpha and rank, where they tell any, are those of a file with these modules.
+    """Return metadata whose entries for alpha and rank, where there are any, are true of a file with these modules.
 
     A program that divides the header's alpha by the rank of the tensors gets the strength that it got from the input: alpha is
-    multiplied by the gain. What is not the same for all modules cannot be told by one number, and is taken out.
+    multiplied by the gain. What is not the same for all modules cannot be said by one number, and is taken out.
 
     Args:
         metadata: of the input.
@@ -83,7 +88,7 @@ def _true_value(metadata: Mapping[str, str], key: str, old: str, modules: Mappin
 
 
 def alpha_in_header(metadata: Mapping[str, str], name: str) -> float | None:
-    """alpha of a module by the header, under its model's key or one for the whole file; None where it tells none."""
+    """Return the alpha of a module by the metadata, under its model's key or one for the whole file; None where there is none."""
     for key, value in metadata.items():
         found = _ALPHA.fullmatch(key)
         if found and (not found["model"] or name.startswith(f"{found['model']}.")):
@@ -92,7 +97,7 @@ def alpha_in_header(metadata: Mapping[str, str], name: str) -> float | None:
 
 
 def header_notes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """What became of alpha and rank in a header, in one sentence; nothing where they stayed."""
+    """Say in one sentence what became of alpha and rank in the metadata; nothing where they stayed."""
     told = [key for key in before if _ALPHA.fullmatch(key) or _RANK.fullmatch(key) or _PATTERNS.fullmatch(key)]
     changed = [f"{key} {before[key]} is now {after[key]}" for key in told if key in after and after[key] != before[key]]
     gone = [f"{key} {before[key]} was taken out, since modules differ" for key in told if key not in after]

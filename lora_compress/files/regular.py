@@ -1,4 +1,4 @@
-"""Inputs are regular files: a FIFO would be waited for without end, and what a device gives is no file."""
+"""Inputs must be regular files: reading a FIFO could wait for ever, and a device gives bytes without end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
 
 
 def kind_of(mode: int) -> str:
-    """What a file of this mode (`os.stat_result.st_mode`) is, in words."""
+    """Return in words what a file of this mode (`os.stat_result.st_mode`) is."""
     return _KINDS.get(stat.S_IFMT(mode), "no regular file")
 
 

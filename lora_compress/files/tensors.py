@@ -1,4 +1,4 @@
-"""The tensors of a LoRA file: shapes and types at once, numbers only when they are asked for."""
+"""The tensors of a file of weights: types and shapes at once, numbers only when they are asked for."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TensorFile(Mapping[str, TensorSpec]):
         return key in self._infos
 
     def read(self, key: str) -> Tensor:
-        """The tensor itself.
+        """Read one tensor.
 
         Raises:
             FormatError: the data cannot be read.
@@ -78,11 +78,11 @@ class TensorFile(Mapping[str, TensorSpec]):
         return tensor
 
     def stored_bytes(self, key: str) -> int:
-        """Bytes that a tensor takes in the file, with what is needed to read it."""
+        """Return the bytes that a tensor takes in the file, with those of the scales that are needed to read it."""
         return self._infos[key].nbytes
 
     def precision(self, key: str) -> torch.dtype:
-        """The type that a tensor should be written in again where nobody asks for another."""
+        """Return the type that a tensor should be written in again where no other is asked for."""
         return self._infos[key].dtype
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ def open_safetensors(path: str | os.PathLike[str], wanted: Callable[[str], bool]
 
 
 class _Stored:
-    """Tensors in a file that stays open, so that another one under its name changes nothing; that it did not change is checked."""
+    """Tensors in a file that stays open: another file under its name changes nothing, and each read checks that it is unchanged."""
 
     def __init__(self, path: Path, size: int, infos: Mapping[str, TensorSpec], places: Mapping[str, int]) -> None:
         self._file = open_regular(path)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, tensor by tensor, and their size is known before they are written."""
+"""Writing safetensors files tensor by tensor. Their size is known before, and the hashes by which A1111 knows a LoRA are added."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["TensorWriter", "atomic_path", "safetensors_size", "write_safetensors
 
 _ORDER = {dtype: -position for position, dtype in enumerate(DTYPE_NAMES)}
 _NO_HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8}
-_SETTLED_AT_A_TIME = 1 << 24  # bytes
+_SETTLED_AT_A_TIME = 1 << 24  # bytes that are written before they are hashed and brought to the disk in the background
 _HASHED_AT_A_TIME = 1 << 20
 _LEGACY_HASHED = range(0x100000, 0x110000)  # bytes of the file, as A1111's first extension took them
 
@@ -104,12 +104,12 @@ class TensorWriter:
             self._file.close()
 
     def _settle(self) -> None:
-        """In the background, so that at the end nobody waits for it: hash what is written, bring it to the disk."""
+        """Hash what is written and bring it to the disk, in the background, so that little of that is left for the end."""
         self._hash()
         os.fsync(self._file.fileno())
 
     def _hash(self) -> None:
-        """Go on hashing, as far as the data have come without a gap."""
+        """Go on hashing, up to the first tensor that is not written yet."""
         with self._lock:
             ready = list(takewhile(lambda key: key not in self._waiting, self._unhashed))
             self._file.flush()
@@ -128,7 +128,7 @@ class TensorWriter:
             self._unhashed.popleft()
 
     def _finish(self) -> None:
-        """Hash the rest of the data and mend the header in place."""
+        """Hash the rest of the data and put the hashes into the header."""
         self._hash()
         hashes = dict(zip(_NO_HASHES, (self._digest.hexdigest(), self._legacy_hash()), strict=True))
         header = _header(self._entries, self.metadata | hashes, self._data)
@@ -138,7 +138,7 @@ class TensorWriter:
         self._file.write(header)
 
     def _legacy_hash(self) -> str:
-        """sha256 over 64 KiB of the file that has the ss_* metadata alone."""
+        """Return the SHA-256 over 64 KiB of the file as it would be with the ss_* metadata alone."""
         header = _header(self._entries, {key: value for key, value in self.metadata.items() if key.startswith("ss_")})
         begin = max(_LEGACY_HASHED.start - len(header), 0)
         end = max(_LEGACY_HASHED.stop - len(header), 0)
@@ -156,7 +156,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
 
 def safetensors_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
-    """Bytes of the file that `TensorWriter` writes: 8, a JSON header padded to 8, the data."""
+    """Return the bytes of the file that `TensorWriter` writes: 8, a JSON header padded to a multiple of 8, the data."""
     return len(_header(_entries(_in_file_order(specs)), {**metadata, **_NO_HASHES})) + sum(spec.nbytes for spec in specs.values())
 
 
@@ -168,7 +168,7 @@ def _in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 
 
 def _entries(specs: Mapping[str, TensorSpec]) -> str:
-    """The tensors as members of the header's JSON object."""
+    """Return the tensors as members of the header's JSON object."""
     header, offset = {}, 0
     for key, spec in specs.items():
         end = offset + spec.nbytes
@@ -178,7 +178,7 @@ def _entries(specs: Mapping[str, TensorSpec]) -> str:
 
 
 def _header(entries: str, metadata: Mapping[str, str], least: int = 0) -> bytes:
-    """Length, JSON and padding, up to where the data begin; `least` bytes in all."""
+    """Return length, JSON and padding, up to where the data begin: at least `least` bytes."""
     members = ['"__metadata__":' + _json(dict(sorted(metadata.items()))), *([entries] if entries else [])]
     text = ("{" + ",".join(members) + "}").encode()
     padded = max(-(-len(text) // 8) * 8, least - 8)

@@ -1,4 +1,4 @@
-"""Plain factors, as every program reads them: one alpha for a whole file, ranks of 2 at least, no weight out of range."""
+"""Plain factors as every program reads them right: one alpha for a whole file, ranks of at least 2, no weight out of range."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ class PlainKeys:
 
     @classmethod
     def of(cls, name: str, keys: Sequence[str]) -> PlainKeys:
-        """From the keys of a module, down, up and perhaps alpha."""
+        """Make the style of keys from those of one module: down, up and perhaps alpha."""
         down, up, *alpha = (key.replace(name, "{}", 1) if key.startswith(name) else key for key in keys)
         return cls(down, up, alpha[0] if alpha else None)
 
     def of_module(self, name: str) -> list[str]:
-        """The keys themselves: down, up and perhaps alpha."""
+        """Return the keys of a module: down, up and perhaps alpha."""
         return [key.replace("{}", name, 1) for key in (self.down, self.up, self.alpha) if key is not None]
 
     def tensors(self, name: str, update: LowRankUpdate) -> dict[str, Tensor]:
-        """The tensors of a plain file; without an alpha of its own the update's must be its rank."""
+        """Return the tensors of a module by key. In a layout without alpha the update's alpha must be its rank."""
         return self.factors(name, update) | self.alphas(name, update.alpha)
 
     def factors(self, name: str, update: LowRankUpdate) -> dict[str, Tensor]:
-        """Those of them that are matrices."""
+        """Return the two factors of a module by key."""
         return {self.down.replace("{}", name, 1): update.down, self.up.replace("{}", name, 1): update.up}
 
     def alphas(self, name: str, alpha: float) -> dict[str, Tensor]:
-        """The other one, if there is one."""
+        """Return the alpha tensor of a module by key; nothing for layouts without alpha."""
         return {} if self.alpha is None else {self.alpha.replace("{}", name, 1): torch.tensor(alpha, dtype=torch.float32)}
 
     def specs(self, name: str, down: tuple[int, ...], up: tuple[int, ...], dtype: torch.dtype | None) -> dict[str, TensorSpec]:
-        """What the header says of them, for factors of these shapes."""
+        """Return types and shapes of a module's tensors by key, for factors of these shapes."""
         shapes = {self.down: down, self.up: up}
         specs = {key.replace("{}", name, 1): TensorSpec(dtype or torch.float32, shape) for key, shape in shapes.items()}
         return specs | ({self.alpha.replace("{}", name, 1): TensorSpec(torch.float32, ())} if self.alpha is not None else {})
@@ -68,7 +68,7 @@ KOHYA_KEYS = PlainKeys("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha")
 def plain_update(
     down: Tensor, up: Tensor, kernel: tuple[int, ...], dtype: torch.dtype, alpha: float | None = 1.0, least_rank: int = 2
 ) -> LowRankUpdate:
-    """The update up^T down with the factors and the alpha that a plain file gets; arguments and errors as `plain_rows`.
+    """Return the update up^T down with the factors and the alpha that a plain file gets; arguments and errors as `plain_rows`.
 
     Args:
         kernel: kernel size of a convolution, () for a linear layer.
@@ -78,14 +78,14 @@ def plain_update(
 
 
 def update_of_rows(down: Tensor, up: Tensor, kernel: tuple[int, ...], alpha: float | None) -> LowRankUpdate:
-    """The update up^T down of rows (rank, in * kernel) and (rank, out); alpha None means alpha = rank."""
+    """Return the update up^T down of rows (rank, in * kernel) and (rank, out); alpha None means alpha = rank."""
     return LowRankUpdate.from_matrices(down, up.T.contiguous(), float(len(down)) if alpha is None else alpha, kernel)
 
 
 def plain_rows(
     down: Tensor, up: Tensor, dtype: torch.dtype, alpha: float | None = 1.0, least_rank: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the factors that a plain file gets, down (b, rank, in * kernel) and up^T (b, rank, out), of modules of one shape.
+    """Return the rows of a plain file's factors, down (b, rank, in * kernel) and up^T (b, rank, out), of b modules of one shape.
 
     The scale of a module goes into its factors, half into each, because diffusers mixes up alphas that differ between
     modules; stable-diffusion.cpp misreads rank 1, so components of zeros fill the rank up to `least_rank`.
@@ -117,7 +117,7 @@ def plain_rows(
 
 
 def exact_plain(update: LowRankUpdate, dtype: torch.dtype, least_rank: int = 2) -> LowRankUpdate:
-    """An update whose factors are not to be touched: cast, alpha / rank as it was; zeros fill the rank up to `least_rank`."""
+    """Return an update whose factors are only cast: alpha / rank stays, and zeros fill the rank up to `least_rank`."""
     missing = max(least_rank - update.rank, 0)
     down = torch.nn.functional.pad(update.down_matrix, (0, 0, 0, missing)).to(dtype)
     up = torch.nn.functional.pad(update.up_matrix, (0, missing)).to(dtype)
@@ -125,7 +125,7 @@ def exact_plain(update: LowRankUpdate, dtype: torch.dtype, least_rank: int = 2) 
 
 
 def fp8_alpha(products: list[float]) -> float:
-    """The smallest power of two with sqrt(product / alpha) at most 8 for every module, to keep fp16 products of factors finite.
+    """Return the smallest power of two with sqrt(product / alpha) at most 8 for every module: it keeps fp16 products finite.
 
     Args:
         products: rank max|down| max|up| of each module.
@@ -142,12 +142,12 @@ def fp8_alpha(products: list[float]) -> float:
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """max|rows| of each matrix, (b,), NaN if there is one."""
+    """Return max|rows| of each matrix, (b,); NaN where a matrix holds NaN."""
     return torch.maximum(rows.amax(dim=(1, 2)), -rows.amin(dim=(1, 2))) if rows.numel() else rows.new_zeros(len(rows))
 
 
 def _power_of_two_balance(largest_down: float, largest_up: float) -> float:
-    """c = 2^k for which c max|down| and max|up| / c are closest; a power of two costs no precision."""
+    """Return c = 2^k for which c max|down| and max|up| / c are closest; multiplying by a power of two costs no precision."""
     if not (0.0 < largest_down < math.inf and 0.0 < largest_up < math.inf):
         return 1.0
     return 2.0 ** round(0.5 * math.log2(largest_up / largest_down))
