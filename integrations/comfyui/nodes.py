@@ -15,6 +15,7 @@ from lora_compress.engine.to_file import compress_file
 from lora_compress.inspection.file import inspect_file
 from lora_compress.packed.file import INDEX_KEY, PAYLOAD_KEY
 from lora_compress.packed.in_memory import cut_tensors
+from lora_compress.quantization import STRATEGIES
 from lora_compress.settings import CompressionSettings
 from lora_compress.settings.budget import parse_size
 
@@ -99,7 +100,7 @@ class CompressLora:
             "required": {
                 "lora_name": (_names(),),
                 "save_as": ("STRING", {"default": "compressed.safetensors", "tooltip": "In the folder of the original."}),
-                "strategy": (["entropy", "dynamic", "nf4", "mixed", "none"], {"tooltip": "none: not quantized, pruned alone."}),
+                "strategy": ([*STRATEGIES, "none"], {"default": "entropy", "tooltip": "none: not quantized, pruned alone."}),
                 "bits": ("FLOAT", {"default": 4.0, "min": 1.0, "max": 8.0, "step": 0.5}),
                 "rank_ratio": ("FLOAT", {"default": 1.0, "min": 0.01, "max": 1.0, "step": 0.01}),
                 "target_size": ("STRING", {"default": "", "tooltip": "Such as 20MB, instead of bits and rank_ratio."}),
@@ -115,12 +116,13 @@ class CompressLora:
         self, lora_name: str, save_as: str, strategy: str, bits: float, rank_ratio: float, target_size: str, progressive: bool
     ) -> dict[str, Any]:
         """The report, in words."""
-        values: dict[str, Any] = {} if strategy == "none" else {"strategy": strategy}
+        chosen = STRATEGIES.get(strategy)
+        values: dict[str, Any] = {"strategy": strategy} if chosen else {}
         if target_size.strip():
             values["target_size"] = target_size.strip()
         else:
             values["rank_ratio"] = rank_ratio
-        if strategy != "none" and not (target_size.strip() and strategy in ("entropy", "mixed")):
+        if chosen and not (target_size.strip() and chosen.averages):
             values["bits"] = bits
         if progressive:
             values["progressive"] = True

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import SettingsError
-from ..packed.module import ModulePlan
+from ..quantization import ModulePlan
 from ..settings import BudgetSettings
 from .encode import EncodedModule
 

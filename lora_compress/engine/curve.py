@@ -8,14 +8,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..allocation import bits_for_error, truncation_points
-from ..quantization import FixedFormat, component_size
+from ..quantization import BudgetSearch
 from .encode import Encoder
 
 __all__ = ["entropy_points", "packed_overhead", "size_curve", "with_rest"]
 
 _ERRORS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.55, 0.75)
 _HEADER_BYTES, _INDEX_BYTES = 700, 25  # of a packed file with our own metadata, and of its index for each module: typical
-_DISTORTION = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}  # of a Gaussian factor by bits, groups of 64
 
 
 def size_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float], ...]:
@@ -42,28 +41,28 @@ def with_rest(points: Sequence[tuple[int, float]], rest: float, norm: float) -> 
 
 
 def _spectral_curve(encoder: Encoder, overhead: int) -> tuple[tuple[int, float], ...]:
-    quantization = encoder.settings.quantization
-    if quantization.enabled and quantization.strategy == "entropy":
+    quantization, method = encoder.settings.quantization, encoder.settings.quantization.method
+    if quantization.enabled and method.search is BudgetSearch.STEP_SIZE:
         return entropy_points([(a.shape.stored, a.spectrum.sigma.tolist()) for a in encoder.components.values()], overhead)
-    form = FixedFormat.of_settings(quantization) if quantization.enabled and encoder.packed else None
+    packed = quantization.enabled and encoder.packed
     sigmas = {name: analysis.scores for name, analysis in encoder.components.items()}
-    noise = 2 * _DISTORTION[int(quantization.bits)] if form and quantization.bits and not quantization.averages else 0.0
+    noise = 2 * method.distortions[int(quantization.bits)] if packed and quantization.bits and not method.averages else 0.0
     total = sum(analysis.norm for analysis in encoder.components.values())
 
     def price(name: str, bits: int | None = None) -> int:
         shape = encoder.components[name].shape
-        if form is not None:
-            return component_size(*shape.stored, form, bits)
+        if packed:
+            return method.component_size(*shape.stored, quantization, bits)
         return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * encoder.dtype.itemsize
 
     inner = [(error**2 - noise) ** 0.5 for error in _ERRORS if error**2 > noise] if total else []
-    if quantization.strategy != "mixed":
+    if method.search is not BudgetSearch.COMPONENT_BITS:
         points = truncation_points([*sigmas.values()], [price(name) for name in sigmas], inner)
         return tuple((overhead + size, (error**2 + noise) ** 0.5) for size, error in points)
     widths = {name: sum(analysis.shape.stored) for name, analysis in encoder.components.items()}
     mixed = {}
     for error in inner:
-        bits = bits_for_error(sigmas, widths, _DISTORTION, error, component_bytes=price)
+        bits = bits_for_error(sigmas, widths, method.distortions, error, component_bytes=price)
         mixed[overhead + sum(price(name, width) for name, chosen in bits.items() for width in chosen)] = error
     return tuple(mixed.items())
 

@@ -12,9 +12,9 @@ from ..errors import FormatError
 from ..layouts.plain import FP8, KOHYA_KEYS, PlainKeys, fp8_alpha, plain_rows, update_of_rows
 from ..packed.chunks import Chunk, Spool
 from ..packed.index import ModuleRecord
-from ..packed.module import ModulePlan, encode_module, spread_channels, take_channels
+from ..packed.module import encode_module, spread_channels, take_channels
 from ..parallel import NEIGHBOURS, each_module, stream_batches
-from ..quantization import FixedFormat, fixed_size
+from ..quantization import ModulePlan
 from ..settings import CompressionSettings
 from ..spectrum import balanced_rows
 from ..update import LowRankUpdate, difference, differences
@@ -196,8 +196,10 @@ class Encoder:
 
     def _payload(self, name: str, choice: ModulePlan) -> int:
         """Return the bytes of a module in codes of the bits that were chosen for it, 0 where none were."""
-        form = FixedFormat.of_settings(self.settings.quantization) if choice.bits else None
-        return fixed_size(choice.rank, *self.components[name].shape.stored, form, choice.bits) if form else 0
+        if not choice.bits:
+            return 0
+        storage = self.settings.quantization
+        return storage.method.payload_size(choice.rank, *self.components[name].shape.stored, storage, choice.bits)
 
     def file_alpha(self, choices: Mapping[str, ModulePlan]) -> float:
         """Return the alpha that all modules of a plain file have."""

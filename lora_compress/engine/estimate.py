@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import SettingsError
-from ..packed.module import ModulePlan
-from ..quantization import FixedFormat, fixed_size
+from ..quantization import BudgetSearch, ModulePlan
 from .context import FileContext, Plan, error_targets
 from .encode import Encoder
 from .plan import Search, kept_scores, payload_budget, plan
@@ -21,8 +20,8 @@ __all__ = ["Expected", "expected_size", "plan_in", "surely_larger"]
 
 _FILLED = 0.98  # share of a size that a search for it uses at least
 # Least sizes, relative to the expected ones, that were seen on real files; the rest is margin.
-_MIXED_LEAST, _ENTROPY_LEAST = 0.9, 0.7
-_MOST_BITS = 8  # of strategy mixed
+_BITS_LEAST, _STEP_SIZE_LEAST = 0.9, 0.7
+_MOST_BITS = 8  # of a component, in a search for bits
 
 
 class Expected(NamedTuple):
@@ -43,22 +42,22 @@ def expected_size(encoder: Encoder, context: FileContext) -> Expected:
         SettingsError: pruning leaves nothing, or the error cannot be reached.
     """
     settings, kept = encoder.settings, kept_scores(encoder, context)
-    quantization, budget = settings.quantization, settings.budget
+    quantization, budget, search = settings.quantization, settings.budget, settings.quantization.method.search
     everything = {name: ModulePlan(len(scores)) for name, scores in kept.items()}
     payload = payload_budget(encoder, kept)
     if budget.size is None and payload is None and budget.enabled:
-        if quantization.strategy == "entropy":
+        if search is BudgetSearch.STEP_SIZE:
             size = expected_bytes(encoder, kept, context)
             size += context.file_size({}) if encoder.packed else 0
-            return Expected(int(size), int(size * _ENTROPY_LEAST)) if encoder.packed else Expected(int(size), 0)
+            return Expected(int(size), int(size * _STEP_SIZE_LEAST)) if encoder.packed else Expected(int(size), 0)
         size = _size(encoder, context, Search(encoder, context, kept, False).losing(error_targets(budget, context.parts)))
-        return Expected(size, int(size * _MIXED_LEAST) if quantization.strategy == "mixed" else size)
+        return Expected(size, int(size * _BITS_LEAST) if search is BudgetSearch.COMPONENT_BITS else size)
     if quantization.averages and not encoder.packed:
         return Expected(0, 0)  # ranks follow from what coding leaves of the modules
-    if quantization.strategy == "entropy":
+    if search is BudgetSearch.STEP_SIZE:
         size = sys.maxsize  # an entropy coder always finds something to spend bits on
     else:
-        size = _size(encoder, context, everything, _MOST_BITS if quantization.strategy == "mixed" else None)
+        size = _size(encoder, context, everything, _MOST_BITS if search is BudgetSearch.COMPONENT_BITS else None)
     if payload is not None:
         size = min(size, context.file_size({}) + payload)
     if budget.size is not None:
@@ -71,11 +70,11 @@ def _size(encoder: Encoder, context: FileContext, choices: dict[str, ModulePlan]
     """Bytes of a file of these components, at `bits` each where the choices name none; of a packed file without its index."""
     if not encoder.packed:
         return context.file_size(encoder.outline(choices))
-    form = FixedFormat.of_settings(encoder.settings.quantization)
+    storage = encoder.settings.quantization
     payload = 0
     for name, choice in choices.items():
         widths = (bits,) * choice.rank if bits else choice.bits
-        payload += fixed_size(choice.rank, *encoder.components[name].shape.stored, form, widths)
+        payload += storage.method.payload_size(choice.rank, *encoder.components[name].shape.stored, storage, widths)
     return context.file_size({}) + payload
 
 

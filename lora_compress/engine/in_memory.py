@@ -22,7 +22,6 @@ from ..names.families import part_of
 from ..packed.module import decode_module
 from ..programs import table as consumers
 from ..pruning import consumer_minimum
-from ..quantization import FixedFormat, fixed_size
 from ..report import CompressionReport, PartReport
 from ..settings import CompressionSettings, QuantizationSettings
 from ..update import LowRankUpdate
@@ -44,8 +43,6 @@ __all__ = [
     "plain_size",
     "save",
 ]
-
-_MOST_BITS = 8  # that strategies mixed and entropy take for a weight, whatever error is asked for
 
 
 @dataclass(frozen=True)
@@ -224,11 +221,7 @@ def _packed_estimate(
     payload = 0
     for update, rank in updates.values():
         columns, outputs = update.down_matrix.shape[1], update.up.shape[0]
-        if settings.averages:
-            payload += int(rank * (columns + outputs) * float(settings.bits or _MOST_BITS) / 8)
-        else:
-            form = replace(FixedFormat.of_settings(settings), scale_dtype=scale_dtype)
-            payload += fixed_size(rank, columns, outputs, form)
+        payload += settings.method.payload_size(rank, columns, outputs, settings, scale_dtype=scale_dtype)
     return payload + packed_overhead(len(updates))
 
 

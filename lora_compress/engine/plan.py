@@ -22,9 +22,8 @@ from ..allocation import (
 )
 from ..errors import SettingsError
 from ..packed.index import ModuleRecord
-from ..packed.module import ModulePlan
 from ..pruning import select_ranks
-from ..quantization import FixedFormat, component_size
+from ..quantization import BudgetSearch, ModulePlan
 from ..update import relative_error
 from .context import FileContext, Plan, error_targets, payload_size, require_room
 from .encode import EncodedModule, Encoder
@@ -36,9 +35,6 @@ __all__ = ["Search", "kept_scores", "payload_budget", "plan"]
 _ATTEMPTS = 12  # at meeting a budget; two or three are usual
 _TIGHTER = 0.99  # the error to prune to, where a target was missed by less than a component is worth
 _CLOSE = 0.01  # share of a budget that may be left
-# Relative squared error of a factor by bits, Gaussian weights, groups of 64: where the search for a budget begins.
-_DISTORTION: dict[int, float] = {2: 0.143, 3: 0.036, 4: 0.009, 5: 0.0024, 6: 0.0006, 8: 0.00004}
-_KEPT = {bits: 1 - 2 * d - d**2 for bits, d in _DISTORTION.items()}  # share of a component's square, both factors so coded
 _HALVINGS = 24  # of the errors between which one is sought
 _INDEX_BYTES = 22  # of a module in the index of a packed file, compressed
 _ENTRY_BYTES = 68  # of a tensor in a header, its key apart
@@ -54,7 +50,7 @@ def plan(encoder: Encoder, context: FileContext) -> Plan:
     if not settings.budget.enabled and not settings.quantization.averages:
         return Plan({name: ModulePlan(len(scores)) for name, scores in kept.items()})
     payload = payload_budget(encoder, kept)
-    if settings.quantization.strategy == "entropy":
+    if settings.quantization.method.search is BudgetSearch.STEP_SIZE:
         found = fit_steps(encoder, kept, context, payload)
         return found if encoder.packed else _of_what_is_left(found)
     search = Search(encoder, context, kept, payload is not None)
@@ -102,8 +98,10 @@ class Search:
     def __init__(self, encoder: Encoder, context: FileContext, kept: Mapping[str, Tensor], payload: bool) -> None:
         self.encoder, self.context, self.kept, self.payload = encoder, context, kept, payload
         self.index_bytes = 0 if payload else _INDEX_BYTES
-        self._form = FixedFormat.of_settings(encoder.settings.quantization) if encoder.settings.quantization.enabled else None
-        self._mixed = encoder.settings.quantization.strategy == "mixed"
+        self._storage, self._method = encoder.settings.quantization, encoder.settings.quantization.method
+        self._by_bits = self._method.search is BudgetSearch.COMPONENT_BITS
+        # The share of a component's square that is left where both factors are coded in so many bits.
+        self._left = {bits: 1 - 2 * d - d**2 for bits, d in self._method.distortions.items()}
         sigmas = {name: encoder.components[name].spectrum.sigma[: len(scores)] for name, scores in kept.items()}
         self._weighed = bool(context.weights) or any(not scores.equal(sigmas[name]) for name, scores in kept.items())
 
@@ -198,21 +196,21 @@ class Search:
         """Return the squared error of a module's weights by its singular values and the known distortion of its bits."""
         analysis = self.encoder.components[name]
         squares = analysis.spectrum.sigma[: choice.rank].square().numpy()
-        kept = squares @ np.array([_KEPT[bits] for bits in choice.bits]) if choice.bits else squares.sum()
+        kept = squares @ np.array([self._left[bits] for bits in choice.bits]) if choice.bits else squares.sum()
         return max(analysis.norm - float(kept), 0.0)
 
     def _allocate(self, size: int | None, errors: Mapping[str, float]) -> dict[str, ModulePlan]:
         context = self.context
         parts = {part: error for part, error in errors.items() if part}
         common: dict[str, Any] = {"weights": context.weights, "protected": context.protected}
-        if self._mixed:
+        if self._by_bits:
             widths = {name: sum(self.encoder.components[name].shape.stored) for name in self.kept}
             common |= {"overhead": dict.fromkeys(self.kept, self.index_bytes), "component_bytes": self._bytes}
             if size is not None:
-                bits = bits_for_size(self.kept, widths, _DISTORTION, size, **common)
+                bits = bits_for_size(self.kept, widths, self._method.distortions, size, **common)
             else:
                 more: dict[str, Any] = {"part_errors": parts, "parts": context.parts}
-                bits = bits_for_error(self.kept, widths, _DISTORTION, errors.get(""), **more, **common)
+                bits = bits_for_error(self.kept, widths, self._method.distortions, errors.get(""), **more, **common)
             return {name: ModulePlan(len(b), b) for name, b in bits.items()}
         costs = {name: self._bytes(name) for name in self.kept}
         shapes = {name: self.encoder.components[name].shape for name in self.kept}
@@ -232,8 +230,8 @@ class Search:
     def _bytes(self, name: str, bits: int | None = None) -> int:
         """Return the bytes of one component of a module."""
         shape = self.encoder.components[name].shape
-        if (self.encoder.packed or self.payload) and self._form is not None:
-            return component_size(*shape.stored, self._form, bits)
+        if (self.encoder.packed or self.payload) and self._storage.enabled:
+            return self._method.component_size(*shape.stored, self._storage, bits)
         return (shape.outputs + shape.inputs * math.prod(shape.kernel)) * self.encoder.dtype.itemsize
 
     def _make(self, choices: Mapping[str, ModulePlan]) -> dict[str, EncodedModule]:
@@ -249,10 +247,10 @@ class Search:
 
     def _noise(self) -> float:
         """Return the squared relative error that storing adds, as a first guess."""
-        if self._mixed:
+        if self._by_bits:
             return 0.0
-        if self._form is not None:
-            return 2 * _DISTORTION[int(self.encoder.settings.quantization.bits or 8)]
+        if self._storage.enabled:
+            return 2 * self._method.distortions[int(self._storage.bits or 8)]
         return PLAIN_NOISE.get(self.encoder.dtype, 0.0)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..allocation import fit_step
 from ..errors import SettingsError
-from ..packed.module import LEAST_PLANES, MOST_PLANES, ModulePlan
+from ..quantization import ModulePlan
+from ..quantization.entropy.stages import LEAST_PLANES, MOST_PLANES
 from ..update import relative_error
 from .context import FileContext, Plan, error_targets, payload_size, require_room
 from .encode import EncodedModule, Encoder
@@ -221,7 +222,7 @@ class _Part:
             phase = _PHASES[number % len(_PHASES)] if self.encoder.settings.quantization.progressive else 0
             own = min(step * 2 ** (phase / 8) / self._finer[name], self._largest.get(name, math.inf))
             if self._ranks[name]:
-                choices[name] = ModulePlan(self._ranks[name], step=own, phase=phase, planes=planes)
+                choices[name] = ModulePlan(self._ranks[name], step_size=own, phase=phase, planes=planes)
         return choices
 
     def _trim(self, budget: float, rising: bool) -> None:

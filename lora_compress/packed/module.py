@@ -6,27 +6,21 @@ The bytes of a module are one chunk, or several *stages* of a progressive payloa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..quantization import MIXED, FixedFormat, decode_fixed, encode_fixed
-from ..quantization.entropy.codec import SINGLE, components_told, decode_entropy, encode_entropy, predict_entropy
-from ..quantization.entropy.stages import Layering
+from ..quantization import DECODERS, ModulePlan, StoredModule, decoder_named
 from ..settings import QuantizationSettings
 from ..update import LowRankUpdate
 from .index import ModuleRecord
 
 __all__ = [
-    "LEAST_PLANES",
-    "MOST_PLANES",
     "Coded",
-    "ModulePlan",
     "decode_module",
     "decode_rows",
     "decoded_rank",
@@ -36,39 +30,6 @@ __all__ = [
     "stage_place",
     "take_channels",
 ]
-
-
-LEAST_PLANES, MOST_PLANES = 6, 16  # bit planes of a progressive payload: fewer would make its smallest cut too large
-_STAGES_PER_PLANE = {0: 1, 8_000: 2, 40_000: 4}  # by the number of weights: each stage costs some bytes of its own
-_LARGEST = 1 << 31  # largest whole number that is accepted among the parameters of a codec
-_SCALES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_DTYPES = {name: dtype for dtype, name in _SCALES.items()}
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What was decided for one module: how many components it keeps, and how they are coded.
-
-    Args:
-        rank: components to keep, 0 to drop the module.
-        bits: of each component, falling; None where all have the bits of the settings.
-        step: step size of the quantizer for entropy coding, None for codes of fixed width.
-        phase: by how many eighths of an octave the step size of a progressive payload is coarser than that of the file.
-        planes: bit planes of a progressive payload.
-        left: how many components coding leaves of these, where that is known already.
-    """
-
-    rank: int
-    bits: tuple[int, ...] | None = None
-    step: float | None = None
-    phase: int = 0
-    planes: int = LEAST_PLANES
-    left: int | None = None
-
-    @property
-    def stored(self) -> int:
-        """Number of components that the file gets."""
-        return self.rank if self.left is None else self.left
 
 
 @dataclass(frozen=True)
@@ -101,29 +62,9 @@ def encode_module(
         settings: of the quantization.
         predict: estimate the size only: nothing is refined, and zeros stand for the coded bytes.
     """
-    if choice.step is not None:
-        layering = _layering(down.numel() + up.numel(), choice.planes) if settings.progressive else SINGLE
-        with np.errstate(over="ignore"):  # weights too large for the step size are refused by the coder
-            if predict:
-                coded = predict_entropy(down, up, choice.step, layering=layering)
-            else:
-                coded = encode_entropy(down, up, choice.step, layering=layering, refine=settings.refine)
-        parameters: dict[str, object] = {"step": choice.step, "layers": layering.layers}
-        if layering.layers > 1:
-            parameters |= {"per_plane": layering.per_plane, "phase": choice.phase}
-        return Coded(replace(shape, rank=coded.rank, codec="entropy", parameters=parameters), coded.chunks, coded.rows, coded.kept)
-    form = FixedFormat.of_settings(settings)
-    parameters = {"block": form.block_size or 0, "scales": _SCALES[form.scale_dtype]}
-    if choice.bits is not None:
-        parameters["bits"] = _runs(choice.bits)
-    entry = replace(shape, rank=len(down), codec=form.codec, parameters=parameters)
-    chunks = [encode_fixed(down, up, form, choice.bits)]
-    return Coded(entry, chunks, decode_rows(entry, chunks), range(len(down)))
-
-
-def _layering(weights: int, planes: int) -> Layering:
-    per_plane = next(number for least, number in reversed(_STAGES_PER_PLANE.items()) if weights >= least)
-    return Layering(planes * per_plane, per_plane)
+    coded = settings.method.encode(down, up, choice, settings, predict=predict)
+    entry = replace(shape, rank=coded.rank, codec=coded.codec, parameters=coded.parameters)
+    return Coded(entry, coded.chunks, coded.rows, coded.places)
 
 
 def decode_module(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype = torch.float32) -> LowRankUpdate:
@@ -153,9 +94,10 @@ def decoded_rank(entry: ModuleRecord, chunks: Sequence[bytes]) -> int:
     Raises:
         FormatError: as `decode_module`.
     """
-    if entry.codec != "entropy":
+    if entry.codec not in DECODERS:
         return entry.rank
-    return max(components_told(chunks, entry.rank, _layering_of(entry)), 1)
+    with _fitting(entry):
+        return decoder_named(entry.codec).decoded_rank(_stored(entry), chunks)
 
 
 def _at_least_one(rows: Tensor) -> Tensor:
@@ -168,64 +110,44 @@ def decode_rows(entry: ModuleRecord, chunks: Sequence[bytes], dtype: torch.dtype
     Raises:
         FormatError: as `decode_module`.
     """
-    inputs, outputs = entry.stored
-    parameters = entry.parameters
-    try:
-        if entry.codec == "entropy":
-            step, layering = float(_number(parameters["step"], float)), _layering_of(entry)
-            with np.errstate(over="ignore"):
-                down, up = decode_entropy(chunks, entry.rank, inputs, outputs, step, layering, dtype)
-            if not all(math.isfinite(edge) for row in (down, up) if row.numel() for edge in torch.aminmax(row)):
-                raise FormatError(f"step {step} makes weights beyond {dtype}: the file is damaged, or decode to float32")
-            return down, up
-        block = int(_number(parameters["block"]))
-        form = FixedFormat(entry.codec, block or None, scale_dtype=_DTYPES[parameters["scales"]])
-        if len(chunks) != 1:
-            raise FormatError(f"{len(chunks)} layers, {entry.codec} has one: the file is damaged")
-        bits = _unroll(parameters["bits"], entry.rank) if entry.codec == MIXED else None
-        return decode_fixed(chunks[0], entry.rank, inputs, outputs, form, bits, dtype)
-    except FormatError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise _unfit(entry, error) from None
+    decoder = decoder_named(entry.codec)
+    with _fitting(entry):
+        return decoder.decode(_stored(entry), chunks, dtype)
 
 
 def stage_place(entry: ModuleRecord, stage: int) -> float:
-    """Return a number that sorts the stages of all modules in the payload: the steepest fall of the error per bit comes first."""
-    if stage_count(entry) == 1:
+    """Return where a stage belongs among those of all modules: the steepest fall of the error comes first."""
+    if stage_count(entry) == 1 or entry.codec not in DECODERS:
         return -math.inf
-    return -_layering_of(entry).slope(stage) - int(_number(entry.parameters.get("phase", 0))) / 4
+    with _fitting(entry):
+        return -decoder_named(entry.codec).stage_slope(_stored(entry), stage)
 
 
 def stage_count(entry: ModuleRecord) -> int:
-    """Return how many stages a whole payload of the module has.
+    """Return the number of stages that a whole payload of the module has, the parameter `layers`.
 
     Raises:
-        FormatError: the index has no number there.
+        FormatError: the index does not have a number there.
     """
-    layers = entry.parameters.get("layers", 1)
-    if type(layers) is not int:
-        raise FormatError(f"{entry.name}: {layers!r} layers: the file is damaged")
-    return layers
+    stages = entry.parameters.get("layers", 1)
+    if type(stages) is not int:
+        raise FormatError(f"{entry.name}: {stages!r} layers: the file is damaged")
+    return stages
 
 
-def _layering_of(entry: ModuleRecord) -> Layering:
+def _stored(entry: ModuleRecord) -> StoredModule:
+    return StoredModule(entry.codec, entry.rank, *entry.stored, entry.parameters)
+
+
+@contextmanager
+def _fitting(entry: ModuleRecord) -> Iterator[None]:
+    """Turn the errors of a `Decoder` into a FormatError."""
     try:
-        layers = int(_number(entry.parameters["layers"]))
-        return SINGLE if layers == 1 else Layering(layers, int(_number(entry.parameters["per_plane"])))
-    except (KeyError, ValueError) as error:
-        raise _unfit(entry, error) from None
-
-
-def _unfit(entry: ModuleRecord, error: Exception) -> FormatError:
-    return FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})")
-
-
-def _number(value: Any, kind: type = int) -> float:
-    """Return a number from the parameters of a codec. Text that could be read as a number is not accepted."""
-    if type(value) not in (int, kind) or (kind is int and not 0 <= value < _LARGEST):
-        raise ValueError(f"{value!r} is no {kind.__name__}")
-    return value
+        yield
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"parameters {dict(entry.parameters)} do not fit codec {entry.codec} ({error})") from None
 
 
 def spread_channels(entry: ModuleRecord, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,20 +174,3 @@ def _spread(rows: Tensor, kept: tuple[int, ...], count: int) -> Tensor:
     whole = rows.new_zeros(*rows.shape[:-2], count, rows.shape[-1])
     whole[..., list(kept), :] = rows
     return whole.flatten(-2)
-
-
-def _runs(bits: Sequence[int]) -> list[list[int]]:
-    """Write bits as runs of (bits, count): [6, 6, 4] becomes [[6, 2], [4, 1]]."""
-    runs: list[list[int]] = []
-    for value in bits:
-        if runs and runs[-1][0] == value:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1])
-    return runs
-
-
-def _unroll(runs: Sequence[Sequence[int]], rank: int) -> list[int]:
-    if any(type(number) is not int or number < 1 for run in runs for number in run) or sum(count for _, count in runs) != rank:
-        raise FormatError(f"bits {runs} are not those of {rank} components: the file is damaged")
-    return [bits for bits, count in runs for _ in range(count)]

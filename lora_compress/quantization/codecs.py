@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,23 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .grids import (
-    NF4_LEVELS,
-    choose_absmax,
-    choose_fp8_scale,
-    choose_mse_scale,
-    choose_static_scale,
-    fp8_levels,
-    from_blocks,
-    integer_levels,
-    quantize_fp8,
-    quantize_integer,
-    quantize_nf4,
-    to_blocks,
-)
-from .packing import look_up, split_words, word_table
+from .grids import choose_absmax, choose_static_scale, from_blocks, quantize_to_levels, to_blocks
+from .packing import WIDTHS, look_up, split_words, word_table
 
-__all__ = ["CODECS", "Codec", "codec_by_id"]
+__all__ = ["CODECS", "Codec", "codec_of_levels"]
 
 _CHUNK = 1 << 17  # weights that are worked on at a time, so that they stay in the processor's cache
 
@@ -38,25 +25,35 @@ class Codec:
     """A fixed-width code: each weight is levels[code] * scale of its block.
 
     Args:
-        id: its number in packed files.
-        name: its name in settings and reports.
+        name: its name in the index of packed files.
         bits: bits per code.
         levels: the 2^bits values that codes stand for, times the scale; NaN for a code that is not used.
         choose_scale: blocks (r, b, g) and the dtype of stored scales to scales (r, b), for strategies that look at the data alone.
         quantize: blocks (r, b, g) and scales (r, b) to codes (r, b, g).
+        nearest: the same to the levels of these codes, float32, where that can be had without the codes; training calls it at
+            every step.
     """
 
-    id: int
     name: str
     bits: int
     levels: tuple[float, ...]
     choose_scale: Callable[[Tensor, torch.dtype], Tensor]
     quantize: Callable[[Tensor, Tensor], Tensor]
+    nearest: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @functools.cached_property
     def reach(self) -> float:
         """The largest magnitude of a level."""
         return max(abs(level) for level in self.levels if not math.isnan(level))
+
+    @functools.cached_property
+    def has_unused_codes(self) -> bool:
+        """Whether some codes stand for no number."""
+        return any(map(math.isnan, self.levels))
+
+    @functools.cached_property
+    def _word_table(self) -> npt.NDArray[np.generic]:
+        return word_table(np.array(self.levels, np.float32), self.bits)
 
     def encode(
         self,
@@ -100,7 +97,7 @@ class Codec:
         size = max(1, _CHUNK // max(count, 1))
         for start in range(0, len(out), size):
             piece = slice(start, start + size)
-            found = look_up(split_words(packed[piece], self.bits), _level_table(self.name))
+            found = look_up(split_words(packed[piece], self.bits), self._word_table)
             _scale_into(torch.from_numpy(found)[:, :count], scales[piece], block_size, out[piece])
 
 
@@ -123,38 +120,20 @@ def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return scales.clamp(-largest, largest).to(dtype)
 
 
-@functools.cache
-def _level_table(name: str) -> npt.NDArray[np.generic]:
-    codec = CODECS[name]
-    return word_table(np.array(codec.levels, np.float32), codec.bits)
+def codec_of_levels(name: str, levels: Sequence[float]) -> Codec:
+    """Return a codec with the given levels, whose scale is the largest magnitude of a block.
+
+    Args:
+        name: in the index of packed files.
+        levels: (2^bits,), rising, for 2, 3, 4, 5, 6 or 8 bits; the largest magnitude is usually 1.
+
+    Raises:
+        ValueError: there are not so many levels, or they do not rise.
+    """
+    bits = (len(levels) - 1).bit_length()
+    if bits not in WIDTHS or len(levels) != 1 << bits or list(levels) != sorted(set(levels)):
+        raise ValueError(f"codec {name}: {len(levels)} levels: 2^bits rising ones are needed, bits {', '.join(map(str, WIDTHS))}")
+    return Codec(name, bits, tuple(levels), choose_absmax, functools.partial(quantize_to_levels, levels=tuple(levels)))
 
 
-def _integer(id: int, bits: int) -> Codec:
-    return Codec(
-        id,
-        f"int{bits}",
-        bits,
-        tuple(integer_levels(bits)),
-        lambda blocks, dtype: choose_mse_scale(blocks, bits, dtype),
-        lambda blocks, scales: quantize_integer(blocks, scales, bits),
-    )
-
-
-CODECS: dict[str, Codec] = {
-    codec.name: codec
-    for codec in (
-        _integer(1, 8),
-        _integer(2, 4),
-        Codec(3, "nf4", 4, NF4_LEVELS, choose_absmax, quantize_nf4),
-        _integer(4, 2),
-        _integer(5, 3),
-        _integer(6, 5),
-        _integer(7, 6),
-        Codec(8, "fp8", 8, fp8_levels(), choose_fp8_scale, quantize_fp8),
-    )
-}
-
-
-def codec_by_id(number: int) -> Codec | None:
-    """The codec that a packed file names by `number`, None where this version has none of that number."""
-    return next((codec for codec in CODECS.values() if codec.id == number), None)
+CODECS: dict[str, Codec] = {}  # by name; `registry` fills it with the codecs of each strategy

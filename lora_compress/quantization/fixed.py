@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +25,6 @@ from torch import Tensor
 from ..errors import FormatError
 from .codecs import CODECS, Codec
 from .packing import WIDTHS, pack_bits, packed_width
-
-if TYPE_CHECKING:
-    from ..settings import QuantizationSettings
 
 __all__ = ["MIXED", "FixedFormat", "component_size", "decode_fixed", "encode_fixed", "fixed_size"]
 
@@ -62,11 +58,6 @@ class FixedFormat:
             raise FormatError(f"block size {self.block_size}: must be 1 or more, or none for one scale per row")
         if self.scale_dtype not in _SCALE_DTYPES:
             raise FormatError(f"scales of {self.scale_dtype}: must be torch.bfloat16 or torch.float32")
-
-    @classmethod
-    def of_settings(cls, settings: QuantizationSettings) -> FixedFormat:
-        """The format that `settings` ask for: strategy dynamic, static, nf4 or mixed."""
-        return cls(settings.codec_name, settings.block_size, settings.static_scale)
 
     def codecs(self, rank: int, bits: Sequence[int] | None) -> list[Codec]:
         """The codec of each component.
@@ -208,8 +199,6 @@ def _decode_rows(
 ) -> None:
     """Fill `outs`, rows of down and of up, with what rows of one codec stand for."""
     start = sum(widths.scales)
-    if codec.name == "fp8" and ((rows[:, start:] & 127) == 127).any():
-        raise FormatError(f"{name}: holds a code that stands for no number: the file is damaged")
     values = _scale_values(rows[:, :start], form.scale_dtype)
     largest = float(values.abs().amax())
     if not math.isfinite(largest):
@@ -218,6 +207,8 @@ def _decode_rows(
     for out, scale, width in zip(outs, scales, widths.codes, strict=True):
         codec.decode_packed(rows[:, start : start + width], scale, form.block_size, out)
         start += width
+        if codec.has_unused_codes and torch.isnan(out).any():
+            raise FormatError(f"{name}: holds a code that stands for no number: the file is damaged")
         limit = torch.finfo(out.dtype).max
         if largest * codec.reach > limit and not torch.isfinite(out).all():
             raise FormatError(f"{name}: holds weights above {limit:g}, where {out.dtype} ends: decode to bfloat16 or float32")
@@ -240,6 +231,6 @@ def _scale_values(raw: npt.NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
 
 def _runs(codecs: Sequence[Codec]) -> Iterator[tuple[Codec, int]]:
     """Neighbouring components of the same codec: the codec and how many."""
-    for _, run in itertools.groupby(codecs, key=lambda codec: codec.id):
+    for _, run in itertools.groupby(codecs, key=lambda codec: codec.name):
         members = list(run)
         yield members[0], len(members)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "FP8_LARGEST",
-    "NF4_LEVELS",
     "choose_absmax",
     "choose_fp8_scale",
     "choose_mse_scale",
@@ -18,29 +19,10 @@ __all__ = [
     "integer_steps",
     "quantize_fp8",
     "quantize_integer",
-    "quantize_nf4",
+    "quantize_to_levels",
     "to_blocks",
 ]
 
-# Quantiles of a standard normal, scaled to [-1, 1]: QLoRA (arXiv 2305.14314), the values of bitsandbytes' kernels.
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 # Fewest steps at which the largest weight of a block may lie. Every whole number from here to 2^(bits-1) is a candidate of
 # the search, so that what was decoded is encoded again to the same values.
 _LEAST_REACH = {2: 1, 3: 3, 4: 6, 5: 14, 6: 29, 8: 122}
@@ -132,10 +114,10 @@ def quantize_fp8(blocks: Tensor, scale: Tensor) -> Tensor:
     return fitted.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def quantize_nf4(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """Codes (r, b, g), uint8, of the nearest NF4 level of blocks / absmax: those of bitsandbytes' quantize_4bit."""
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=blocks.device)
-    return torch.bucketize((blocks * _reciprocal(absmax)).contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+def quantize_to_levels(blocks: Tensor, scale: Tensor, levels: Sequence[float]) -> Tensor:
+    """Codes (r, b, g), uint8, of the rising level nearest to blocks / scale; with those of NF4 the codes of bitsandbytes."""
+    values = torch.tensor(levels, dtype=torch.float32, device=blocks.device)
+    return torch.bucketize((blocks * _reciprocal(scale)).contiguous(), (values[1:] + values[:-1]) / 2).to(torch.uint8)
 
 
 class _ScaleSearch:

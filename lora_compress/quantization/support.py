@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..settings.quantization import BITS_ALLOWED
+from .registry import STRATEGIES
+from .strategy import Strategy
 
 __all__ = ["QuantizationSupport", "check_quantization_support"]
 
-_CODER = "constriction"
-_CODER_REMEDY = f"the entropy coder is missing: pip install {_CODER}"
 _CUDA_REMEDY = "torch finds no CUDA device: quantization_device=cpu does the same work"
 
 
@@ -32,7 +31,7 @@ class QuantizationSupport:
 
 
 def check_quantization_support() -> dict[str, QuantizationSupport]:
-    """What this machine can do, by name: the strategies dynamic, static, nf4, mixed and entropy, then cuda and bitsandbytes.
+    """What this machine can do, by name: the registered strategies, then cuda and bitsandbytes.
 
     dynamic, static, nf4 and mixed need nothing but torch. entropy codes with constriction's range coder (writing and
     reading). cuda is where the SVD and the quantizers may run. bitsandbytes is not needed: our NF4 codes are its own, and
@@ -41,13 +40,19 @@ def check_quantization_support() -> dict[str, QuantizationSupport]:
     >>> check_quantization_support()["dynamic"]
     QuantizationSupport(available=True, bits='2, 3, 4, 5, 6, 8', reason='')
     """
-    coder, cuda, bitsandbytes = _found(_CODER), torch.cuda.is_available(), _found("bitsandbytes")
-    fixed = {name: QuantizationSupport(True, BITS_ALLOWED[name]) for name in ("dynamic", "static", "nf4", "mixed")}
-    return fixed | {
-        "entropy": QuantizationSupport(coder, BITS_ALLOWED["entropy"], "" if coder else _CODER_REMEDY),
+    cuda, bitsandbytes = torch.cuda.is_available(), _found("bitsandbytes")
+    return {name: _support(strategy) for name, strategy in STRATEGIES.items()} | {
         "cuda": QuantizationSupport(cuda, "as on the CPU", "" if cuda else _CUDA_REMEDY),
         "bitsandbytes": QuantizationSupport(bitsandbytes, "4", "" if bitsandbytes else "not installed, and not needed for nf4"),
     }
+
+
+def _support(strategy: Strategy) -> QuantizationSupport:
+    if strategy.package is None or _found(strategy.package):
+        return QuantizationSupport(True, strategy.allowed_bits)
+    return QuantizationSupport(
+        False, strategy.allowed_bits, f"the {strategy.name} coder is missing: pip install {strategy.package}"
+    )
 
 
 def _found(module: str) -> bool:

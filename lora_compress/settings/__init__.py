@@ -9,11 +9,10 @@ from .host_option import HostOption, describe_value, is_same_value
 from .host_values import read_host_value
 from .parsing import read_config, read_toml, refuse_setting
 from .pruning import PruningSettings
-from .quantization import BITS_TABLE, QuantizationSettings, allows_bits
+from .quantization import QuantizationSettings, allows_bits, bits_table
 from .training import QatSettings, TrainingSettings
 
 __all__ = [
-    "BITS_TABLE",
     "EXTRACTOR_NAMES",
     "SAVE_FORMATS",
     "SECTIONS",
@@ -27,6 +26,7 @@ __all__ = [
     "QuantizationSettings",
     "TrainingSettings",
     "allows_bits",
+    "bits_table",
     "describe_value",
     "is_same_value",
     "parse_size",

@@ -116,8 +116,9 @@ class CompressionSettings:
         flat["min_rank"] = pruning.rank_floor
         flat["group_size"] = quantization.block_size if quantization.enabled else None
         flat["scale"] = quantization.static_scale if quantization.enabled else None
-        if quantization.strategy != "entropy":
-            flat["progressive"] = flat["refine"] = None
+        for name in ("progressive", "refine"):
+            if name not in quantization.method.defaults:
+                flat[name] = None
         for name in ("layer_threshold", "channel_threshold", "allow_larger"):
             flat[name] = flat[name] or None
         flat |= {

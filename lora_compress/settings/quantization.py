@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-__all__ = ["BITS_ALLOWED", "BITS_TABLE", "STRATEGIES", "QuantizationSettings", "allows_bits"]
+from ..quantization.fake import FakeQuantizer
+from ..quantization.fixed_width import DEFAULT_GROUP_SIZE
+from ..quantization.registry import STRATEGIES
+from ..quantization.strategy import Strategy
 
-STRATEGIES = ("dynamic", "static", "nf4", "mixed", "entropy")
-BITS_ALLOWED = {
-    "dynamic": "2, 3, 4, 5, 6, 8",
-    "static": "2, 3, 4, 5, 6, 8",
-    "nf4": "4",
-    "mixed": "an average from 2 to 8, or none with a target",
-    "entropy": "an average above 0 and up to 8, or none with a target",
-}
-BITS_TABLE = "; ".join(f"{name}: {bits}" for name, bits in BITS_ALLOWED.items()) + "; no quantization: 16 with dynamic or static"
-_WHOLE = {"dynamic": (2, 3, 4, 5, 6, 8, 16), "static": (2, 3, 4, 5, 6, 8, 16), "nf4": (4,)}
-_AVERAGE_FROM = {"mixed": 2.0, "entropy": 0.0}  # entropy: above it
-_AVERAGE_TO = 8.0
-_GROUP_SIZES = {
-    "dynamic": (16, 32, 64, 128, 256, 512, 1024),
-    "nf4": (32, 64, 128, 256),
-    "mixed": (16, 32, 64, 128, 256, 512, 1024),
-}
-_NO_GROUPS = {"static": "one scale per component", "entropy": "one step for the whole file"}
-_DEFAULT_GROUP_SIZE = 64
-_DEFAULT_STATIC_SCALE = 0.0625
+__all__ = ["QuantizationSettings", "allows_bits", "bits_table"]
+
+
+def bits_table() -> str:
+    """Return the bits that each strategy allows, in words."""
+    allowed = "; ".join(f"{name}: {strategy.allowed_bits}" for name, strategy in STRATEGIES.items())
+    off = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.off_at_16)
+    return f"{allowed}; no quantization: 16 with {off}"
+
+
+def _listed(names: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,8 @@ class QuantizationSettings:
     nf4: bitsandbytes' NF4. mixed: dynamic, bits per component by the budget. entropy: one step for the file, entropy-coded.
     """
 
-    bits: float | None = field(default=None, metadata={"help": f"bits per stored weight ({BITS_TABLE}); default 16"})
-    strategy: str = field(default="dynamic", metadata={"help": ", ".join(STRATEGIES[:-1]) + f" or {STRATEGIES[-1]}"})
+    bits: float | None = field(default=None, metadata={"help": f"bits per stored weight ({bits_table()}); default 16"})
+    strategy: str = field(default="dynamic", metadata={"help": _listed(list(STRATEGIES))})
     group_size: int | None = field(default=None, metadata={"help": "weights that share a scale (dynamic, nf4, mixed); default 64"})
     scale: float | None = field(default=None, metadata={"help": "static only: 8-bit step / RMS of the component; default 0.0625"})
     progressive: bool = field(default=False, metadata={"help": "entropy only: any beginning of the file is a smaller LoRA"})
@@ -54,32 +48,40 @@ class QuantizationSettings:
         return self.averages or (self.bits is not None and self.bits < 16)
 
     @property
+    def method(self) -> Strategy:
+        """The strategy of this name from the registry."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def averages(self) -> bool:
-        """Whether bits are an average over the file that a budget may take the place of: mixed and entropy."""
-        return self.strategy in _AVERAGE_FROM
+        """Whether bits are an average over the file that a budget may take the place of."""
+        return self.strategy in STRATEGIES and self.method.averages
 
     @property
     def codec_name(self) -> str:
-        """`entropy`, or the name by which `quantization.FixedFormat` knows these settings: mixed, nf4, int4 and so on."""
-        return self.strategy if self.averages or self.strategy == "nf4" else f"int{self.bits}"
+        """The name that packed files of these settings give their codec where quantization is enabled: int4, mixed and so on."""
+        return self.method.codec_name(self)
 
     @property
     def block_size(self) -> int | None:
-        """Weights per scale; None means one scale for each component (static) or none at all (entropy)."""
-        return None if self.strategy in _NO_GROUPS else self.group_size or _DEFAULT_GROUP_SIZE
+        """Weights per scale; None if the strategy has no groups."""
+        return (self.group_size or DEFAULT_GROUP_SIZE) if self.method.group_sizes else None
 
     @property
     def static_scale(self) -> float | None:
-        """The scale of strategy static, None for the others."""
-        if self.strategy != "static":
-            return None
-        return _DEFAULT_STATIC_SCALE if self.scale is None else self.scale
+        """The setting `scale` with its default filled in, None for strategies that do not read it."""
+        return self.method.defaults.get("scale") if self.scale is None else self.scale
+
+    def fake_quantizer(self) -> FakeQuantizer:
+        """Return a new quantizer for the forward passes of a training."""
+        return self.method.fake_quantizer(self)
 
     def problems(self) -> list[str]:
         """What is wrong, a sentence each."""
         if self.strategy not in STRATEGIES:
             return [f"strategy={self.strategy}: must be one of {', '.join(STRATEGIES)}"]
-        return [*self._bits_problems(), *self._group_problems(), *self._scale_problems(), *self._entropy_problems()]
+        strange = self._strange_problems()
+        return [*self._bits_problems(), *self._group_problems(), *(strange or self.method.problems(self))]
 
     def budget_problems(self, budget: bool) -> list[str]:
         """What is wrong about bits beside a `budget`, a target_size or target_error; mixed and entropy take one of the two."""
@@ -87,41 +89,41 @@ class QuantizationSettings:
             return []
         if budget:
             return [f"bits={self.bits:g} with strategy={self.strategy} and a target: give the one or the other"]
-        return [f"bits=none with strategy={self.strategy} and no target: give bits, target_size or target_error ({BITS_TABLE})"]
+        return [f"bits=none with strategy={self.strategy} and no target: give bits, target_size or target_error ({bits_table()})"]
 
     def _bits_problems(self) -> list[str]:
         if self.bits is None:
-            needed = self.strategy in ("static", "nf4")
-            return [f"bits=none with strategy={self.strategy}: allowed are {BITS_TABLE}"] if needed else []
-        if self.averages:
-            least = _AVERAGE_FROM[self.strategy]
-            allowed = 0.0 < self.bits <= _AVERAGE_TO and self.bits >= least
-        else:
-            allowed = self.bits in _WHOLE[self.strategy]
-        return [] if allowed else [f"bits={self.bits:g} with strategy={self.strategy}: allowed are {BITS_TABLE}"]
+            return [f"bits=none with strategy={self.strategy}: allowed are {bits_table()}"] if self.method.needs_bits else []
+        allowed = self.method.allows(self.bits)
+        return [] if allowed else [f"bits={self.bits:g} with strategy={self.strategy}: allowed are {bits_table()}"]
 
     def _group_problems(self) -> list[str]:
         if self.group_size is None:
             return []
-        if self.strategy in _NO_GROUPS:
-            return [f"group_size is not used by strategy={self.strategy} ({_NO_GROUPS[self.strategy]}): remove it"]
-        allowed = _GROUP_SIZES[self.strategy]
-        if self.group_size in allowed:
+        if not self.method.group_sizes:
+            return [f"group_size is not used by strategy={self.strategy} ({self.method.ungrouped}): remove it"]
+        if self.group_size in self.method.group_sizes:
             return []
-        return [f"group_size={self.group_size}: strategy={self.strategy} allows {', '.join(map(str, allowed))}"]
+        return [f"group_size={self.group_size}: strategy={self.strategy} allows {', '.join(map(str, self.method.group_sizes))}"]
 
-    def _scale_problems(self) -> list[str]:
-        if self.scale is None:
-            return []
-        if self.strategy != "static":
-            return [f"scale is only used by strategy=static, not by {self.strategy}: remove it"]
-        return [] if 0.0 < self.scale < math.inf else [f"scale={self.scale:g}: must be above 0 (0.0625 to 0.25 is usual)"]
+    def _strange_problems(self) -> list[str]:
+        """Settings that are given but belong to other strategies."""
+        found = []
+        for option in fields(self):
+            value, owners = getattr(self, option.name), _owners(option.name)
+            if not owners or value == option.default or self.strategy in owners:
+                continue
+            if isinstance(value, bool):
+                given = f"{option.name}={str(value).lower()}"
+                found.append(f"{given} is only possible with strategy={_listed(owners)}, not with {self.strategy}")
+            else:
+                found.append(f"{option.name} is only used by strategy={_listed(owners)}, not by {self.strategy}: remove it")
+        return found
 
-    def _entropy_problems(self) -> list[str]:
-        if self.strategy == "entropy":
-            return []
-        given = {"progressive=true": self.progressive, "refine=false": not self.refine}
-        return [f"{text} is only possible with strategy=entropy, not with {self.strategy}" for text, on in given.items() if on]
+
+def _owners(option: str) -> list[str]:
+    """Names of the strategies that read one of the settings that not all of them read."""
+    return [name for name, strategy in STRATEGIES.items() if option in strategy.defaults]
 
 
 def allows_bits(strategy: str, bits: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from ..quantization.registry import STRATEGIES
 from .pruning import PruningSettings
 from .quantization import QuantizationSettings
 
@@ -94,8 +95,10 @@ class QatSettings:
         found = []
         if not quantization.enabled:
             found.append("qat=true trains with quantized weights: set bits under 16")
-        elif quantization.strategy == "mixed":
-            found.append("qat=true with strategy=mixed: its bits are chosen at saving: use dynamic, static, nf4 or entropy")
+        elif quantization.strategy in STRATEGIES and (reason := quantization.method.untrainable):
+            others = [name for name, strategy in STRATEGIES.items() if not strategy.untrainable]
+            listed = f"{', '.join(others[:-1])} or {others[-1]}"
+            found.append(f"qat=true with strategy={quantization.strategy}: {reason}: use {listed}")
         if quantization.progressive:
             found.append("qat=true and progressive=true contradict each other: a part of the file would not be what was trained")
         if budget:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 from ..evaluation.history import Entry, History, measured_gap, measured_value, number, succeeded
 from ..evaluation.intervals import interval_of
+from ..quantization import STRATEGIES
 from ..settings import AdaptiveSettings, allows_bits
 
 __all__ = ["CONTROLLERS", "Compression", "Decision", "adaptive_compression_strategy", "decide", "fid_gap", "slope"]
@@ -223,12 +224,12 @@ def _moved(
 
 
 def _possible_bits(current: Compression, bits: float | None, way: int, settings: AdaptiveSettings) -> tuple[float | None, str]:
-    """The bits themselves, dynamic with them, or the next that can be had in the direction of the change."""
+    """Return the bits themselves, perhaps with another strategy that has them, or the next in the direction of the change."""
     if bits is None or bits == current.bits or allows_bits(current.strategy, bits):
         return bits, current.strategy
-    if current.strategy == "nf4" and allows_bits("dynamic", bits):
-        return bits, "dynamic"
-    strategy = "dynamic" if current.strategy == "nf4" else current.strategy
+    strategy = STRATEGIES[current.strategy].at_other_bits or current.strategy
+    if allows_bits(strategy, bits):
+        return bits, strategy
     steps = range(math.ceil(bits), math.floor(settings.max_bits) + 1) if way > 0 else range(math.floor(bits), 0, -1)
     for candidate in steps:
         if allows_bits(strategy, candidate) and (way > 0 or candidate >= settings.min_bits):

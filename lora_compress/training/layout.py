@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
+from ..quantization import FakeQuantizer
 from ..settings import CompressionSettings
 from .calibration import calibration_layout
-from .fake import Grid
 from .pairs import Pair
 
 __all__ = ["state_layout"]
 
 
 def state_layout(
-    pairs: Mapping[str, Pair], settings: CompressionSettings, grid: Grid | None
+    pairs: Mapping[str, Pair], settings: CompressionSettings, grid: FakeQuantizer | None
 ) -> dict[str, tuple[torch.dtype, Mapping[str, tuple[int, ...]]]]:
     """dtype and shapes by buffer, for `TrainingState`; only what the settings need.
 

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from ..engine.in_memory import CompressedLora
 from ..errors import SettingsError
 from ..parallel import each_module
+from ..quantization import FakeQuantizer
 from ..settings import CompressionSettings
 from .across import take_from_first_rank
 from .attach import Attachment
-from .fake import Grid, make_grid
 from .importance import component_sensitivity, update_sensitivity
 from .layout import state_layout
 from .pairs import Pair
@@ -57,7 +57,7 @@ class TrainingSession:
         if not pairs:
             raise SettingsError(["no pair of layers to train: nothing was found in the network"], "training")
         self.pairs, self.settings, self._total = dict(pairs), settings, total_steps
-        self.grid: Grid | None = make_grid(settings.quantization) if settings.quantized_training.qat else None
+        self.grid: FakeQuantizer | None = settings.quantization.fake_quantizer() if settings.quantized_training.qat else None
         self.timeline: Timeline | None = None
         self.state = TrainingState(state_layout(self.pairs, settings, self.grid))
         self.state.on_load(self._loaded)
@@ -131,7 +131,7 @@ class TrainingSession:
         """Go on as if `settings`, of other ranks or bits, had been there from the start: masks and scales stay as they are."""
         self.settings = settings
         if self.grid is not None:
-            self.grid = make_grid(settings.quantization)
+            self.grid = settings.quantization.fake_quantizer()
 
     def adapt(self, settings: CompressionSettings) -> None:
         """Compress as `settings` say, which have other ranks or bits, from the next step on.

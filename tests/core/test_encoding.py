@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lora_compress import FormatError, QuantizationSettings
 from lora_compress.packed.index import ModuleRecord
-from lora_compress.packed.module import ModulePlan, decode_module, decode_rows, encode_module, spread_channels
+from lora_compress.packed.module import decode_module, decode_rows, encode_module, spread_channels
+from lora_compress.quantization import ModulePlan
 
 CODECS = {
     **{f"int{bits}": QuantizationSettings(bits=bits) for bits in (2, 3, 4, 5, 6, 8)},
@@ -198,7 +199,7 @@ def test_every_beginning_of_layers_is_closer() -> None:
 
 def test_rows_of_zeros_are_no_module() -> None:
     shape = ModuleRecord("m", 8, 6, (), 2, "", {})
-    coded = encode_module(shape, torch.zeros(2, 6), random(2, 8), ModulePlan(2, step=0.1), CODECS["entropy"])
+    coded = encode_module(shape, torch.zeros(2, 6), random(2, 8), ModulePlan(2, step_size=0.1), CODECS["entropy"])
     assert coded.entry.rank == 0
     fixed = encode_module(shape, torch.zeros(2, 6), random(2, 8), ModulePlan(2), CODECS["int4"])
     assert not decode_module(fixed.entry, fixed.chunks).down.any()

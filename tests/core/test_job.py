@@ -12,7 +12,8 @@ from core.factories import dense, mixed_updates, random_update, update_of_spectr
 from lora_compress import CompressionSettings, FormatError, LowRankUpdate
 from lora_compress.engine.encode import EncodedModule, Encoder, pad_to_two
 from lora_compress.layouts.plain import FP8, PlainKeys
-from lora_compress.packed.module import ModulePlan, decode_module
+from lora_compress.packed.module import decode_module
+from lora_compress.quantization import ModulePlan
 
 PEFT = PlainKeys("{}.lora_A.weight", "{}.lora_B.weight", None)
 FORMS: dict[str, tuple[dict[str, object], ModulePlan]] = {
@@ -20,7 +21,7 @@ FORMS: dict[str, tuple[dict[str, object], ModulePlan]] = {
     "int8": ({"bits": 8}, ModulePlan(5)),
     "int2": ({"bits": 2}, ModulePlan(8)),
     "mixed": ({"strategy": "mixed", "bits": 4}, ModulePlan(3, (8, 4, 2))),
-    "entropy": ({"strategy": "entropy", "bits": 4}, ModulePlan(8, step=0.05)),
+    "entropy": ({"strategy": "entropy", "bits": 4}, ModulePlan(8, step_size=0.05)),
     "channels": ({"bits": 6, "channel_threshold": 0.7}, ModulePlan(8)),
     "plain channels": ({"new_rank": 8, "channel_threshold": 0.7}, ModulePlan(8)),
     "int4 in kohya": ({"bits": 4, "save_format": "kohya"}, ModulePlan(4)),
@@ -148,7 +149,7 @@ def test_fp8_factors_keep_within_their_range(magnitude: float) -> None:
 def test_a_prediction_of_sizes_and_errors_is_close() -> None:
     updates = {f"m{i}": update_of_spectrum([2.0 / (k + 1) for k in range(8)], 90, 70, seed=i) for i in range(6)}
     work = encoder("entropy", updates)
-    choices = {name: ModulePlan(8, step=0.02) for name in updates}
+    choices = {name: ModulePlan(8, step_size=0.02) for name in updates}
     predicted, found = work.predict(choices), dict(work.run(choices))
     assert predicted.keys() == found.keys()
     for field in ("payload", "squared_error"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compress.quantization import CODECS, Codec, codec_by_id, pack_bits
+from lora_compress.quantization import CODECS, Codec, pack_bits
 
 CODEC_NAMES = tuple(CODECS)
 INTEGERS = ("int2", "int3", "int4", "int5", "int6", "int8")
@@ -221,13 +221,6 @@ def test_scales_in_float32_are_no_worse(name: str) -> None:
     assert scales.dtype == torch.float32
     wide = relative_rms(CODECS[name].decode(codes, scales, 64), rows)
     assert wide < 1.002 * relative_rms(round_trip(CODECS[name], rows, 64), rows)
-
-
-def test_numbers_of_codecs_are_those_of_the_format() -> None:
-    expected = {"int8": 1, "int4": 2, "nf4": 3, "int2": 4, "int3": 5, "int5": 6, "int6": 7, "fp8": 8}
-    assert {name: codec.id for name, codec in CODECS.items()} == expected
-    assert all(codec_by_id(number) is CODECS[name] for name, number in expected.items())
-    assert codec_by_id(99) is None
 
 
 @pytest.mark.parametrize("width", [320, 33, 100, 768])

@@ -12,7 +12,7 @@ from lora_compress import CompressionSettings, LowRankUpdate
 from lora_compress.engine.context import FileContext
 from lora_compress.engine.encode import EncodedModule, Encoder
 from lora_compress.engine.plan import plan
-from lora_compress.packed.module import ModulePlan
+from lora_compress.quantization import ModulePlan
 from lora_compress.update import relative_error
 
 
@@ -80,7 +80,7 @@ def test_a_budget_is_met_within_one_percent_by_few_looks_at_the_file(budget: dic
 @pytest.mark.parametrize("step", [0.03, 0.01, 0.002])
 def test_predictions_are_what_coding_comes_to(step: float, codec: dict[str, Any]) -> None:
     counted = encoder(target_size="100kB", **codec)
-    choices = {name: ModulePlan(16, step=step) for name in counted.components}
+    choices = {name: ModulePlan(16, step_size=step) for name in counted.components}
     made, predicted = dict(counted.run(choices)), counted.predict(choices)
     assert frame(counted).file_size(predicted) == pytest.approx(frame(counted).file_size(made), rel=0.004)
     assert error(counted, predicted) == pytest.approx(error(counted, made), rel=0.012)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ...errors import FormatError, SettingsError
-from ..refine import refine_module
 from .ans import CHECK_BITS, AnsReader, AnsWriter
 from .integers import QuantizedModule, quantize_module, restore_module, row_units
 from .numba_reader import CompiledReader, compiled_kernels
 from .passes import read_steps, write_steps
 from .reconstruction import Model, row_weights
+from .refine import refine_module
 from .side_information import read_side, write_side
 from .stages import Layering, Run, row_runs
 from .starts import start_layers

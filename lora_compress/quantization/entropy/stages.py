@@ -9,7 +9,9 @@ import numpy as np
 
 from .tables import MAX_SCALE
 
-__all__ = ["Layering", "Run", "least_scale", "lowest_symbol_plane", "row_runs"]
+__all__ = ["LEAST_PLANES", "MOST_PLANES", "Layering", "Run", "least_scale", "lowest_symbol_plane", "row_runs"]
+
+LEAST_PLANES, MOST_PLANES = 6, 16  # of a progressive payload, whose first stage tells all that is worth as much as the highest
 
 
 class Layering(NamedTuple):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lora_compress.errors import FormatError, LoraCompressError, SettingsError
 from lora_compress.quantization.entropy.codec import components_told, decode_entropy, encode_entropy, predict_entropy
 from lora_compress.quantization.entropy.integers import quantize_module, restore_module
+from lora_compress.quantization.entropy.refine import refine_module, rows_squared_error
 from lora_compress.quantization.entropy.stages import Layering
-from lora_compress.quantization.refine import refine_module, rows_squared_error
 from tests.core.quantization import reference_decoder
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module, shannon_bits
 

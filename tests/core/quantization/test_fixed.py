@@ -16,6 +16,7 @@ from lora_compress.quantization import (
     CODECS,
     WIDTHS,
     FixedFormat,
+    ModulePlan,
     component_size,
     decode_fixed,
     encode_fixed,
@@ -150,8 +151,10 @@ def test_given_scales_are_stored() -> None:
     ],
 )
 def test_settings_name_their_format(values: QuantizationSettings, codec: str, block_size: int | None) -> None:
-    form = FixedFormat.of_settings(values)
-    assert (form.codec, form.block_size, form.static_scale) == (codec, block_size, values.static_scale)
+    coded = values.method.encode(*factors(), ModulePlan(RANK, (4,) * RANK), values)
+    assert (coded.codec, coded.parameters["block"]) == (codec, block_size or 0)
+    form = FixedFormat(codec, block_size, values.static_scale)
+    assert coded.chunks == [encode_fixed(*factors(), form, (4,) * RANK if codec == "mixed" else None)]
 
 
 GOOD = encode_fixed(*factors(), FixedFormat("int4", 64))
@@ -207,7 +210,7 @@ def test_other_codecs_take_no_bits() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FixedFormat("int7"), "codec int7: known are int8, int4, nf4"),
+        (lambda: FixedFormat("int7"), "codec int7: known are int2, int3, int4"),
         (lambda: FixedFormat("int4", 0), "block size 0"),
         (lambda: FixedFormat("int4", 64, scale_dtype=torch.float16), "scales of torch.float16"),
     ],

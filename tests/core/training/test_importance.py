@@ -7,7 +7,7 @@ import torch
 
 from lora_compress import PruningSettings
 from lora_compress.pruning import select_ranks
-from lora_compress.training.entropy_grid import EntropyGrid
+from lora_compress.quantization.entropy.fake import EntropyFakeQuantizer
 from lora_compress.training.importance import component_sensitivity, rotate_averages, update_gram, update_sensitivity
 from lora_compress.training.masks import choose_masks
 
@@ -86,7 +86,7 @@ def test_the_step_of_the_entropy_grid_meets_its_bits(bits: float) -> None:
     rows = {
         name: [torch.randn(12, n, generator=generator) * falling * s for n in (300, 500)] for name, s in (("a", 0.1), ("b", 0.03))
     }
-    grid = EntropyGrid(bits)
+    grid = EntropyFakeQuantizer(bits)
     grid.prepare(rows, torch.zeros(6))
     size = 0
     for name, parts in rows.items():

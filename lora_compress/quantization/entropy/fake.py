@@ -1,4 +1,4 @@
-"""Fake quantization of the entropy codec: one step for the whole file, weights where the decoder will put them."""
+"""Fake quantization of the entropy codec for training: one step size for the file, weights where the decoder will put them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..parallel import each_module
-from ..quantization.entropy.codec import encode_integers
-from ..quantization.entropy.integers import QuantizedModule, as_array, quantize_rows, restore_rows, row_units
-from ..quantization.entropy.table_choice import choose_models
+from ...parallel import each_module
+from .codec import encode_integers
+from .integers import QuantizedModule, as_array, quantize_rows, restore_rows, row_units
+from .table_choice import choose_models
 
-__all__ = ["EntropyGrid"]
+__all__ = ["CODEC_NAME", "EntropyFakeQuantizer"]
+
+CODEC_NAME = "entropy"  # in the index of packed files
 
 _PARAMETERS = 6  # gain, scale, shape, limit, multiplier and step of a row
 _ATTEMPTS = 8  # at the first step; later searches correct it once each
@@ -23,7 +25,7 @@ _LEAST_SIGMA = 1e-9  # of the strongest component: below, the gain no longer fol
 _ROOM = 16  # integers beyond the largest of a row that weights may reach until the next search
 
 
-class EntropyGrid:
+class EntropyFakeQuantizer:
     """q = round(row 2^(e/8) / step), and back to the centre of mass of the cell, as `quantization.integers` has it.
 
     Gains e, tables and the step are chosen from the weights now and then; in between integers are kept within the largest that
@@ -110,7 +112,7 @@ class EntropyGrid:
         module = QuantizedModule(
             gains, (values[0], values[1]), (scales[0], scales[1]), (shapes[0], shapes[1]), (nothing, nothing), kept
         )
-        return "entropy", {"step": step, "layers": 1}, encode_integers(module, step).chunks
+        return CODEC_NAME, {"step": step, "layers": 1}, encode_integers(module, step).chunks
 
 
 def _quantized(rows: Sequence[Tensor], step: float) -> tuple[QuantizedModule, np.ndarray]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from ..errors import SettingsError
-from .entropy.integers import (
+from ...errors import SettingsError
+from .integers import (
     QuantizedModule,
     as_array,
     quantize_module,

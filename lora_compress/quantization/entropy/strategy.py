@@ -1,0 +1,124 @@
+"""Strategy entropy: one quantizer step size for the whole file, integers coded at their probability."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import FormatError
+from ..fake import FakeQuantizer
+from ..plan import ModulePlan
+from ..strategy import BudgetSearch, CodedRows, Decoder, Options, StoredModule, Strategy, whole_number
+from .codec import SINGLE, components_told, decode_entropy, encode_entropy, predict_entropy
+from .fake import CODEC_NAME, EntropyFakeQuantizer
+from .stages import Layering
+
+__all__ = ["ENTROPY"]
+
+_MOST_BITS = 8.0
+_STAGES_PER_PLANE = {0: 1, 8_000: 2, 40_000: 4}  # by weights of a module: every chunk costs some bytes
+_PHASES_PER_SLOPE = 4  # a phase of 8, one octave of the step size, changes the error by a factor of 4
+
+
+class _EntropyDecoder(Decoder):
+    """Reads payloads with the parameters step (the step size) and layers, and per_plane and phase where layers > 1."""
+
+    def decode(self, module: StoredModule, chunks: Sequence[bytes], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the rows, as `Decoder.decode`."""
+        step_size, layering = _number(module.parameters["step"]), _layering_of(module.parameters)
+        with np.errstate(over="ignore"):
+            down, up = decode_entropy(chunks, module.rank, module.inputs, module.outputs, step_size, layering, dtype)
+        if not all(math.isfinite(edge) for rows in (down, up) if rows.numel() for edge in torch.aminmax(rows)):
+            raise FormatError(f"step {step_size} makes weights beyond {dtype}: the file is damaged, or decode to float32")
+        return down, up
+
+    def decoded_rank(self, module: StoredModule, chunks: Sequence[bytes]) -> int:
+        """Return the number of components that have started in these stages, at least one."""
+        return max(components_told(chunks, module.rank, _layering_of(module.parameters)), 1)
+
+    def stage_slope(self, module: StoredModule, stage: int) -> float:
+        """Return log2 of the least fall of squared error per bit in a stage."""
+        phase = whole_number(module.parameters.get("phase", 0))
+        return _layering_of(module.parameters).slope(stage) + phase / _PHASES_PER_SLOPE
+
+
+class _Entropy(Strategy):
+    name = "entropy"
+    search = BudgetSearch.STEP_SIZE
+    allowed_bits = "an average above 0 and up to 8, or none with a target"
+    needs_bits = False
+    ungrouped = "one step for the whole file"
+    defaults: Mapping[str, Any] = {"progressive": False, "refine": True}
+    package = "constriction"
+    decoders: Mapping[str, Decoder] = {CODEC_NAME: _EntropyDecoder()}
+
+    def allows(self, bits: float) -> bool:
+        """Return whether bits can be an average."""
+        return 0.0 < bits <= _MOST_BITS
+
+    def codec_name(self, options: Options) -> str:
+        """Return the one codec name of this strategy."""
+        return CODEC_NAME
+
+    def encode(self, down: Tensor, up: Tensor, plan: ModulePlan, options: Options, *, predict: bool = False) -> CodedRows:
+        """Quantize by the step size of the plan and code the integers, as `Strategy.encode`.
+
+        Raises:
+            ValueError: the plan has no step size.
+        """
+        if plan.step_size is None:
+            raise ValueError("strategy entropy needs the step size of a module's plan")
+        layering = _layering(down.numel() + up.numel(), plan.planes) if options.progressive else SINGLE
+        with np.errstate(over="ignore"):  # values that are too large for the step size are refused
+            if predict:
+                coded = predict_entropy(down, up, plan.step_size, layering=layering)
+            else:
+                coded = encode_entropy(down, up, plan.step_size, layering=layering, refine=options.refine)
+        parameters: dict[str, Any] = {"step": plan.step_size, "layers": layering.layers}
+        if layering.layers > 1:
+            parameters |= {"per_plane": layering.per_plane, "phase": plan.phase}
+        return CodedRows(CODEC_NAME, coded.rank, parameters, coded.chunks, coded.rows, coded.kept)
+
+    def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
+        """Return what the average bits amount to: how many bytes a component really takes depends on its weights."""
+        return self.payload_size(1, inputs, outputs, options)
+
+    def payload_size(
+        self,
+        rank: int,
+        inputs: int,
+        outputs: int,
+        options: Options,
+        bits: Sequence[int] | None = None,
+        scale_dtype: torch.dtype = torch.bfloat16,
+    ) -> int:
+        """Return what the average bits amount to."""
+        return int(rank * (inputs + outputs) * float(options.bits or _MOST_BITS) / 8)
+
+    def fake_quantizer(self, options: Options) -> FakeQuantizer:
+        """Return a quantizer for training that keeps to the average bits."""
+        return EntropyFakeQuantizer(float(options.bits or 0.0))
+
+
+def _layering(weights: int, planes: int) -> Layering:
+    per_plane = next(number for least, number in reversed(_STAGES_PER_PLANE.items()) if weights >= least)
+    return Layering(planes * per_plane, per_plane)
+
+
+def _layering_of(parameters: Mapping[str, Any]) -> Layering:
+    layers = whole_number(parameters["layers"])
+    return SINGLE if layers == 1 else Layering(layers, whole_number(parameters["per_plane"]))
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{value!r} is no float")
+    return float(value)
+
+
+ENTROPY = _Entropy()
