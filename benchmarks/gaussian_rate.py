@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_compress.quantization import CODECS
-from lora_compress.quantization.entropy.codec import SINGLE, EncodedModule, decode_entropy, encode_entropy
-from lora_compress.quantization.entropy.stages import Layering
+from lora_compress.quantization.entropy.codec import EntropyCoded, decode_entropy, encode_entropy
+from lora_compress.quantization.entropy.stages import SINGLE, Stages
 from lora_compress.update import LowRankUpdate, squared_error
 
 _STEPS_PER_SIGMA = 4.13  # sigma * sqrt(2 pi e) / 2^bits is the step of a rate
@@ -59,24 +59,24 @@ def measure(name: str, rows: Tensor, encode: Callable[[], tuple[Any, int]], deco
     }
 
 
-def entropy_line(rows: Tensor, bits: float, layering: Layering = SINGLE) -> dict[str, object]:
+def entropy_line(rows: Tensor, bits: float, stages: Stages = SINGLE) -> dict[str, object]:
     """The entropy codec at about `bits`, both factors of a module being halves of rows (2 r, n)."""
     down, up = rows.chunk(2)
     rank, width = down.shape
     step = _STEPS_PER_SIGMA * 2.0**-bits / width**0.5
 
-    def encode() -> tuple[EncodedModule, int]:
-        encoded = encode_entropy(down, up, step, layering=layering, refine=False)
+    def encode() -> tuple[EntropyCoded, int]:
+        encoded = encode_entropy(down, up, step, stages=stages, refine=False)
         if encoded.rank < rank:
             raise SystemExit(f"at {bits} bits components round to zero, and the gap is not that of {rank} of them")
         return encoded, 8 * sum(map(len, encoded.chunks))
 
-    def decode(encoded: EncodedModule) -> Tensor:
-        rows = decode_entropy(encoded.chunks, rank, width, width, step, layering)
+    def decode(encoded: EntropyCoded) -> Tensor:
+        rows = decode_entropy(encoded.chunks, rank, width, width, step, stages)
         return torch.cat([torch.zeros_like(coded).index_copy(0, torch.tensor(encoded.kept), coded) for coded in rows])
 
-    single = layering == SINGLE
-    line = measure("entropy" if single else f"progressive, {layering.layers} layers", rows, encode, decode)
+    single = stages == SINGLE
+    line = measure("entropy" if single else f"progressive, {stages.number} layers", rows, encode, decode)
     return {**line, **refinement(down, up, step)} if single else line
 
 
@@ -122,8 +122,8 @@ def main() -> None:
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(2 * arguments.rank, arguments.width, generator=random) / arguments.width**0.5
     lines = [entropy_line(rows, bits) for bits in (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10)]
-    layering = Layering(_LAYERS_PER_PLANE * arguments.planes, _LAYERS_PER_PLANE)
-    lines += [entropy_line(rows, bits, layering) for bits in (1, 2, 3, 4, 6, 8)]
+    stages = Stages(_LAYERS_PER_PLANE * arguments.planes, _LAYERS_PER_PLANE)
+    lines += [entropy_line(rows, bits, stages) for bits in (1, 2, 3, 4, 6, 8)]
     lines += [fixed_line(rows, name) for name in CODECS]
     print(f"{'codec':24}{'bits/weight':>12}{'rms':>10}{'gap':>8}{'encode ns':>11}{'refined ns':>12}{'gain':>8}{'decode M/s':>12}")
     for line in lines:

@@ -17,7 +17,7 @@ import resize
 import torch
 from safetensors import safe_open
 
-from lora_compress.quantization.entropy.stages import Layering
+from lora_compress.quantization.entropy.stages import Stages
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_anonymous_memory_is_seen(tmp_path: Path) -> None:
 
 def test_rates_on_gaussian_factors_are_close_to_their_bound() -> None:
     rows = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) / 512**0.5
-    entropy, progressive = (gaussian_rate.entropy_line(rows, 3, layering) for layering in (gaussian_rate.SINGLE, Layering(12, 2)))
+    entropy, progressive = (gaussian_rate.entropy_line(rows, 3, stages) for stages in (gaussian_rate.SINGLE, Stages(12, 2)))
     fixed = gaussian_rate.fixed_line(rows, "int4")
     assert 0.25 < float(entropy["gap_bits"]) < 0.35
     assert float(entropy["gap_bits"]) < float(progressive["gap_bits"]) < float(fixed["gap_bits"])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import NOT_FINITE, FormatError, SettingsError
-from .passes import MAX_VALUE, as_symbols, as_values
 from .reconstruction import Model, row_weights
+from .symbols import MAX_VALUE, as_symbols, as_values
 from .table_choice import choose_models, row_bits
 
 __all__ = [
@@ -82,7 +82,7 @@ class QuantizedModule:
 
     @cached_property
     def payload_bits(self) -> float:
-        """Bits that its payload of one layer takes."""
+        """Bits that its payload of one stage takes."""
         if not self.rank:
             return 0.0
         side = sum(8.0 + row_bits(*described) for described in zip(*self.side, strict=True))

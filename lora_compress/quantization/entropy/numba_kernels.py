@@ -1,7 +1,7 @@
 """The loops of the compiled reader. Importing them takes numba, and half a second; the first call ever, some seconds of compiling.
 
-A layer is a list of steps over one array of symbols: those of all runs of a module, one run after the other. A step does what
-`passes.read_steps` does. The stack is its words, of which `left` are not yet used, and its `head`, the coder's state.
+A stage is a list of passes over one array of symbols: those of all runs of a module, one run after the other. A pass does what
+`planes.read_passes` does. The stack is its words, of which `left` are not yet used, and its `head`, the coder's state.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 from numba import njit
 
 from .numba_reader import LOOKUP_BITS, PLAIN
-from .steps import Kind
 from .tables import CONTEXTS, PRECISION
+from .values import Kind
 
-__all__ = ["look_up", "read_steps"]
+__all__ = ["look_up", "read_passes"]
 
 Array = np.ndarray
 Table = tuple[Array, Array]  # cumulative counts from 0 to 2^24, uint64, and the symbols at which the search begins, uint16
@@ -144,17 +144,17 @@ def _table(bounds: Array, starts: Array, first: Array, number: int) -> Table:
 
 
 @_compiled
-def read_steps(
-    words: Array, left: int, head: np.uint64, bounds: Array, starts: Array, first: Array, steps: Array, known: Array
+def read_passes(
+    words: Array, left: int, head: np.uint64, bounds: Array, starts: Array, first: Array, passes: Array, known: Array
 ) -> tuple[int, np.uint64, int]:
-    """Take steps: `known` is filled in.
+    """Make passes: `known` is filled in.
 
     Args:
         words: (n,), uint32, with `left` and `head`: the stack.
         bounds: of all tables, one after the other, uint64: cumulative counts, from 0 to 2^24.
         starts: (tables + 1,), int64, where each begins in `bounds`. The first two are those of escaped integers.
         first: (tables, 2^9), uint16: the symbol with which a quantile that begins with these bits may begin.
-        steps: (steps, 10), int64: begin and end of its run in `known`, kind, plane (of RAW the one above), number of tables, these.
+        passes: (passes, 10), int64: begin and end of the run in `known`, kind, plane (of RAW: above), number of tables, these.
         known: symbols, int32.
 
     Returns:
@@ -163,7 +163,7 @@ def read_steps(
     largest = 0
     places = np.empty(len(known) + 1, dtype=np.int32)
     lengths, octets = _table(bounds, starts, first, _LENGTHS), _table(bounds, starts, first, _OCTETS)
-    for step in steps:
+    for step in passes:
         begin, end, kind, plane, count = step[:5]
         run, numbers = known[begin:end], step[5:]
         table = _table(bounds, starts, first, numbers[0])

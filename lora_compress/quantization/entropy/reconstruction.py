@@ -37,7 +37,7 @@ def row_weights(
     """Expected weights, (sum of widths,), of rows one after the other: unit times the centre of the cell that a value lies in.
 
     Args:
-        symbols: (n,), int32, as `passes.read_steps` leaves them.
+        symbols: (n,), int32, as `planes.read_passes` leaves them.
         begins: (r,), where each row begins there.
         widths: (r,), of the rows.
         models: of the rows.

@@ -14,9 +14,9 @@ from ...errors import FormatError
 from ..fake import FakeQuantizer
 from ..plan import ModulePlan
 from ..strategy import BudgetSearch, CodedRows, Decoder, Options, StoredModule, Strategy, whole_number
-from .codec import SINGLE, components_told, decode_entropy, encode_entropy, predict_entropy
+from .codec import components_told, decode_entropy, encode_entropy, predict_entropy
 from .fake import CODEC_NAME, EntropyFakeQuantizer
-from .stages import Layering
+from .stages import SINGLE, Stages
 
 __all__ = ["ENTROPY"]
 
@@ -30,21 +30,21 @@ class _EntropyDecoder(Decoder):
 
     def decode(self, module: StoredModule, chunks: Sequence[bytes], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rows, as `Decoder.decode`."""
-        step_size, layering = _number(module.parameters["step"]), _layering_of(module.parameters)
+        step_size, stages = _number(module.parameters["step"]), _stages_of(module.parameters)
         with np.errstate(over="ignore"):
-            down, up = decode_entropy(chunks, module.rank, module.inputs, module.outputs, step_size, layering, dtype)
+            down, up = decode_entropy(chunks, module.rank, module.inputs, module.outputs, step_size, stages, dtype)
         if not all(math.isfinite(edge) for rows in (down, up) if rows.numel() for edge in torch.aminmax(rows)):
             raise FormatError(f"step {step_size} makes weights beyond {dtype}: the file is damaged, or decode to float32")
         return down, up
 
     def decoded_rank(self, module: StoredModule, chunks: Sequence[bytes]) -> int:
         """Return the number of components that have started in these stages, at least one."""
-        return max(components_told(chunks, module.rank, _layering_of(module.parameters)), 1)
+        return max(components_told(chunks, module.rank, _stages_of(module.parameters)), 1)
 
     def stage_slope(self, module: StoredModule, stage: int) -> float:
         """Return log2 of the least fall of squared error per bit in a stage."""
         phase = whole_number(module.parameters.get("phase", 0))
-        return _layering_of(module.parameters).slope(stage) + phase / _PHASES_PER_SLOPE
+        return _stages_of(module.parameters).slope(stage) + phase / _PHASES_PER_SLOPE
 
 
 class _Entropy(Strategy):
@@ -73,15 +73,15 @@ class _Entropy(Strategy):
         """
         if plan.step_size is None:
             raise ValueError("strategy entropy needs the step size of a module's plan")
-        layering = _layering(down.numel() + up.numel(), plan.planes) if options.progressive else SINGLE
+        stages = _stages(down.numel() + up.numel(), plan.planes) if options.progressive else SINGLE
         with np.errstate(over="ignore"):  # values that are too large for the step size are refused
             if predict:
-                coded = predict_entropy(down, up, plan.step_size, layering=layering)
+                coded = predict_entropy(down, up, plan.step_size, stages=stages)
             else:
-                coded = encode_entropy(down, up, plan.step_size, layering=layering, refine=options.refine)
-        parameters: dict[str, Any] = {"step": plan.step_size, "layers": layering.layers}
-        if layering.layers > 1:
-            parameters |= {"per_plane": layering.per_plane, "phase": plan.phase}
+                coded = encode_entropy(down, up, plan.step_size, stages=stages, refine=options.refine)
+        parameters: dict[str, Any] = {"step": plan.step_size, "layers": stages.number}
+        if stages.number > 1:
+            parameters |= {"per_plane": stages.per_plane, "phase": plan.phase}
         return CodedRows(CODEC_NAME, coded.rank, parameters, coded.chunks, coded.rows, coded.kept)
 
     def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
@@ -105,14 +105,14 @@ class _Entropy(Strategy):
         return EntropyFakeQuantizer(float(options.bits or 0.0))
 
 
-def _layering(weights: int, planes: int) -> Layering:
+def _stages(weights: int, planes: int) -> Stages:
     per_plane = next(number for least, number in reversed(_STAGES_PER_PLANE.items()) if weights >= least)
-    return Layering(planes * per_plane, per_plane)
+    return Stages(planes * per_plane, per_plane)
 
 
-def _layering_of(parameters: Mapping[str, Any]) -> Layering:
-    layers = whole_number(parameters["layers"])
-    return SINGLE if layers == 1 else Layering(layers, whole_number(parameters["per_plane"]))
+def _stages_of(parameters: Mapping[str, Any]) -> Stages:
+    count = whole_number(parameters["layers"])
+    return SINGLE if count == 1 else Stages(count, whole_number(parameters["per_plane"]))
 
 
 def _number(value: Any) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_compress.quantization.entropy.codec import EncodedModule
+from lora_compress.quantization.entropy.codec import EntropyCoded
 
 
 def module(rank: int, inputs: int, outputs: int, spectrum: Callable[[int], float], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def module(rank: int, inputs: int, outputs: int, spectrum: Callable[[int], float
     return root * down, root * up
 
 
-def coded_bits(encoded: EncodedModule, layers: int | None = None) -> int:
+def coded_bits(encoded: EntropyCoded, layers: int | None = None) -> int:
     return 8 * sum(len(chunk) for chunk in encoded.chunks[:layers])
 
 

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_compress.errors import FormatError
-from lora_compress.quantization.entropy import codec as entropy
+from lora_compress.quantization.entropy import numba_reader
 from lora_compress.quantization.entropy.ans import CHECK_BITS, AnsReader, AnsWriter, uniform
 from lora_compress.quantization.entropy.codec import decode_entropy, encode_entropy
 from lora_compress.quantization.entropy.numba_reader import CompiledReader, compiled_kernels
-from lora_compress.quantization.entropy.passes import as_symbols, read_steps, write_steps
+from lora_compress.quantization.entropy.planes import PlaneRange, plan_passes, read_passes, write_passes
 from lora_compress.quantization.entropy.reconstruction import Model, row_weights
-from lora_compress.quantization.entropy.stages import Layering
-from lora_compress.quantization.entropy.steps import Passes, plan_steps
+from lora_compress.quantization.entropy.stages import Stages
+from lora_compress.quantization.entropy.symbols import as_symbols
 from lora_compress.quantization.entropy.table_choice import LARGEST_SCALE
 from lora_compress.quantization.entropy.tables import SHAPES, base_counts
 
@@ -42,20 +42,25 @@ def places(drawn: list) -> list[slice]:
     return [slice(*pair) for pair in pairwise(np.cumsum([0, *(count for _, count in drawn)]).tolist())]
 
 
-def turns(drawn: list) -> Iterator[list[tuple[slice, Passes]]]:
+def turns(drawn: list) -> Iterator[list[tuple[slice, PlaneRange]]]:
     """Layer by layer, where each run is and the passes over it."""
     for layer in range(max(len(stops) for (_, _, stops), _ in drawn)):
         yield [
-            (place, Passes(scale, shape, stops[layer - 1] if layer else None, stops[layer]))
+            (place, PlaneRange(scale, shape, stops[layer - 1] if layer else None, stops[layer]))
             for ((scale, shape, stops), _), place in zip(drawn, places(drawn), strict=True)
             if layer < len(stops)
         ]
 
 
-def plain_runs(reader: AnsReader, known: np.ndarray, layer: list[tuple[slice, Passes]]) -> None:
+def plain_runs(reader: AnsReader, known: np.ndarray, layer: list[tuple[slice, PlaneRange]]) -> None:
     """As the compiled reader's `read_runs`."""
     for place, passes in layer:
-        read_steps(reader, known[place], plan_steps(passes))
+        read_passes(reader, known[place], plan_passes(passes))
+
+
+def planned(layer: list[tuple[slice, PlaneRange]]) -> list[tuple[slice, tuple[PlaneRange]]]:
+    """Where each run is, and what to call plan_passes with."""
+    return [(place, (planes,)) for place, planes in layer]
 
 
 def kernels() -> ModuleType:
@@ -99,10 +104,10 @@ def test_both_read_the_passes_that_were_written(drawn: list, seed: int, spread: 
     for layer in turns(drawn):
         writer = AnsWriter()
         for place, passes in layer:
-            write_steps(writer, values[place], plan_steps(passes))
+            write_passes(writer, values[place], plan_passes(passes))
         readers = AnsReader(chunk := writer.to_bytes()), CompiledReader(chunk)
         plain_runs(readers[0], known[0], layer)
-        readers[1].read_runs(known[1], layer)
+        readers[1].read_runs(known[1], plan_passes, planned(layer))
         assert (known[0] == known[1]).all()
         assert all(reader.finish() == 0 for reader in readers)
     for (_, _, stops), place in zip([model for model, _ in drawn], places(drawn), strict=True):
@@ -121,9 +126,9 @@ def test_both_make_the_same_of_any_bytes(drawn: list, data: st.DataObject) -> No
             plain_runs(one, known[0], layer)
         except FormatError as error:
             with pytest.raises(FormatError, match=str(error)):
-                other.read_runs(known[1], layer)
+                other.read_runs(known[1], plan_passes, planned(layer))
             return
-        other.read_runs(known[1], layer)
+        other.read_runs(known[1], plan_passes, planned(layer))
         assert (known[0] == known[1]).all()
         assert one.left() == other.left() or min(one.left(), other.left()) >> CHECK_BITS
 
@@ -144,17 +149,17 @@ def test_both_look_the_same_weights_up(seed: int, dtype: type, largest: int) -> 
     assert found.dtype == dtype and found.tobytes() == row_weights(*arguments).tobytes()
 
 
-@pytest.mark.parametrize("layering", [Layering(), Layering(9, 3)])
-def test_it_takes_over_where_there_is_much_to_read(layering: Layering, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded = encode_entropy(*module(8, 320, 640, lambda i: 1 / i), 0.003, layering=layering, refine=False)
-    arguments = (encoded.chunks, encoded.rank, 320, 640, 0.003, layering)
+@pytest.mark.parametrize("stages", [Stages(), Stages(9, 3)])
+def test_it_takes_over_where_there_is_much_to_read(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = encode_entropy(*module(8, 320, 640, lambda i: 1 / i), 0.003, stages=stages, refine=False)
+    arguments = (encoded.chunks, encoded.rank, 320, 640, 0.003, stages)
     made: list[bytes] = []
     start = CompiledReader.__init__
     monkeypatch.setattr(CompiledReader, "__init__", lambda self, chunk: (start(self, chunk), made.append(chunk))[0])
-    monkeypatch.setattr(entropy, "_decoded", 0)
+    monkeypatch.setattr(numba_reader, "_decoded", 0)
     plain = decode_entropy(*arguments)
     assert not made
-    monkeypatch.setattr(entropy, "_decoded", 1 << 30)
+    monkeypatch.setattr(numba_reader, "_decoded", 1 << 30)
     for rows, found in zip(plain, decode_entropy(*arguments), strict=True):
         assert rows.equal(found)
     assert made == encoded.chunks

@@ -18,7 +18,7 @@ from lora_compress.errors import FormatError, LoraCompressError, SettingsError
 from lora_compress.quantization.entropy.codec import components_told, decode_entropy, encode_entropy, predict_entropy
 from lora_compress.quantization.entropy.integers import quantize_module, restore_module
 from lora_compress.quantization.entropy.refine import refine_module, rows_squared_error
-from lora_compress.quantization.entropy.stages import Layering
+from lora_compress.quantization.entropy.stages import Stages
 from tests.core.quantization import reference_decoder
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module, shannon_bits
 
@@ -53,36 +53,36 @@ def test_falling_spectra_are_as_close_to_reverse_water_filling(power: float, ste
     assert coded_bits(encoded) - shannon_bits(rows, whole(encoded, rows, step)) < 0.30 * encoded.rank * 960
 
 
-@pytest.mark.parametrize("layering", [Layering(), Layering(3, 1), Layering(8), Layering(18, 3), Layering(7, 5)])
+@pytest.mark.parametrize("stages", [Stages(), Stages(3, 1), Stages(8), Stages(18, 3), Stages(7, 5)])
 @pytest.mark.parametrize("step", [0.2, 0.05, 0.01, 0.0003, 0.00003])
-def test_payload_is_what_the_specification_says(step: float, layering: Layering) -> None:
+def test_payload_is_what_the_specification_says(step: float, stages: Stages) -> None:
     rows = module(5, 40, 23, lambda i: 1 / i)
     rows[0][1, 7] = 9.0  # an escape
-    encoded = encode_entropy(*rows, step, layering=layering, refine=False)
-    for count in range(1, layering.layers + 1):
-        found = decode_entropy(encoded.chunks[:count], encoded.rank, 40, 23, step, layering)
-        wanted = reference_decoder.decode(encoded.chunks[:count], encoded.rank, 40, 23, step, *layering)
+    encoded = encode_entropy(*rows, step, stages=stages, refine=False)
+    for count in range(1, stages.number + 1):
+        found = decode_entropy(encoded.chunks[:count], encoded.rank, 40, 23, step, stages)
+        wanted = reference_decoder.decode(encoded.chunks[:count], encoded.rank, 40, 23, step, *stages)
         for part, reference in zip(found, wanted, strict=True):
             np.testing.assert_allclose(part.numpy(), np.array(reference[: len(part)]).reshape(part.shape), rtol=3e-7)
-            assert len(part) == components_told(encoded.chunks[:count], encoded.rank, layering)
+            assert len(part) == components_told(encoded.chunks[:count], encoded.rank, stages)
             assert not np.any(reference[len(part) :])  # of these nothing is told yet
 
 
 def test_decoding_in_another_process_from_bytes_alone_is_exact(tmp_path: Path) -> None:
     rows = module(8, 100, 60, lambda i: 1 / i)
-    encoded = encode_entropy(*rows, 0.01, layering=Layering(4))
+    encoded = encode_entropy(*rows, 0.01, stages=Stages(4))
     for number, chunk in enumerate(encoded.chunks):
         (tmp_path / str(number)).write_bytes(chunk)
     code = (
         "import sys, torch; from pathlib import Path; from lora_compress.quantization.entropy.codec import decode_entropy\n"
-        "from lora_compress.quantization.entropy.stages import Layering\n"
+        "from lora_compress.quantization.entropy.stages import Stages\n"
         "folder, rank = Path(sys.argv[1]), int(sys.argv[2])\n"
         "chunks = [(folder / str(number)).read_bytes() for number in range(4)]\n"
-        "torch.save(decode_entropy(chunks, rank, 100, 60, 0.01, Layering(4)), folder / 'out.pt')"
+        "torch.save(decode_entropy(chunks, rank, 100, 60, 0.01, Stages(4)), folder / 'out.pt')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path), str(encoded.rank)], check=True, cwd=ROOT)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
-    wanted = decode_entropy(encoded.chunks, encoded.rank, 100, 60, 0.01, Layering(4))
+    wanted = decode_entropy(encoded.chunks, encoded.rank, 100, 60, 0.01, Stages(4))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -91,18 +91,18 @@ def test_decoding_in_another_process_from_bytes_alone_is_exact(tmp_path: Path) -
     rank=st.integers(1, 6),
     inputs=st.integers(1, 70),
     outputs=st.integers(1, 70),
-    layering=st.builds(Layering, st.integers(1, 20), st.integers(1, 5)),
+    stages=st.builds(Stages, st.integers(1, 20), st.integers(1, 5)),
     exponent=st.integers(-30, 30),
     fineness=st.floats(-2, 16),
     tail=st.sampled_from([1, 3, 7]),
     seed=st.integers(0, 2**31),
 )
-def test_every_module_decodes_to_its_integers(rank, inputs, outputs, layering, exponent, fineness, tail, seed) -> None:  # type: ignore[no-untyped-def]
+def test_every_module_decodes_to_its_integers(rank, inputs, outputs, stages, exponent, fineness, tail, seed) -> None:  # type: ignore[no-untyped-def]
     down, up = module(rank, inputs, outputs, lambda i: 2.0**exponent, seed)
     down = down.sign() * (down / down.abs().max()).abs() ** tail * 2.0**exponent
     step = float(down.norm() * up.norm()) * 2.0**-fineness
-    encoded = encode_entropy(down, up, step, layering=layering, refine=False)
-    found = decode_entropy(encoded.chunks, encoded.rank, inputs, outputs, step, layering)
+    encoded = encode_entropy(down, up, step, stages=stages, refine=False)
+    found = decode_entropy(encoded.chunks, encoded.rank, inputs, outputs, step, stages)
     quantized = quantize_module(down, up, step)
     wanted = restore_module(quantized.taken(np.searchsorted(quantized.kept, encoded.kept)), step)
     assert all(np.array_equal(part.numpy(), reference) for part, reference in zip(found, wanted, strict=True))
@@ -172,16 +172,16 @@ def test_error_from_factors_is_that_of_the_dense_matrices() -> None:
 
 
 @pytest.mark.parametrize("step", [1e9, 0.1, 0.03, 0.01, 0.001])
-@pytest.mark.parametrize("layering", [Layering(), Layering(5), Layering(18, 3)])
-def test_a_prediction_is_the_module_without_its_bytes(step: float, layering: Layering) -> None:
+@pytest.mark.parametrize("stages", [Stages(), Stages(5), Stages(18, 3)])
+def test_a_prediction_is_the_module_without_its_bytes(step: float, stages: Stages) -> None:
     rows = module(16, 640, 320, lambda i: i**-0.5)
-    coded, predicted = (f(*rows, step, layering=layering) for f in (partial(encode_entropy, refine=False), predict_entropy))
+    coded, predicted = (f(*rows, step, stages=stages) for f in (partial(encode_entropy, refine=False), predict_entropy))
     assert (predicted.rank, predicted.kept, len(predicted.chunks)) == (coded.rank, coded.kept, len(coded.chunks))
     assert all(torch.equal(a, b) for a, b in zip(predicted.rows, coded.rows, strict=True))
-    decoded = decode_entropy(coded.chunks, coded.rank, 640, 320, step, layering)
+    decoded = decode_entropy(coded.chunks, coded.rank, 640, 320, step, stages)
     assert all(torch.equal(a, b) for a, b in zip(coded.rows, decoded, strict=True))
     assert coded_bits(predicted) == pytest.approx(
-        coded_bits(coded), rel=0.001 if layering.layers == 1 else 0.02, abs=40 * layering.layers
+        coded_bits(coded), rel=0.001 if stages.number == 1 else 0.02, abs=40 * stages.number
     )
 
 
@@ -192,8 +192,8 @@ def test_components_that_round_to_zero_cost_nothing() -> None:
     assert encoded.kept == tuple(i for i in range(12) if (i + 1) % 3 and i != 4)
     strong = tuple(part[list(encoded.kept)] for part in rows)
     assert encode_entropy(*strong, 0.01, refine=False).chunks == encoded.chunks
-    assert encode_entropy(*rows, 1e9, layering=Layering(3)).chunks == [b"", b"", b""]
-    nothing = decode_entropy([b"", b"", b""], 0, 300, 200, 1e9, Layering(3))
+    assert encode_entropy(*rows, 1e9, stages=Stages(3)).chunks == [b"", b"", b""]
+    nothing = decode_entropy([b"", b"", b""], 0, 300, 200, 1e9, Stages(3))
     assert [tuple(part.shape) for part in nothing] == [(0, 300), (0, 200)]
 
 
@@ -214,14 +214,14 @@ def test_bad_input_is_refused_with_a_reason() -> None:
         encode_entropy(*rows, 0.0)
     with pytest.raises(SettingsError, match="larger step"):
         encode_entropy(*rows, 1e-12)
-    with pytest.raises(SettingsError, match="layers"):
-        encode_entropy(*rows, 0.1, layering=Layering(0))
+    with pytest.raises(SettingsError, match="stages"):
+        encode_entropy(*rows, 0.1, stages=Stages(0))
     with pytest.raises(FormatError, match="NaN"):
         encode_entropy(rows[0] * math.nan, rows[1], 0.1)
 
 
 @pytest.mark.parametrize(
-    ("rank", "inputs", "outputs", "step", "layering"),
+    ("rank", "inputs", "outputs", "step", "stages"),
     [
         (10**6, 10**9, 8, 0.1, ()),
         (1, 2**60, 8, 0.1, ()),
@@ -231,9 +231,9 @@ def test_bad_input_is_refused_with_a_reason() -> None:
         (1, 8, 8, 0.1, (2, 0)),
     ],
 )
-def test_declarations_that_cannot_be_are_refused_before_memory_is_taken(rank, inputs, outputs, step, layering) -> None:  # type: ignore[no-untyped-def]
+def test_declarations_that_cannot_be_are_refused_before_memory_is_taken(rank, inputs, outputs, step, stages) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(FormatError):
-        decode_entropy([b"\1" * 40], rank, inputs, outputs, step, Layering(*layering))
+        decode_entropy([b"\1" * 40], rank, inputs, outputs, step, Stages(*stages))
 
 
 @settings(max_examples=400, deadline=None)
@@ -243,13 +243,13 @@ def test_hostile_bytes_are_refused_or_decode_to_finite_rows(data: st.DataObject)
     if data.draw(st.booleans()):
         chunks = [data.draw(st.binary(max_size=60)) for _ in range(layers)]
     else:
-        encoded = encode_entropy(*module(3, 20, 30, lambda i: 1 / i), 0.02, layering=Layering(layers))
+        encoded = encode_entropy(*module(3, 20, 30, lambda i: 1 / i), 0.02, stages=Stages(layers))
         chunks = [bytearray(chunk) for chunk in encoded.chunks]
         chosen = data.draw(st.sampled_from([chunk for chunk in chunks if chunk]))
         chosen[data.draw(st.integers(0, len(chosen) - 1))] ^= data.draw(st.integers(1, 255))
         chunks = [bytes(chunk) for chunk in chunks]
     try:
-        rows = decode_entropy(chunks, 3, 20, 30, 0.02, Layering(layers))
+        rows = decode_entropy(chunks, 3, 20, 30, 0.02, Stages(layers))
     except FormatError:
         return
     assert all(torch.isfinite(part).all() for part in rows)

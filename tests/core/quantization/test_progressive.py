@@ -8,11 +8,11 @@ import torch
 
 from lora_compress.errors import FormatError
 from lora_compress.quantization.entropy.codec import decode_entropy, encode_entropy
-from lora_compress.quantization.entropy.stages import Layering
+from lora_compress.quantization.entropy.stages import Stages
 from tests.core.quantization.gaussian_modules import coded_bits, dense_error, module
 
 SPECTRA = {"root": lambda i: i**-0.5, "inverse": lambda i: 1 / i, "exponential": lambda i: 0.85**i}
-LAYERING, STEP = Layering(12, 2), 0.004
+STAGES, STEP = Stages(12, 2), 0.004
 PHASES = (0, 4, 2, 6)  # eighths of octaves, of the steps of neighbours, as in files
 
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -49,17 +49,16 @@ def cut_costs(files: list[Rows]) -> list[tuple[float, int, int]]:
     phases = [PHASES[number % len(PHASES)] for number in range(len(files))]
     steps = [STEP * 2 ** (phase / 8) for phase in phases]
     encoded = [
-        encode_entropy(*strong(rows, STEP, 0.8), step, layering=LAYERING, refine=False)
-        for rows, step in zip(files, steps, strict=True)
+        encode_entropy(*strong(rows, STEP, 0.8), step, stages=STAGES, refine=False) for rows, step in zip(files, steps, strict=True)
     ]
     largest = 0.09 * sum(dense_error(rows, (rows[0] * 0, rows[1] * 0)) for rows in files)
-    layers = [(number, layer) for layer in range(LAYERING.layers) for number in range(len(files))]
+    layers = [(number, layer) for layer in range(STAGES.number) for number in range(len(files))]
     counts, cuts = [0] * len(files), []
-    for number, layer in sorted(layers, key=lambda each: -LAYERING.slope(each[1]) - phases[each[0]] / 4):
+    for number, layer in sorted(layers, key=lambda each: -STAGES.slope(each[1]) - phases[each[0]] / 4):
         counts[number] += 1
         size = sum(map(coded_bits, encoded, counts))
         decoded = [
-            decode_entropy(each.chunks[:count], each.rank, 320, 320, step, LAYERING)
+            decode_entropy(each.chunks[:count], each.rank, 320, 320, step, STAGES)
             for each, count, step in zip(encoded, counts, steps, strict=True)
         ]
         error = sum(map(dense_error, files, decoded))
@@ -90,20 +89,20 @@ def test_all_layers_together_are_the_payload_of_one_layer_but_for_its_size() -> 
     rows = module(16, 320, 200, lambda i: i**-0.5)
     for step in (0.05, 0.004, 0.0005):
         single = encode_entropy(*rows, step, refine=True)
-        layered = encode_entropy(*rows, step, layering=LAYERING, refine=True)
-        found = decode_entropy(layered.chunks, layered.rank, 320, 200, step, LAYERING)
+        layered = encode_entropy(*rows, step, stages=STAGES, refine=True)
+        found = decode_entropy(layered.chunks, layered.rank, 320, 200, step, STAGES)
         wanted = decode_entropy(single.chunks, single.rank, 320, 200, step)
         order = np.argsort(layered.kept)
         assert all(torch.equal(a[order], b) for a, b in zip(found, wanted, strict=True))
-        assert coded_bits(layered) < 1.02 * coded_bits(single) + 64 * LAYERING.layers
+        assert coded_bits(layered) < 1.02 * coded_bits(single) + 64 * STAGES.number
 
 
 def test_each_layer_lowers_the_error() -> None:
     rows = module(16, 320, 320, lambda i: i**-0.5)
-    encoded = encode_entropy(*rows, STEP, layering=LAYERING, refine=False)
+    encoded = encode_entropy(*rows, STEP, stages=STAGES, refine=False)
     errors = [
-        dense_error(rows, decode_entropy(encoded.chunks[:count], encoded.rank, 320, 320, STEP, LAYERING))
-        for count in range(LAYERING.layers + 1)
+        dense_error(rows, decode_entropy(encoded.chunks[:count], encoded.rank, 320, 320, STEP, STAGES))
+        for count in range(STAGES.number + 1)
     ]
     assert all(b < a or not chunk for a, b, chunk in zip(errors, errors[1:], encoded.chunks, strict=False))
     assert errors[-1] < 0.01 * errors[0]
@@ -113,19 +112,19 @@ def test_a_component_costs_nothing_before_the_layer_in_which_it_starts() -> None
     """Forty weak components beside a strong one add next to nothing to the first layers, and none is told of in them."""
     strong_one, weak = module(1, 320, 320, lambda i: 1.0), module(40, 320, 320, lambda i: 0.1, seed=1)
     both = torch.cat([strong_one[0], weak[0]]), torch.cat([strong_one[1], weak[1]])
-    alone, together = (encode_entropy(*rows, STEP, layering=LAYERING, refine=False) for rows in (strong_one, both))
+    alone, together = (encode_entropy(*rows, STEP, stages=STAGES, refine=False) for rows in (strong_one, both))
     first = next(layer for layer, chunk in enumerate(alone.chunks) if len(chunk) > 100)
     assert len(together.chunks[first]) <= len(alone.chunks[first]) + 4  # the number of those that start, and tables that suit all
-    down, up = decode_entropy(together.chunks[: first + 1], together.rank, 320, 320, STEP, LAYERING)
+    down, up = decode_entropy(together.chunks[: first + 1], together.rank, 320, 320, STEP, STAGES)
     assert (len(down), len(up)) == (1, 1)
 
 
 def test_each_layer_vouches_for_the_next() -> None:
-    encoded = encode_entropy(*module(8, 100, 60, lambda i: 1 / i), STEP, layering=LAYERING)
-    other = encode_entropy(*module(8, 100, 60, lambda i: 1 / i, seed=1), STEP, layering=LAYERING)
-    for layer in [layer for layer in range(LAYERING.layers) if any(encoded.chunks[:layer]) and other.chunks[layer]]:
+    encoded = encode_entropy(*module(8, 100, 60, lambda i: 1 / i), STEP, stages=STAGES)
+    other = encode_entropy(*module(8, 100, 60, lambda i: 1 / i, seed=1), STEP, stages=STAGES)
+    for layer in [layer for layer in range(STAGES.number) if any(encoded.chunks[:layer]) and other.chunks[layer]]:
         swapped = [*encoded.chunks[:layer], other.chunks[layer], *encoded.chunks[layer + 1 :]]
         with pytest.raises(FormatError):
-            decode_entropy(swapped, encoded.rank, 100, 60, STEP, LAYERING)
+            decode_entropy(swapped, encoded.rank, 100, 60, STEP, STAGES)
         with pytest.raises(FormatError):
-            decode_entropy(swapped[: layer + 1], encoded.rank, 100, 60, STEP, LAYERING)
+            decode_entropy(swapped[: layer + 1], encoded.rank, 100, 60, STEP, STAGES)
