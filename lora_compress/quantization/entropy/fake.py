@@ -18,66 +18,70 @@ __all__ = ["CODEC_NAME", "EntropyFakeQuantizer"]
 
 CODEC_NAME = "entropy"  # in the index of packed files
 
-_PARAMETERS = 6  # gain, scale, shape, limit, multiplier and step of a row
-_ATTEMPTS = 8  # at the first step; later searches correct it once each
+_PARAMETERS = 6  # gain, scale, shape, limit, multiplier and step size of a row
+_ATTEMPTS = 8  # at the first step size; later searches correct it once each
 _CLOSE = 0.01  # bits per weight
 _LEAST_SIGMA = 1e-9  # of the strongest component: below, the gain no longer follows
 _ROOM = 16  # integers beyond the largest of a row that weights may reach until the next search
 
 
 class EntropyFakeQuantizer:
-    """q = round(row 2^(e/8) / step), and back to the centre of mass of the cell, as `quantization.integers` has it.
+    """Rounds rows to q = round(row 2^(e/8) / step size) and back to the centre of mass of the cell, as `integers` does.
 
-    Gains e, tables and the step are chosen from the weights now and then; in between integers are kept within the largest that
-    a row had, and a little more.
+    Gains e, tables and the step size are chosen from the weights now and then. In between, integers are kept within the largest
+    that a row had, and a little more.
 
     Args:
-        bits: average per weight that the step is chosen for.
+        bits: average per weight that the step size is chosen for.
     """
 
     def __init__(self, bits: float) -> None:
         self.bits = bits
-        self._step: float | None = None
+        self._step_size: float | None = None
         self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def width(self, count: int) -> int:
-        """Of any row."""
+        """Return the number of parameters of any row."""
         return _PARAMETERS
 
     def prepare(self, rows: Mapping[str, Sequence[Tensor]], current: Tensor) -> None:
-        """Choose the step of the whole network, (r, n) rows of down and up by pair.
+        """Choose the step size of the whole network.
 
-        The rate falls by one bit per weight for a doubled step, but for weights that are zero already: each attempt corrects by
-        that. `current` are parameters from before, zeros the first time.
+        A doubled step size lowers the rate by one bit per weight, except for weights that are zero already: each attempt corrects
+        the step size by that rule.
+
+        Args:
+            rows: (r, n) of down and of up, by module name.
+            current: flat, the parameters from before; zeros the first time.
         """
-        step = float(current[-1])
-        attempts = 1 if step else _ATTEMPTS
+        step_size = float(current[-1])
+        attempts = 1 if step_size else _ATTEMPTS
         weights = sum(part.numel() for parts in rows.values() for part in parts)
-        if not step:
+        if not step_size:
             squares = sum(float(part.double().square().sum()) for parts in rows.values() for part in parts)
-            step = max((squares / max(weights, 1)) ** 0.5, 1e-12) ** 2 * 4.0 ** (1.0 - self.bits)
+            step_size = max((squares / max(weights, 1)) ** 0.5, 1e-12) ** 2 * 4.0 ** (1.0 - self.bits)
         for _ in range(attempts):
-            used = sum(each_module(_bits_at(step), rows).values()) / max(weights, 1)
+            used = sum(each_module(_bits_at(step_size), rows).values()) / max(weights, 1)
             if abs(used - self.bits) < _CLOSE:
                 break
-            step *= 2.0 ** max(min((used - self.bits) / min(max(self.bits, 0.25), 1.0), 6.0), -6.0)
-        self._step = float(np.float32(step))
+            step_size *= 2.0 ** max(min((used - self.bits) / min(max(self.bits, 0.25), 1.0), 6.0), -6.0)
+        self._step_size = float(np.float32(step_size))
 
     def choose(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Gains and tables for the step that `prepare` found."""
-        assert self._step is not None
-        module, gains = _quantized(rows, self._step)
+        """Return gains and tables for the step size that `prepare` found."""
+        assert self._step_size is not None
+        module, gains = _quantized(rows, self._step_size)
         found = []
         for values, scales, shapes, part in zip(module.values, module.scales, module.shapes, rows, strict=True):
             largest = np.abs(values).max(axis=1, initial=0)
             limit = np.minimum(2 * largest, largest + _ROOM) + 1
-            multiplier = (np.exp2(gains / 8) / self._step).astype(np.float32)
-            columns = [gains, scales, shapes, limit, multiplier, np.full(len(gains), self._step)]
+            multiplier = (np.exp2(gains / 8) / self._step_size).astype(np.float32)
+            columns = [gains, scales, shapes, limit, multiplier, np.full(len(gains), self._step_size)]
             found.append(torch.from_numpy(np.stack(columns, axis=1).astype(np.float32)).to(part.device))
         return found
 
     def project(self, rows: Tensor, parameters: Tensor, key: Hashable) -> Tensor:
-        """The weights that a decoder makes of rows (r, n); `key` is whose rows they are, until `forget`."""
+        """Return the weights that a decoder makes of rows (r, n); `key` is whose rows they are, until `forget`."""
         if key not in self._tables:
             table, middle = _table(parameters)
             self._tables[key] = table.to(rows.device), middle.to(rows.device)
@@ -87,15 +91,15 @@ class EntropyFakeQuantizer:
         return table[steps.long() + middle.unsqueeze(1)]
 
     def forget(self) -> None:
-        """The parameters have changed."""
+        """Drop the tables: the parameters have changed."""
         self._tables.clear()
 
     def spread(self, parameters: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """The same: zero is zero at any step."""
+        """Return the parameters one after the other: zero is zero at any step size."""
         return torch.cat(list(parameters))
 
     def encode(self, rows: tuple[Tensor, Tensor], parameters: tuple[Tensor, Tensor]) -> tuple[str, dict[str, Any], list[bytes]]:
-        """The integers that projected rows came from, coded with the gains and tables they were projected with."""
+        """Return the integers that projected rows came from, coded with the gains and tables they were projected with."""
         values, scales, shapes = [], [], []
         for part, own in zip(rows, parameters, strict=True):
             table, middle = _table(own)
@@ -106,34 +110,34 @@ class EntropyFakeQuantizer:
             values.append(integers)
             scales.append(own[:, 1].numpy().astype(np.int64))
             shapes.append(own[:, 2].numpy().astype(np.int64))
-        gains, step = parameters[0][:, 0].numpy().astype(np.int64), float(parameters[0][0, 5])
+        gains, step_size = parameters[0][:, 0].numpy().astype(np.int64), float(parameters[0][0, 5])
         nothing = np.zeros(len(gains))
         kept = np.arange(len(gains))
         module = QuantizedModule(
             gains, (values[0], values[1]), (scales[0], scales[1]), (shapes[0], shapes[1]), (nothing, nothing), kept
         )
-        return CODEC_NAME, {"step": step, "layers": 1}, encode_integers(module, step).chunks
+        return CODEC_NAME, {"step": step_size, "layers": 1}, encode_integers(module, step_size).chunks
 
 
-def _quantized(rows: Sequence[Tensor], step: float) -> tuple[QuantizedModule, np.ndarray]:
+def _quantized(rows: Sequence[Tensor], step_size: float) -> tuple[QuantizedModule, np.ndarray]:
     """Integers and models of all rows, of those too that are zero, and their gains."""
     down, up = (as_array(part) for part in rows)
     norms = [np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64)) for part in (down, up)]
     sigma = norms[0] * norms[1]
     sigma = np.maximum(sigma, max(sigma.max(initial=0.0) * _LEAST_SIGMA, 1e-30))
     gains = np.rint(4 * np.log2(sigma)).astype(np.int64)
-    values = [quantize_rows(part, gains, step) for part in (down, up)]
+    values = [quantize_rows(part, gains, step_size) for part in (down, up)]
     models = [choose_models(part) for part in values]
     scales, shapes, bits = zip(*models, strict=True)
     kept = np.arange(len(gains))
     return QuantizedModule(gains, (values[0], values[1]), scales, shapes, bits, kept), gains
 
 
-def _bits_at(step: float) -> Callable[[str, Sequence[Tensor]], float]:
+def _bits_at(step_size: float) -> Callable[[str, Sequence[Tensor]], float]:
     """Bits of the rows of a module, without those that a zero in the other factor makes useless."""
 
     def bits(name: str, rows: Sequence[Tensor]) -> float:
-        module, _ = _quantized(rows, step)
+        module, _ = _quantized(rows, step_size)
         alive = module.values[0].any(axis=1) & module.values[1].any(axis=1)
         return float(sum(side[alive].sum() for side in module.bits))
 

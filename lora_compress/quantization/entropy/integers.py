@@ -48,7 +48,7 @@ class QuantizedModule:
     """Integers of both factors and the models of their rows: all that is coded.
 
     Args:
-        gains: (k,), eighths of octaves e: rows are multiplied by 2^(e / 8) before they are divided by the step.
+        gains: (k,), eighths of octaves e: rows are multiplied by 2^(e / 8) before they are divided by the step size.
         values: integers of down (k, n) and up (k, m), int32.
         scales: (k,) of down and of up: indices of scale.
         shapes: (k,) of down and of up: indices of shape.
@@ -89,13 +89,13 @@ class QuantizedModule:
         return float(self.bits[0].sum() + self.bits[1].sum()) + side + _END_BITS
 
 
-def quantize_module(down: Tensor, up: Tensor, step: float) -> QuantizedModule:
-    """Integers of the module's rows at `step`, without the components of which a factor rounds to zero."""
-    if not (step > 0 and np.isfinite(step)):
-        raise SettingsError([f"step = {step}: a positive number is needed"])
+def quantize_module(down: Tensor, up: Tensor, step_size: float) -> QuantizedModule:
+    """Return the integers of a module's rows, without the components of which a factor rounds to zero."""
+    if not (step_size > 0 and np.isfinite(step_size)):
+        raise SettingsError([f"step size = {step_size}: a positive number is needed"])
     factors = as_array(down), as_array(up)
     kept, gains = module_gains(*factors)
-    values = [quantize_rows(factor[kept], gains, step) for factor in factors]
+    values = [quantize_rows(factor[kept], gains, step_size) for factor in factors]
     return with_models(gains, values[0], values[1], kept)
 
 
@@ -113,12 +113,14 @@ def module_gains(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return kept, np.rint(4 * np.log2(sigma[kept])).astype(np.int64)
 
 
-def quantize_rows(rows: np.ndarray, gains: np.ndarray, step: float) -> np.ndarray:
-    """round(row 2^(e/8) / step), int32, of rows (k, n) with gains e (k,)."""
-    scaled = rows * (np.exp2(gains / 8) / step).astype(np.float32)[:, None]
+def quantize_rows(rows: np.ndarray, gains: np.ndarray, step_size: float) -> np.ndarray:
+    """round(row 2^(e/8) / step size), int32, of rows (k, n) with gains e (k,)."""
+    scaled = rows * (np.exp2(gains / 8) / step_size).astype(np.float32)[:, None]
     largest = np.abs(scaled).max(initial=0)
     if not largest <= MAX_VALUE:
-        raise SettingsError([f"step = {step}: the largest weight is {largest:.3g} steps, 2^28 are possible; take a larger step"])
+        raise SettingsError(
+            [f"step size = {step_size}: the largest weight is {largest:.3g} steps, 2^28 are possible; take a larger step size"]
+        )
     return np.rint(scaled, out=scaled).astype(np.int32)
 
 
@@ -145,14 +147,14 @@ def side_rows(module: QuantizedModule) -> list[np.ndarray]:
     return [gains, np.concatenate(scales), as_values(shapes)]
 
 
-def row_units(gains: np.ndarray, step: float) -> np.ndarray:
-    """step 2^(-e / 8), float64, for gains e (k,): what one step of each row's integers is worth."""
-    return np.ldexp(step * _EIGHTHS[-gains % 8], -gains // 8)
+def row_units(gains: np.ndarray, step_size: float) -> np.ndarray:
+    """Return step size * 2^(-e / 8), float64, for gains e (k,): the weight that the integer 1 of each row stands for."""
+    return np.ldexp(step_size * _EIGHTHS[-gains % 8], -gains // 8)
 
 
-def restore_module(module: QuantizedModule, step: float) -> tuple[np.ndarray, np.ndarray]:
+def restore_module(module: QuantizedModule, step_size: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows down (rank, n) and up (rank, m), float32, as the decoder makes them of a whole payload."""
-    units = row_units(module.gains, step)
+    units = row_units(module.gains, step_size)
     down, up = (restore_rows(*part, units) for part in zip(module.values, module.scales, module.shapes, strict=True))
     return down, up
 

@@ -22,37 +22,37 @@ __all__ = ["refine_module", "rows_squared_error"]
 _MOST_TURNS = 6
 _TURNS = 400  # for each component beside a weight of both factors: a turn gains 4e-5 to 6e-5 bits per weight times that share
 _SQUARABLE = 24  # octaves from 1 within which they do
-_LEAST_BITS = 0.75  # per weight; below, what a refit finds is finer than the step
+_LEAST_BITS = 0.75  # per weight; below, what a refit finds is finer than the step size
 
 
-def refine_module(down: Tensor, up: Tensor, step: float) -> QuantizedModule:
+def refine_module(down: Tensor, up: Tensor, step_size: float) -> QuantizedModule:
     """Quantize a module, then refit up to the coded down, down to the coded up, and so on, by least squares.
 
     A product of factors leaves r^2 numbers free, up' = A up and down' = A^-T down: the turns move towards integers that many
     such pairs lie close to. The result is kept if it lowers 1/2 log2 ||dW - dW'||_F^2 + bits per weight, along which a better
     quantizer lies: error alone could be bought with bits.
     """
-    plain = quantize_module(down, up, step)
+    plain = quantize_module(down, up, step_size)
     weights = plain.rank * (down.shape[1] + up.shape[1])
     turns = min(plain.rank * plain.rank * _TURNS // max(weights, 1), _MOST_TURNS)
     if not turns or plain.payload_bits < _LEAST_BITS * weights:
         return plain
     factors = as_array(down), as_array(up)
-    refined = _refit(plain, factors, step, turns)
+    refined = _refit(plain, factors, step_size, turns)
     if refined is None:
         return plain
-    return min(plain, refined, key=lambda module: _cost(module, factors, step, weights))
+    return min(plain, refined, key=lambda module: _cost(module, factors, step_size, weights))
 
 
-def _refit(module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], step: float, turns: int) -> QuantizedModule | None:
+def _refit(module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], step_size: float, turns: int) -> QuantizedModule | None:
     """The integers after some turns, if there are any: coded rows may come so close to dependent that a fit explodes."""
-    units = row_units(module.gains, step)
+    units = row_units(module.gains, step_size)
     values = list(module.values)
     for turn in range(turns):
         moving, fixed = 1 - turn % 2, turn % 2  # up first
         coded = restore_rows(values[fixed], module.scales[fixed], module.shapes[fixed], units)
         try:
-            values[moving] = quantize_rows(_best_rows(coded, factors[fixed], factors[moving]), module.gains, step)
+            values[moving] = quantize_rows(_best_rows(coded, factors[fixed], factors[moving]), module.gains, step_size)
         except SettingsError:
             return None
     return with_models(module.gains, values[0], values[1], module.kept)
@@ -100,8 +100,8 @@ def _squarable(exact: np.ndarray, coded: np.ndarray) -> tuple[tuple[np.ndarray, 
     return (exact * scale, coded * scale), 2.0**octaves
 
 
-def _cost(module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], step: float, weights: int) -> float:
-    error = rows_squared_error(*factors, *restore_module(module, step), module.kept)
+def _cost(module: QuantizedModule, factors: tuple[np.ndarray, np.ndarray], step_size: float, weights: int) -> float:
+    error = rows_squared_error(*factors, *restore_module(module, step_size), module.kept)
     return 0.5 * float(np.log2(max(error, 1e-300))) + module.payload_bits / weights
 
 

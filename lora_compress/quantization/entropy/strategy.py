@@ -52,7 +52,7 @@ class _Entropy(Strategy):
     search = BudgetSearch.STEP_SIZE
     allowed_bits = "an average above 0 and up to 8, or none with a target"
     needs_bits = False
-    ungrouped = "one step for the whole file"
+    ungrouped = "one step size for the whole file"
     defaults: Mapping[str, Any] = {"progressive": False, "refine": True}
     package = "constriction"
     decoders: Mapping[str, Decoder] = {CODEC_NAME: _EntropyDecoder()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -144,6 +145,19 @@ def test_it_is_offered_and_refused_where_ours_are() -> None:
     ):
         with pytest.raises(SettingsError, match=message):
             CompressionSettings.parse(SETTINGS | wrong)
+
+
+def test_nobody_asks_for_a_strategy_by_its_name() -> None:
+    """What differs between strategies is said by the strategy's own object: see Strategy."""
+    names = set(STRATEGIES) - {OUTSIDE.name}
+    found = []
+    for folder in ("lora_compress", "networks", "library", "integrations"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Compare):
+                    words = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+                    found += [f"{path}:{node.lineno}" for word in words & names]
+    assert not found
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
