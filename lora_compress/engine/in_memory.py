@@ -221,7 +221,7 @@ def _packed_estimate(
     payload = 0
     for update, rank in updates.values():
         columns, outputs = update.down_matrix.shape[1], update.up.shape[0]
-        payload += settings.method.payload_size(rank, columns, outputs, settings, scale_dtype=scale_dtype)
+        payload += settings.method.payload_size(rank, columns, outputs, settings, scale_bytes=scale_dtype.itemsize)
     return payload + packed_overhead(len(updates))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import FormatError
 from .codecs import Codec
 from .fake import FakeQuantizer, FixedFakeQuantizer
-from .fixed import FixedFormat, component_size, decode_fixed, encode_fixed, fixed_size
+from .fixed import FixedFormat, decode_fixed, encode_fixed, fixed_size
 from .plan import ModulePlan
 from .strategy import BudgetSearch, CodedRows, Decoder, Options, StoredModule, Strategy, whole_number
 
@@ -83,30 +83,18 @@ class FixedWidth(Strategy):
         """Return how the rows of a module are stored at these settings."""
         return FixedFormat(self.codec_name(options), options.group_size or DEFAULT_GROUP_SIZE)
 
-    def scale_chooser(self, options: Options) -> Callable[[Tensor, torch.dtype], Tensor]:
-        """Return the function that chooses scales (r, b) of `dtype` for blocks (r, b, g)."""
-        return self._by_bits[int(options.bits or 0)].choose_scale
-
     def encode(self, down: Tensor, up: Tensor, plan: ModulePlan, options: Options, *, predict: bool = False) -> CodedRows:
         """Quantize and pack the rows, as `Strategy.encode`."""
         return encode_rows(down, up, self.stored_as(options))
 
-    def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
-        """Return the bytes of one component."""
-        return component_size(inputs, outputs, self.stored_as(options), bits)
-
     def payload_size(
-        self,
-        rank: int,
-        inputs: int,
-        outputs: int,
-        options: Options,
-        bits: Sequence[int] | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
+        self, rank: int, inputs: int, outputs: int, options: Options, bits: Sequence[int] | None = None, scale_bytes: int = 2
     ) -> int:
         """Return the bytes of the payload of a module, exactly."""
         form = self.stored_as(options)
-        return fixed_size(rank, inputs, outputs, FixedFormat(form.codec, form.block_size, form.static_scale, scale_dtype), bits)
+        if scale_bytes != form.scale_dtype.itemsize:
+            form = FixedFormat(form.codec, form.block_size, form.static_scale, torch.float32)
+        return fixed_size(rank, inputs, outputs, form, bits)
 
     def fake_quantizer(self, options: Options) -> FakeQuantizer:
         """Return a quantizer for training whose parameters are the scales, in float32."""

@@ -11,7 +11,7 @@ from ..errors import FormatError
 from .dynamic import INTEGER_GROUP_SIZES
 from .fake import FakeQuantizer
 from .fixed import MIXED as CODEC_NAME
-from .fixed import FixedFormat, component_size, decode_fixed, fixed_size
+from .fixed import FixedFormat, decode_fixed, fixed_size
 from .fixed_width import DEFAULT_GROUP_SIZE, GAUSSIAN_DISTORTIONS, encode_rows, stored_format
 from .plan import ModulePlan
 from .strategy import BudgetSearch, CodedRows, Decoder, Options, StoredModule, Strategy
@@ -58,22 +58,12 @@ class _Mixed(Strategy):
         coded.parameters["bits"] = _runs(plan.bits or ())
         return coded
 
-    def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
-        """Return the bytes of one component at `bits`."""
-        return component_size(inputs, outputs, _form(options), bits)
-
     def payload_size(
-        self,
-        rank: int,
-        inputs: int,
-        outputs: int,
-        options: Options,
-        bits: Sequence[int] | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
+        self, rank: int, inputs: int, outputs: int, options: Options, bits: Sequence[int] | None = None, scale_bytes: int = 2
     ) -> int:
         """Return the bytes of the payload of a module: exactly with the bits of its components, else by their average."""
         if bits is None:
-            return int(rank * (inputs + outputs) * float(options.bits or _MOST_BITS) / 8)
+            return super().payload_size(rank, inputs, outputs, options)
         return fixed_size(rank, inputs, outputs, _form(options), bits)
 
     def fake_quantizer(self, options: Options) -> FakeQuantizer:

@@ -22,6 +22,7 @@ from .plan import ModulePlan
 
 __all__ = ["BudgetSearch", "CodedRows", "Decoder", "Options", "StoredModule", "Strategy", "whole_number"]
 
+_MOST_BITS = 8.0  # per weight, of averages
 _LARGEST = 1 << 31  # of a whole number among the parameters of a codec
 
 
@@ -168,19 +169,8 @@ class Strategy(ABC):
             predict: whether chunks may hold zeros, as many as there would be bytes, to save time while a budget is searched.
         """
 
-    @abstractmethod
-    def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
-        """Return the bytes of one component, at `bits` in a search by COMPONENT_BITS."""
-
-    @abstractmethod
     def payload_size(
-        self,
-        rank: int,
-        inputs: int,
-        outputs: int,
-        options: Options,
-        bits: Sequence[int] | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
+        self, rank: int, inputs: int, outputs: int, options: Options, bits: Sequence[int] | None = None, scale_bytes: int = 2
     ) -> int:
         """Return the bytes of the payload of a module before it is encoded.
 
@@ -192,8 +182,13 @@ class Strategy(ABC):
             outputs: weights of a row of up.
             options: the settings.
             bits: per component, where a search by COMPONENT_BITS has chosen them.
-            scale_dtype: of the stored scales.
+            scale_bytes: of a stored scale: 2, or 4 after a training with quantized weights.
         """
+        return int(rank * (inputs + outputs) * float(options.bits or _MOST_BITS) / 8)
+
+    def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
+        """Return the bytes of one component, at `bits` in a search by COMPONENT_BITS."""
+        return self.payload_size(1, inputs, outputs, options, None if bits is None else (bits,))
 
     @abstractmethod
     def fake_quantizer(self, options: Options) -> FakeQuantizer:

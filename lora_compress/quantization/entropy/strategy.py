@@ -84,22 +84,6 @@ class _Entropy(Strategy):
             parameters |= {"per_plane": stages.per_plane, "phase": plan.phase}
         return CodedRows(CODEC_NAME, coded.rank, parameters, coded.chunks, coded.rows, coded.kept)
 
-    def component_size(self, inputs: int, outputs: int, options: Options, bits: int | None = None) -> int:
-        """Return what the average bits amount to: how many bytes a component really takes depends on its weights."""
-        return self.payload_size(1, inputs, outputs, options)
-
-    def payload_size(
-        self,
-        rank: int,
-        inputs: int,
-        outputs: int,
-        options: Options,
-        bits: Sequence[int] | None = None,
-        scale_dtype: torch.dtype = torch.bfloat16,
-    ) -> int:
-        """Return what the average bits amount to."""
-        return int(rank * (inputs + outputs) * float(options.bits or _MOST_BITS) / 8)
-
     def fake_quantizer(self, options: Options) -> FakeQuantizer:
         """Return a quantizer for training that keeps to the average bits."""
         return EntropyFakeQuantizer(float(options.bits or 0.0))
