@@ -22,12 +22,13 @@ from ..settings import CompressionSettings
 from ..spectrum import Spectrum, quick_svds, thin_svd
 from ..update import LowRankUpdate
 
-__all__ = ["Analyser", "Components", "Decompose", "Decomposition", "alike", "by_svd", "kept_part"]
+__all__ = ["Analyser", "Components", "Decompose", "Decomposition", "alike", "by_svd", "kept_part", "sampled"]
 
 Decomposition = tuple[Spectrum, Tensor]  # the components of a module, best first, and the falling scores that order them
 Decompose = Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]]
 Channels = tuple[tuple[int, ...] | None, tuple[int, ...] | None]  # outputs, inputs; None for all
 Item = TypeVar("Item")
+_GOLDEN = 0.6180339887498949  # the golden ratio less one: its multiples repeat no period of the names
 _GROUP_WEIGHTS = 1 << 21  # of modules of one shape, which are held in float32
 
 
@@ -156,3 +157,9 @@ def alike(items: Iterable[tuple[Item, Hashable, int]]) -> Iterator[list[Item]]:
         if weights * len(group) > _GROUP_WEIGHTS:
             yield groups.pop(kind)
     yield from groups.values()
+
+
+def sampled(names: list[str], every: int) -> list[str]:
+    """Return one name of each `every`, at places that are not in step with the layers of a block."""
+    places = (int(first + (first * _GOLDEN) % 1 * every) for first in range(0, len(names), every))
+    return [names[place] for place in places if place < len(names)]

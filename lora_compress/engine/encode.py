@@ -18,14 +18,13 @@ from ..quantization import ModulePlan
 from ..settings import CompressionSettings
 from ..spectrum import balanced_rows
 from ..update import LowRankUpdate, difference, differences
-from .analysis import Analyser, Components, Decomposition, alike, by_svd, kept_part
+from .analysis import Analyser, Components, Decomposition, alike, by_svd, kept_part, sampled
 
 __all__ = ["EncodedModule", "Encoder", "pad_to_two"]
 
 Rows = tuple[Tensor, Tensor]  # down and up^T, of modules of one shape: (b, k, in * kernel) and (b, k, out)
 _SAMPLE = 8  # one of this many modules is coded in full, to correct what is predicted of the others
 _LEAST_SAMPLE = 4
-_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,6 @@ class EncodedModule:
     def without_factors(self) -> EncodedModule:
         """Return a copy without the factors of a plain file, which can be made again."""
         return replace(self, plain=None)
-
-
-def _sampled(names: list[str], every: int) -> list[str]:
-    """Return one name of each `every`, at places that are not in step with the layers of a block."""
-    places = (int(first + (first * _GOLDEN) % 1 * every) for first in range(0, len(names), every))
-    return [names[place] for place in places if place < len(names)]
 
 
 def _corrected(found: Mapping[str, EncodedModule], exact: Mapping[str, EncodedModule]) -> dict[str, EncodedModule]:
@@ -172,7 +165,7 @@ class Encoder:
         settings = self.settings.quantization
         if not (settings.refine or settings.progressive):
             return found
-        sample = _sampled(list(found), max(min(_SAMPLE, len(found) // _LEAST_SAMPLE), 1))
+        sample = sampled(list(found), max(min(_SAMPLE, len(found) // _LEAST_SAMPLE), 1))
         exact = {name: stored.without_factors() for name, stored in self.run({name: choices[name] for name in sample})}
         return _corrected(found, exact)
 

@@ -27,13 +27,13 @@ from ..report.file_report import FileReport
 from ..settings import CompressionSettings
 from ..sources import LoraSource
 from ..sources.open import open_lora, require_readable
-from ..spectrum import Spectrum, known_svd, thin_svd
 from ..update import LowRankUpdate
-from ..weighting import Calibration, base_norms, relative_weights, weighted_spectrum
+from ..weighting import Calibration, base_norms, relative_weights
 from .adapter_output import AdapterOutput
-from .analysis import Decomposition, by_svd
+from .analysis import Decomposition
 from .context import FileContext, Plan
 from .curve import size_curve
+from .decompose import decomposition_of
 from .encode import EncodedModule, Encoder, pad_to_two
 from .energy import energy_notes, require_energy
 from .estimate import plan_in, surely_larger
@@ -111,7 +111,7 @@ def compress_file(
         if rules.consumers or settings.save_format in ("packed", "both"):
             lora.leave_numbers()
         of_plain = ConsumerRules() if settings.save_format == "packed" else rules
-        decompose = _components(lora, settings, Calibration(calibration) if calibration else None)
+        decompose = decomposition_of(lora, settings, Calibration(calibration) if calibration else None)
         spool = partial(Spool, next(folder for folder in Path(target).absolute().parents if folder.is_dir()))
         encoder, output_file = _prepare(lora, settings, save_dtype, of_plain, decompose, spool, details, progress, output.is_folder)
         energies = {name: analysis.norm for name, analysis in encoder.components.items()}
@@ -224,32 +224,6 @@ def _prepare(
         details,
         keeps_all,
     )
-
-
-def _components(
-    lora: LoraSource, settings: CompressionSettings, calibration: Calibration | None
-) -> Callable[[Mapping[str, LowRankUpdate]], dict[str, Decomposition]]:
-    """Return the function that takes modules of one shape apart.
-
-    It weighs components by activations where a calibration is given, and leaves modules as they are that came as a decomposition.
-    """
-    whole = not settings.pruning.channel_threshold
-    if calibration is not None and not whole:
-        raise SettingsError(["channel_threshold and a calibration cannot be used together: the calibration is of all channels"])
-
-    def decompose(updates: Mapping[str, LowRankUpdate]) -> dict[str, Decomposition]:
-        if calibration is None and not (whole and any(lora.is_balanced(name) for name in updates)):
-            return by_svd(updates)
-        return {name: one(name, update) for name, update in updates.items()}
-
-    def one(name: str, update: LowRankUpdate) -> Decomposition:
-        if calibration is not None:
-            found = weighted_spectrum(update, calibration.gram(name, update))
-            return Spectrum(found.norms, found.mix_down, found.mix_up, update), found.sigma
-        spectrum = known_svd(update) if whole and lora.is_balanced(name) else thin_svd(update)
-        return spectrum, spectrum.sigma
-
-    return decompose
 
 
 def _planned(lora: LoraSource, settings: CompressionSettings, dtype: torch.dtype, ranks: Mapping[str, int]) -> PlannedFile:
