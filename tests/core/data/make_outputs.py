@@ -2,7 +2,7 @@
 
     python tests/core/data/make_outputs.py
 
-They hold the bytes that files have had since before the core was put into rooms (the commit before 252ae21 writes the same ones).
+They hold the bytes that files have had since before the core was put into rooms (commit 143d7ba writes the same ones).
 Run this again only where a change of the bytes is meant, and say in the commit which runs changed and why.
 """
 
