@@ -168,13 +168,13 @@ def test_a_signal_removes_what_is_half_written_and_says_so(number: int, status: 
 
 _STUCK = f"""\
 import runpy, sys, time
-from lora_compress.engine import to_file
+from lora_compress.engine import decompose
 
 def stuck(updates):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(600)
 
-to_file.by_svd = stuck
+decompose.by_svd = stuck
 runpy.run_path({os.fspath(ROOT / "resize_lora_ext.py")!r}, run_name="__main__")
 """
 
@@ -191,6 +191,7 @@ def test_a_signal_does_not_wait_for_a_decomposition_that_takes_minutes(number: i
         preexec_fn=_heed_interrupts,
     )
     assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    time.sleep(1.0)  # by then the main thread does nothing but wait
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     assert "no unfinished file" in process.stderr.read()
